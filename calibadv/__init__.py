@@ -1,0 +1,1 @@
+"""calibadv: train search agents with GRPO and CalibAdv, and compare them honestly."""

@@ -1,0 +1,172 @@
+"""The seams, on one page. Each is swapped by ``class_path`` in a config; each has one idea.
+
+To add a part, subclass one of these in an importable module, give its constructor typed parameters and a Google-style
+docstring (that is what ``--help`` prints), and name it in a config. See docs/extending.md.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from calibadv.types import Completion, DrawKey, Question, RolloutBatch, Sampling, ScoredDocument
+
+if TYPE_CHECKING:
+    from calibadv.models import Policy
+
+Metrics = dict[str, float]
+
+
+class Engine(ABC):
+    """Samples tokens from the policy."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]) -> list[Completion]:
+        """Continue each prompt until ``</search>``, ``</answer>``, end of sequence or ``sampling.max_tokens``.
+
+        Args:
+            prompts: token ids of each prompt.
+            sampling: temperature and the most tokens to draw.
+            keys: what the draws of each prompt depend on.
+
+        Returns:
+            One completion per prompt, in the same order.
+        """
+
+    @abstractmethod
+    def sync(self, policy: Policy) -> None:
+        """Sample from ``policy`` as it is now. Called before the first rollout and after every update.
+
+        Args:
+            policy: model and tokenizer.
+        """
+
+
+class RetrievalError(RuntimeError):
+    """A search that failed. The rollouts that waited for it end as ``search_failed`` and are not trained on."""
+
+
+class Retriever(ABC):
+    """Finds documents.
+
+    Attributes:
+        top_k: documents that an episode asks for per search.
+    """
+
+    top_k: int
+
+    @abstractmethod
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
+        """Find the best documents of each query, best first, ties in the order of the corpus.
+
+        Args:
+            queries: texts to search for.
+            top_k: the most documents per query. Documents with score 0 are left out, so there may be fewer or none.
+
+        Returns:
+            One list per query, in the same order.
+
+        Raises:
+            RetrievalError: the search could not be made. An empty list means that nothing matches, never a failure.
+        """
+
+
+class Reward(ABC):
+    """Scores an answer."""
+
+    @abstractmethod
+    def score(self, answer: str, question: Question) -> float:
+        """Score one answer, not looking at the format (the pipeline multiplies by validity).
+
+        Args:
+            answer: text of the answer block.
+            question: with its golden answers.
+
+        Returns:
+            A value in [0, 1].
+        """
+
+
+class AdvantageEstimator(ABC):
+    """Turns rewards into advantages."""
+
+    @abstractmethod
+    def estimate(self, batch: RolloutBatch) -> Tensor:
+        """Estimate the advantage of every token.
+
+        Args:
+            batch: B rollouts with rewards.
+
+        Returns:
+            [B, T], 0 outside ``batch.loss_mask``.
+        """
+
+
+class Calibrator(ABC):
+    """Changes advantages before the loss. Pure: the batch is not written to, and no trainer is needed."""
+
+    @abstractmethod
+    def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
+        """Return other advantages.
+
+        Args:
+            batch: B rollouts with step correctness.
+            advantages: [B, T] of the estimator or of the calibrator before, 0 outside ``batch.loss_mask``.
+
+        Returns:
+            [B, T], 0 outside ``batch.loss_mask``; and metrics to plot.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """N trained tokens of one micro-batch, flattened: what a loss or a regularizer may look at.
+
+    Attributes:
+        logprobs: [N] of the policy now, with gradient.
+        old_logprobs: [N] of the policy before the first update on this rollout batch.
+        reference_logprobs: [N] of the reference, None unless the KL coefficient is set.
+        advantages: [N] after calibration.
+        denominator: trained tokens of the whole mini-batch over all processes; sums are divided by it, so that neither
+            the size of a micro-batch nor the number of processes changes the result.
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    reference_logprobs: Tensor | None
+    advantages: Tensor
+    denominator: float
+
+
+class PolicyLoss(ABC):
+    """The surrogate that is minimised."""
+
+    @abstractmethod
+    def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
+        """Compute the part of the loss that this micro-batch contributes.
+
+        Args:
+            inputs: N trained tokens.
+
+        Returns:
+            A scalar with gradient; and metrics that add up over the micro-batches of a mini-batch.
+        """
+
+
+class Regularizer(ABC):
+    """A term that is added to the loss."""
+
+    @abstractmethod
+    def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
+        """Compute the part of the term that this micro-batch contributes, its coefficient included.
+
+        Args:
+            inputs: N trained tokens.
+
+        Returns:
+            A scalar with gradient; and metrics that add up over the micro-batches of a mini-batch.
+        """

@@ -1,0 +1,223 @@
+"""The shared vocabulary: what flows from a question to the gradient.
+
+Shapes, used in every module: **B** rollouts in the batch, **G** rollouts per question, **T** tokens, **K** turns,
+**V** vocabulary. A *turn* is one policy message and the observation that it caused; the last policy message of a
+rollout is its *answer turn*, whatever it holds, and every earlier one is a *search turn*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import groupby
+from typing import Any, Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One passage of the corpus."""
+
+    id: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredDocument:
+    """A document that a retriever returned, with its score (larger is better)."""
+
+    document: Document
+    score: float
+
+
+@dataclass(slots=True)
+class Question:
+    """One question and its accepted answers.
+
+    Not frozen: Lightning moves what a data loader yields to the device, and refuses frozen dataclasses.
+    """
+
+    id: str
+    question: str
+    golden_answers: list[str]
+    data_source: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an engine draws tokens: from softmax(logits / temperature) over the whole vocabulary, greedily at 0."""
+
+    temperature: float
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrawKey:
+    """What one turn's draws depend on, and nothing else: not the batch, not an earlier draw."""
+
+    seed: int
+    step: int
+    question_id: str
+    sample: int
+    turn: int
+
+
+class StopReason(StrEnum):
+    """Why an engine ended a segment."""
+
+    TAG = "tag"
+    """The text shows ``</search>`` or ``</answer>``."""
+    END = "end"
+    """The end-of-sequence token was drawn."""
+    LENGTH = "length"
+    """``max_tokens`` were drawn without either."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The tokens that an engine drew for one prompt.
+
+    ``token_ids`` and ``logprobs`` have equal length. The end-of-sequence token is included when it was drawn; no token
+    after the one that completes a tag is.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stop_reason: StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of a rollout with one author; segments alternate, and a rollout starts with the policy's.
+
+    ``token_ids`` are those that were sampled or shown, never re-encoded text; they and ``logprobs`` (of the engine,
+    policy segments only) are empty for rollouts read from a file. ``documents`` are what an observation shows.
+    """
+
+    source: Literal["policy", "environment"]
+    text: str
+    num_tokens: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    documents: tuple[Document, ...] = ()
+
+
+class RolloutStatus(StrEnum):
+    """How a rollout ended. Where several apply, the first in this order is the status."""
+
+    SEARCH_FAILED = "search_failed"
+    """The retriever failed. Not trained, and in no statistic of its group."""
+    TRUNCATED = "truncated"
+    """A message without an action met ``max_turn_tokens``, or an observation did not fit ``max_rollout_tokens``."""
+    INVALID = "invalid"
+    """No action, or a bad format anywhere."""
+    OUT_OF_TURNS = "out_of_turns"
+    """After ``max_searches`` searches the policy searched again instead of answering."""
+    ANSWERED = "answered"
+    """Valid from the first message to the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled episode, and what was computed of it. Stages return a new record; nobody writes into it.
+
+    ``score`` is the reward: the answer score, 0 unless the format is valid. ``answer_score`` is the ungated value, None
+    without an answer block. ``step_correctness`` has one entry per search turn.
+    """
+
+    question: Question
+    sample: int
+    step: int
+    prepend_think: bool
+    segments: tuple[Segment, ...]
+    status: RolloutStatus
+    prompt_ids: tuple[int, ...] = ()
+    answer: str | None = None
+    score: float = 0.0
+    answer_score: float | None = None
+    f1: float = 0.0
+    em: float = 0.0
+    cover_em: float = 0.0
+    step_correctness: tuple[float, ...] = ()
+
+    @property
+    def included(self) -> bool:
+        """Whether the rollout takes part in training and in the statistics of its group."""
+        return self.status is not RolloutStatus.SEARCH_FAILED
+
+    @property
+    def format_valid(self) -> bool:
+        """Whether every message kept the format, searched at least once, and the last one answered."""
+        return self.status is RolloutStatus.ANSWERED
+
+    @property
+    def policy_segments(self) -> list[Segment]:
+        """The policy's messages, one per turn; the last is the answer turn."""
+        return [segment for segment in self.segments if segment.source == "policy"]
+
+    @property
+    def turn_documents(self) -> list[tuple[Document, ...]]:
+        """What each search turn retrieved: as many entries as there are search turns."""
+        observed: list[tuple[Document, ...]] = []
+        for segment in self.segments:
+            if segment.source == "policy":
+                observed.append(())
+            else:
+                observed[-1] = segment.documents
+        return observed[:-1]
+
+    @property
+    def num_searches(self) -> int:
+        """Searches whose observation the policy saw."""
+        return sum(segment.source == "environment" for segment in self.segments)
+
+
+def group_rollouts(rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """Rows of each group, in order of first appearance: the rollouts of one question in one step.
+
+    Args:
+        rollouts: B rollouts, in any order.
+
+    Returns:
+        One list of row numbers per group; together they are a permutation of ``range(B)``.
+    """
+    order = {key: place for place, key in reversed(list(enumerate((r.step, r.question.id) for r in rollouts)))}
+    rows = sorted(range(len(rollouts)), key=lambda row: order[rollouts[row].step, rollouts[row].question.id])
+    return [list(group) for _, group in groupby(rows, lambda row: (rollouts[row].step, rollouts[row].question.id))]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch:
+    """B rollouts as tensors, padded on the right. Frozen: a stage that changes one makes another.
+
+    Attributes:
+        rollouts: the B records behind the tensors.
+        token_ids: [B, T] prompt, policy and environment tokens as sampled and shown; 0 where padded.
+        attention_mask: [B, T] bool, False where padded.
+        loss_mask: [B, T] bool, True at the policy tokens of included rollouts: the tokens that are trained.
+        turn_ids: [B, T] turn of each policy token, -1 at prompt, environment and padding.
+        answer_turn: [B] index of the answer turn.
+        group_ids: [B] group of each rollout, numbered from 0 in order of first appearance.
+        rewards: [B] score, gated by validity.
+        included: [B] bool, False for rollouts that are left out of training and of the group statistics.
+        step_correctness: [B, K] share of silver documents that each search turn newly found; 0 elsewhere.
+        anchor_ids: [B, K] equal within a group where two turns started from the same set of documents; -1 for none.
+        sampled_logprobs: [B, T] log-probabilities of the engine at policy tokens, 0 elsewhere.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    token_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+    turn_ids: Tensor
+    answer_turn: Tensor
+    group_ids: Tensor
+    rewards: Tensor
+    included: Tensor
+    step_correctness: Tensor
+    anchor_ids: Tensor
+    sampled_logprobs: Tensor
