@@ -25,7 +25,7 @@ _THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 _ANY_TAG = r"</?(?:think|search|information|answer)>"
 
 
-@dataclass(slots=True)
+@dataclass
 class Protocol:
     """How the agent and its environment talk, and how long they may."""
 

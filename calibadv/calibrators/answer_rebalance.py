@@ -1,0 +1,45 @@
+"""Balance rewarded and punished answers."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from calibadv.agent.collate import answer_mask
+from calibadv.interfaces import Calibrator, Metrics
+from calibadv.numerics.credit import answer_rebalance, rebalance_factors
+from calibadv.types import RolloutBatch
+
+
+class AnswerRebalance(Calibrator):
+    """Scale the positive advantages of each group's answer turns until they weigh as much as the negative ones.
+
+    The second part of CalibAdv (arXiv 2604.18235); it comes after SoftPenalty.
+
+    Args:
+        target_ratio: Positive over negative mass of the answer tokens after scaling (lambda in the paper, which
+            reports collapse below 1).
+    """
+
+    def __init__(self, target_ratio: float = 1.0) -> None:
+        if not (target_ratio > 0 and math.isfinite(target_ratio)):
+            raise ValueError(f"target_ratio is {target_ratio}; it must be a number above 0 (1.0 balances both sides)")
+        self.target_ratio = target_ratio
+
+    def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
+        """Apply :func:`calibadv.numerics.credit.answer_rebalance`.
+
+        Args:
+            batch: B rollouts.
+            advantages: [B, T], 0 outside ``batch.loss_mask``.
+
+        Returns:
+            [B, T]; and ``advantage/rebalance_factor``, the mean factor of the positive side over the groups that have
+            both sides (left out where none has).
+        """
+        answers = answer_mask(batch)
+        balanced = answer_rebalance(advantages, answers, batch.group_ids, self.target_ratio)
+        factors = rebalance_factors(advantages, answers, batch.group_ids, self.target_ratio)
+        used = factors[factors > 0]
+        return balanced, {"advantage/rebalance_factor": used.mean().item()} if len(used) else {}

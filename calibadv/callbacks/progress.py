@@ -1,0 +1,134 @@
+"""What a user sees while a run goes on: a bar, one line per validation, and a table where there is nothing else."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_COLUMNS = ("score", "f1", "em", "cover_em", "format_valid", "searches", "count")
+
+
+class Progress(Callback):
+    """Show progress on the terminal; where there is none, only the lines of the validations are printed."""
+
+    def __init__(self) -> None:
+        self.console = Console()
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._last = time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar."""
+        total, done = pl_module.rollout_steps, pl_module.rollout_step
+        self._task = self._bar.add_task("training", total=total, completed=done, figures="")
+        self._start(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar by one rollout step."""
+        output = outputs["output"]
+        figures = f"score {output.metrics.get('reward/score', 0.0):.2f}  {sum(output.seconds.values()):.1f} s/step"
+        assert self._task is not None
+        self._bar.update(self._task, completed=output.step, figures=figures)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar of an evaluation outside of training."""
+        if trainer.state.fn != "fit":
+            self._start_evaluation(trainer, sum(trainer.num_val_batches))
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Move the bar of an evaluation."""
+        if trainer.state.fn != "fit":
+            self._advance()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print one line in training, a table otherwise."""
+        if trainer.state.fn != "fit":
+            self._finish_evaluation(trainer, "val/")
+        elif trainer.is_global_zero:
+            metrics = trainer.callback_metrics
+            figures = "  ".join(f"{n} {metrics[f'val/{n}']:.3f}" for n in _COLUMNS[:-1] if f"val/{n}" in metrics)
+            self.console.print(f"step {pl_module.rollout_step:>4}  validation: {figures}", highlight=False)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar."""
+        self._start_evaluation(trainer, sum(trainer.num_test_batches))
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Move the bar."""
+        self._advance()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table."""
+        self._finish_evaluation(trainer, "test/")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar."""
+        self._start_evaluation(trainer, sum(trainer.num_predict_batches))
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Move the bar."""
+        self._advance()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+    def _start(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero and self.console.is_terminal:
+            self._bar.start()
+
+    def _start_evaluation(self, trainer: Trainer, batches: float) -> None:
+        self._task = self._bar.add_task("questions", total=batches, figures="")
+        self._start(trainer)
+
+    def _advance(self) -> None:
+        assert self._task is not None
+        self._bar.advance(self._task)
+
+    def _finish_evaluation(self, trainer: Trainer, prefix: str) -> None:
+        self._bar.stop()
+        if trainer.is_global_zero:
+            metrics = {n.removeprefix(prefix): v.item() for n, v in trainer.callback_metrics.items() if n.startswith(prefix)}
+            self.console.print(evaluation_table(metrics))
+
+
+def evaluation_table(metrics: dict[str, float]) -> Table:
+    """Lay out the figures of an evaluation.
+
+    Args:
+        metrics: of ``evaluation_metrics``.
+
+    Returns:
+        One row for all questions, and one per data source.
+    """
+    table = Table("questions", *(name.replace("_", " ") for name in _COLUMNS))
+    sources = dict.fromkeys(name.rpartition("/")[0] for name in metrics)
+    for source in sources:
+        prefix = f"{source}/" if source else ""
+        cells = [metrics.get(prefix + name) for name in _COLUMNS]
+        shown = ["-" if value is None else f"{value:.3f}" for value in cells[:-1]]
+        table.add_row(source or "all", *shown, f"{cells[-1] or 0:.0f}")
+    return table

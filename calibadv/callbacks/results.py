@@ -1,0 +1,104 @@
+"""results.json: the figures of a run, and what they were made with."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from calibadv.run_folder import RunFolder, write_atomically
+
+_PACKAGES = ("calibadv", "torch", "transformers", "lightning")
+_FINAL_EVALUATIONS = 3
+
+
+class Results(Callback):
+    """Write ``results.json`` into the run folder after every validation, test and at the end of training.
+
+    Its state travels in checkpoints, so that the file of a resumed run is that of an uninterrupted one, but for the time.
+    """
+
+    def __init__(self) -> None:
+        self.validations: list[dict[str, float]] = []
+        self.statuses: Counter[str] = Counter()
+        self._seconds_before = 0.0
+        self._start = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a resumed run needs."""
+        return {"validations": self.validations, "statuses": dict(self.statuses), "wall_seconds": self.wall_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.validations = list(state_dict["validations"])
+        self.statuses = Counter(state_dict["statuses"])
+        self._seconds_before = state_dict["wall_seconds"]
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds of this run, those before a resume included."""
+        return self._seconds_before + time.perf_counter() - self._start
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count how the training rollouts ended."""
+        self.statuses.update(str(rollout.status) for rollout in outputs["output"].batch.rollouts)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record a validation."""
+        row = {"step": pl_module.rollout_step, **_figures(trainer, "val/")}
+        self.validations = [*(v for v in self.validations if v["step"] < row["step"]), row]
+        if trainer.state.fn == "fit":
+            self._write(trainer, pl_module, self._training())
+        else:
+            self._write(trainer, pl_module, {"validate": row})
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record a test."""
+        self._write(trainer, pl_module, {"test": {"step": pl_module.rollout_step, **_figures(trainer, "test/")}})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the end of training."""
+        self._write(trainer, pl_module, self._training())
+
+    def _training(self) -> dict[str, Any]:
+        f1 = [row["f1"] for row in self.validations if "f1" in row]
+        return {
+            "validations": self.validations,
+            "best_f1": max(f1, default=None),
+            "final_f1": sum(f1[-_FINAL_EVALUATIONS:]) / len(f1[-_FINAL_EVALUATIONS:]) if f1 else None,
+            "statuses": dict(sorted(self.statuses.items())),
+            "wall_seconds": round(self.wall_seconds, 1),
+        }
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, figures: dict[str, Any]) -> None:
+        folder = RunFolder(Path(trainer.default_root_dir))
+        made_with = {
+            "name": folder.path.name,
+            "rollout_step": pl_module.rollout_step,
+            "seed": pl_module.seed,
+            "threads": torch.get_num_threads(),
+            "device": str(pl_module.device),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+            "command": shlex.join(["calibadv", *sys.argv[1:]]),
+        }
+        if trainer.state.fn == "fit":
+            figures = {**made_with, **figures}
+        else:
+            figures = {**made_with, **folder.read_results(), **figures}
+        write_atomically(folder.results, json.dumps(figures, indent=2) + "\n")
+
+
+def _figures(trainer: Trainer, prefix: str) -> dict[str, float]:
+    metrics = trainer.callback_metrics
+    return {name.removeprefix(prefix): value.item() for name, value in metrics.items() if name.startswith(prefix)}

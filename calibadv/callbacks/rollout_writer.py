@@ -1,0 +1,86 @@
+"""Rollouts to look at: JSON lines in the run folder, and a few as text beside the curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from calibadv.agent.collate import turn_values
+from calibadv.rollout_files import write_rollouts
+from calibadv.run_folder import RunFolder
+from calibadv.types import Rollout
+
+
+class RolloutWriter(Callback):
+    """Write rollouts into the run folder: of every N-th training step, and of every validation, test and prediction.
+
+    Args:
+        every_n_rollout_steps: Write the training rollouts of step 1 and of every so many steps.
+        shown: How many of them to show as text in TensorBoard, the worst scores first.
+    """
+
+    def __init__(self, every_n_rollout_steps: int = 10, shown: int = 4) -> None:
+        if every_n_rollout_steps < 1:
+            raise ValueError(f"rollouts.every_n_rollout_steps is {every_n_rollout_steps}; it must be at least 1")
+        self.every_n_rollout_steps = every_n_rollout_steps
+        self.shown = shown
+        self._evaluated: list[Rollout] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the training rollouts where it is their turn."""
+        output = outputs["output"]
+        if output.step != 1 and output.step % self.every_n_rollout_steps:
+            return
+        estimated, calibrated = (turn_values(output.batch, a) for a in (output.estimated, output.calibrated))
+        rollouts = output.batch.rollouts
+        write_rollouts(self._path(trainer, "train", output.step), rollouts, estimated, calibrated)
+        worst = sorted(rollouts, key=lambda rollout: rollout.score)[: self.shown]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and worst:
+                text = "\n\n---\n\n".join(_as_markdown(rollout) for rollout in worst)
+                logger.experiment.add_text("rollouts/lowest_scores", text, output.step)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Keep the rollouts of this batch."""
+        self._evaluated.extend(outputs)
+
+    on_test_batch_end = on_validation_batch_end
+    on_predict_batch_end = on_validation_batch_end
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the validation rollouts."""
+        self._write(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the test rollouts."""
+        self._write(trainer, pl_module, "test")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the predictions."""
+        self._write(trainer, pl_module, "predict")
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
+        write_rollouts(self._path(trainer, split, pl_module.rollout_step), self._evaluated)
+        self._evaluated.clear()
+
+    def _path(self, trainer: Trainer, split: str, step: int) -> Path:
+        return RunFolder(Path(trainer.default_root_dir)).rollout_file(split, step)
+
+
+def _as_markdown(rollout: Rollout) -> str:
+    answers = " / ".join(rollout.question.golden_answers)
+    head = f"**{rollout.question.question}** ({answers}): score {rollout.score:.2f}, {rollout.status}"
+    return "\n\n".join([head, *(_quote(segment.source, segment.text) for segment in rollout.segments)])
+
+
+def _quote(source: str, text: str) -> str:
+    lines: Sequence[str] = text.strip().splitlines()
+    return "\n".join([f"*{source}*", "", *(f"    {line}" for line in lines)])

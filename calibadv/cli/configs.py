@@ -1,0 +1,168 @@
+"""Config files by name, and mistakes in their order that the parser would accept silently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CALLBACKS = "trainer.callbacks"
+
+
+def configs_folder() -> Path:
+    """The packaged configs.
+
+    Returns:
+        ``configs/`` of the checkout, or of the installed package.
+    """
+    package = Path(str(files("calibadv")))
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def resolve_config(name: str) -> Path:
+    """Find a config file.
+
+    Args:
+        name: ``quickstart`` or ``calibrators/calibadv`` for a packaged file, a path for any other.
+
+    Returns:
+        An existing file.
+
+    Raises:
+        ValueError: there is none; the message lists the packaged names.
+    """
+    folder = configs_folder()
+    for candidate in (folder / f"{name}.yaml", Path(name)):
+        if candidate.is_file():
+            return candidate
+    names = sorted(config_name(path) for path in folder.rglob("*.yaml"))
+    raise ValueError(f"config '{name}' is neither a file nor a packaged config: {', '.join(names)}")
+
+
+def config_name(path: Path) -> str:
+    """What a user calls a config file.
+
+    Args:
+        path: a config file.
+
+    Returns:
+        ``calibrators/calibadv`` for a packaged file, the path for any other.
+    """
+    folder = configs_folder().resolve()
+    if path.resolve().is_relative_to(folder):
+        return path.resolve().relative_to(folder).with_suffix("").as_posix()
+    return str(path)
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """One config file, flat: ``values`` maps dotted keys such as ``trainer.callbacks+`` to what is not a mapping."""
+
+    name: str
+    values: dict[str, Any]
+
+
+def read_config(path: Path) -> ConfigFile:
+    """Read a YAML config.
+
+    Args:
+        path: an existing file.
+
+    Returns:
+        Its name and its values under dotted keys.
+
+    Raises:
+        ValueError: it is not YAML, or no mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config '{config_name(path)}' is not YAML: {reason}") from error
+    if not isinstance(content, dict | None):
+        raise ValueError(f"config '{config_name(path)}' holds {type(content).__name__}; write 'key: value' lines")
+    return ConfigFile(config_name(path), dict(_flatten(content or {}, "")))
+
+
+def _flatten(mapping: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def scan_overlays(paths: list[Path]) -> None:
+    """Refuse what the parser would accept without doing what is meant.
+
+    Args:
+        paths: the config files in the order in which they apply.
+
+    Raises:
+        ValueError: an overlay stands before a file that sets all of it again or the list that it appends to; or two
+            AdvantageCalibration callbacks are in effect, of which the second would replace the first.
+    """
+    configs = [read_config(path) for path in paths]
+    for place, config in enumerate(configs):
+        _refuse_if_lost(config, configs[place + 1 :])
+    names = [name for name, _ in calibrations(configs)]
+    if len(names) > 1:
+        raise ValueError(
+            f"{' and '.join(repr(name) for name in names)} each install an AdvantageCalibration; give one overlay that "
+            "lists all calibrators in one such callback, as calibrators/calibadv does"
+        )
+
+
+def _refuse_if_lost(config: ConfigFile, later: Sequence[ConfigFile]) -> None:
+    owners = {key: _set_again_by(key, later) for key in config.values}
+    last = next((other.name for other in reversed(later) if other.name in owners.values()), None)
+    if last is None:
+        return
+    if all(owners.values()):
+        raise ValueError(f"nothing of '{config.name}' remains: later files set all of it again; put it after '{last}'")
+    for key, owner in owners.items():
+        if key.endswith("+") and owner:
+            raise ValueError(
+                f"what '{config.name}' appends to {key[:-1]} is lost: '{owner}' sets the whole list afterwards; "
+                f"put '{config.name}' after '{owner}'"
+            )
+
+
+def _set_again_by(key: str, later: Sequence[ConfigFile]) -> str | None:
+    """The last file that sets the key whole, or something that contains it."""
+    parts = key.removesuffix("+").split(".")
+    whole = {".".join(parts[: end + 1]) for end in range(len(parts))}
+    return next((config.name for config in reversed(later) if whole & config.values.keys()), None)
+
+
+def calibrations(configs: Sequence[ConfigFile]) -> list[tuple[str, Any]]:
+    """The AdvantageCalibration callbacks that are in effect after all files.
+
+    Args:
+        configs: in the order in which they apply.
+
+    Returns:
+        Name of the file and the callback's entry; ``callbacks:`` replaces those of earlier files.
+    """
+    found: list[tuple[str, Any]] = []
+    for config in configs:
+        if CALLBACKS in config.values:
+            found = []
+        for key in (CALLBACKS, f"{CALLBACKS}+"):
+            entries = config.values.get(key) or []
+            found += [(config.name, entry) for entry in _as_list(entries) if _is_calibration(entry)]
+    return found
+
+
+def _as_list(entries: Any) -> list[Any]:
+    return entries if isinstance(entries, list) else [entries]
+
+
+def _is_calibration(entry: Any) -> bool:
+    name = entry.get("class_path") if isinstance(entry, dict) else entry
+    return isinstance(name, str) and name.rpartition(".")[2] == "AdvantageCalibration"

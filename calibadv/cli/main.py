@@ -1,0 +1,73 @@
+"""The entry point: ``calibadv COMMAND``. Four verbs go to LightningCLI; the others are typed functions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from calibadv.cli.errors import is_ours, report
+from calibadv.cli.quiet import quiet
+from calibadv.interfaces import RetrievalError
+
+VERBS = {
+    "fit": "Train a search agent, validating as it goes.",
+    "validate": "Answer the validation questions greedily and print the figures.",
+    "test": "Answer the test questions greedily and print the figures.",
+    "predict": "Answer the test questions greedily and write the rollouts.",
+}
+TOOLS = {
+    "replay": "Recompute score, evidence and advantages of recorded rollouts, without a model.",
+    "world": "Export the embedded world, or make its policy again from nothing.",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: of the command line, without the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0, 2 for a mistake in the command or its input, or 128 + signal after an orderly stop.
+    """
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        _print_help()
+        return 0
+    if command not in VERBS and command not in TOOLS:
+        report(f"there is no command '{command}'; choose one of {', '.join([*VERBS, *TOOLS])}")
+        return 2
+    quiet()
+    try:
+        if command in VERBS:
+            from calibadv.cli.lightning import run_verb
+
+            return run_verb(command, rest)
+        from calibadv.cli.tools import run_tool
+
+        return run_tool(command, rest)
+    except (ValueError, RetrievalError) as error:
+        if not is_ours(error):
+            raise
+        report(str(error))
+        return 2
+    except KeyboardInterrupt:
+        report("stopped at once; what was written before is kept")
+        return 130
+
+
+def _print_help() -> None:
+    console = Console()
+    console.print("[bold]usage:[/bold] calibadv COMMAND [--config NAME_OR_FILE ...] [--option VALUE ...]\n")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in {**VERBS, **TOOLS}.items():
+        table.add_row(f"  [bold]{name}[/bold]", text)
+    console.print(table)
+    console.print("\n'calibadv COMMAND --help' lists the options of a command. For a first run: calibadv fit --config quickstart")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

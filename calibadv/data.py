@@ -1,0 +1,204 @@
+"""Which questions a run sees, and in which order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import count
+from typing import cast
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+
+from calibadv.questions import read_questions
+from calibadv.types import Question
+
+_EVALUATION_BATCH = 64
+
+
+@lru_cache(maxsize=4)
+def question_order(seed: int, epoch: int, num_questions: int) -> NDArray[np.int64]:
+    """The order of the questions in one pass over them: a permutation that depends on nothing but the arguments.
+
+    Args:
+        seed: of the run.
+        epoch: which pass, from 0.
+        num_questions: N.
+
+    Returns:
+        [N] read-only permutation of ``range(N)``.
+    """
+    digest = blake2b(f"questions/{seed}/{epoch}".encode(), digest_size=16).digest()
+    # NumPy promises the raw stream of a bit generator for ever, but not what Generator.permutation makes of it.
+    draws = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(num_questions)
+    order = np.argsort(draws, kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def question_at(position: int, seed: int, num_questions: int) -> int:
+    """The question at one position of the endless training order.
+
+    Args:
+        position: from 0.
+        seed: of the run.
+        num_questions: N.
+
+    Returns:
+        A row in ``range(N)``; every N positions from a multiple of N on hold each row once.
+    """
+    epoch, place = divmod(position, num_questions)
+    return int(question_order(seed, epoch, num_questions)[place])
+
+
+def step_positions(step: int, questions_per_step: int) -> range:
+    """The positions of one rollout step's questions.
+
+    Args:
+        step: from 0.
+        questions_per_step: Q.
+
+    Returns:
+        Q positions for ``question_at``.
+    """
+    return range(step * questions_per_step, (step + 1) * questions_per_step)
+
+
+class TrainingQuestions:
+    """The endless training order, one list of questions per rollout step.
+
+    Args:
+        questions: what to train on.
+        questions_per_step: Q, the length of each list.
+        seed: of the run.
+        start: rollout steps already done.
+    """
+
+    def __init__(self, questions: list[Question], questions_per_step: int, seed: int, start: int) -> None:
+        self.questions = questions
+        self.questions_per_step = questions_per_step
+        self.seed = seed
+        self.start = start
+
+    def __iter__(self) -> Iterator[list[Question]]:
+        """Yield the questions of step ``start``, of the next one, and so on without end."""
+        for step in count(self.start):
+            positions = step_positions(step, self.questions_per_step)
+            yield [self.questions[question_at(p, self.seed, len(self.questions))] for p in positions]
+
+
+class EvaluationQuestions:
+    """All questions once, in the order of the file, in lists of at most 64.
+
+    Args:
+        questions: what to evaluate on.
+    """
+
+    def __init__(self, questions: list[Question]) -> None:
+        self.questions = questions
+
+    def __len__(self) -> int:
+        """Number of lists."""
+        return math.ceil(len(self.questions) / _EVALUATION_BATCH)
+
+    def __iter__(self) -> Iterator[list[Question]]:
+        """Yield the lists."""
+        for start in range(0, len(self.questions), _EVALUATION_BATCH):
+            yield self.questions[start : start + _EVALUATION_BATCH]
+
+
+class QuestionData(LightningDataModule):
+    """Questions for training, validation and test. Prediction takes those of the test.
+
+    Args:
+        train: Question file, list of files, or ``embedded``.
+        validation: Question file, list of files, or ``embedded``.
+        test: Question file, list of files, or ``embedded``.
+        questions_per_step: Questions of one rollout step. With fewer training questions, a step repeats some.
+        validation_questions: Validate on the first so many; all of them by default.
+        seed: Decides the order of the training questions.
+
+    Raises:
+        ValueError: a file cannot be read, or a number is below 1.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] = "embedded",
+        validation: str | list[str] = "embedded",
+        test: str | list[str] = "embedded",
+        questions_per_step: int = 16,
+        validation_questions: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if questions_per_step < 1:
+            raise ValueError(f"data.questions_per_step is {questions_per_step}; it must be at least 1")
+        if validation_questions is not None and validation_questions < 1:
+            raise ValueError(f"data.validation_questions is {validation_questions}; it must be at least 1, or null")
+        # All files are read at once, so that a bad one stops the run before anything is written.
+        self.train_questions = _load(train, "train")
+        self.validation_questions = _load(validation, "validation")[:validation_questions]
+        self.test_questions = _load(test, "test")
+        self.questions_per_step = questions_per_step
+        self.seed = seed
+
+    def questions_for(self, stage: str) -> list[Question]:
+        """The questions that will be asked.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+        Returns:
+            Those of all data loaders that the stage uses.
+        """
+        if stage == "fit":
+            return self.train_questions + self.validation_questions
+        return self.validation_questions if stage == "validate" else self.test_questions
+
+    # The loaders are plain iterables, not torch's DataLoader: there is nothing to collate, and worker processes, whose
+    # absence Lightning warns of, would only copy questions that are in memory already.
+
+    def train_dataloader(self) -> TrainingQuestions:
+        """Endless lists of questions, from the rollout step at which the module's own counter stands.
+
+        Returns:
+            One list of ``questions_per_step`` questions per rollout step.
+        """
+        start = cast("int", self.trainer.lightning_module.rollout_step) if self.trainer else 0
+        return TrainingQuestions(self.train_questions, self.questions_per_step, self.seed, start)
+
+    def val_dataloader(self) -> EvaluationQuestions:
+        """The validation questions.
+
+        Returns:
+            Lists of questions.
+        """
+        return EvaluationQuestions(self.validation_questions)
+
+    def test_dataloader(self) -> EvaluationQuestions:
+        """The test questions.
+
+        Returns:
+            Lists of questions.
+        """
+        return EvaluationQuestions(self.test_questions)
+
+    def predict_dataloader(self) -> EvaluationQuestions:
+        """The test questions again: predictions are made for them.
+
+        Returns:
+            Lists of questions.
+        """
+        return EvaluationQuestions(self.test_questions)
+
+
+def _load(source: str | list[str], split: str) -> list[Question]:
+    if source == "embedded":
+        from calibadv.world import embedded_world
+
+        return list(embedded_world().questions[split])
+    return read_questions(source)

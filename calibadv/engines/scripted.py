@@ -1,0 +1,71 @@
+"""The public fake: an engine that plays what it is given, for tests, tutorials and demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from calibadv.agent.tokenizer import AgentTokenizer
+from calibadv.engines.stopping import stop_reason
+from calibadv.interfaces import Engine
+from calibadv.models import Policy
+from calibadv.types import Completion, DrawKey, Sampling, StopReason
+
+
+class ScriptedEngine(Engine):
+    """Play scripted messages through the policy's tokenizer, with log-probability 0.
+
+    Args:
+        replies: for each question id, for each sample, its messages in order; samples beyond the list start it again.
+        default: samples for question ids that ``replies`` does not name.
+    """
+
+    def __init__(
+        self, replies: dict[str, list[list[str]]] | None = None, default: list[list[str]] | None = None
+    ) -> None:
+        self._replies = replies or {}
+        self._default = default or []
+        self._tokenizer: AgentTokenizer | None = None
+
+    def sync(self, policy: Policy) -> None:
+        """Take the policy's tokenizer.
+
+        Args:
+            policy: model and tokenizer.
+        """
+        self._tokenizer = policy.tokenizer
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]
+    ) -> list[Completion]:
+        """Play the message that the script holds for each key.
+
+        Args:
+            prompts: not looked at.
+            sampling: its ``max_tokens`` cuts a message.
+            keys: say which message to play.
+
+        Returns:
+            One completion per prompt.
+
+        Raises:
+            ValueError: the script holds no message for a key.
+        """
+        return [self._play(key, sampling.max_tokens) for key in keys]
+
+    def _play(self, key: DrawKey, max_tokens: int) -> Completion:
+        samples = self._replies.get(key.question_id, self._default)
+        messages = samples[key.sample % len(samples)] if samples else []
+        if key.turn >= len(messages):
+            raise ValueError(
+                f"the script of question '{key.question_id}', sample {key.sample} has {len(messages)} messages, "
+                f"and message {key.turn + 1} was asked for; script it, or end with an answer"
+            )
+        assert self._tokenizer is not None, "sync comes before generate"
+        token_ids: list[int] = []
+        reason: StopReason | None = None
+        for token_id in self._tokenizer.encode(messages[key.turn])[:max_tokens]:
+            token_ids.append(token_id)
+            reason = stop_reason(self._tokenizer, token_ids)
+            if reason is not None:
+                break
+        return Completion(tuple(token_ids), (0.0,) * len(token_ids), reason or StopReason.LENGTH)

@@ -1,0 +1,25 @@
+"""Group-relative policy optimization."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from calibadv.interfaces import AdvantageEstimator
+from calibadv.numerics.advantage import group_normalise
+from calibadv.types import RolloutBatch
+
+
+class GRPO(AdvantageEstimator):
+    """Reward minus the group's mean, over the group's standard deviation (arXiv 2402.03300)."""
+
+    def estimate(self, batch: RolloutBatch) -> Tensor:
+        """Give every policy token of a rollout the rollout's normalised reward.
+
+        Args:
+            batch: B rollouts with rewards.
+
+        Returns:
+            [B, T], 0 outside ``batch.loss_mask``.
+        """
+        advantages = group_normalise(batch.rewards, batch.group_ids, batch.included)
+        return advantages[:, None] * batch.loss_mask

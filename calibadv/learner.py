@@ -1,0 +1,185 @@
+"""Optimizer steps: the objective, the learning rate, and the passes over a rollout batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from calibadv.interfaces import LossInputs, Metrics, PolicyLoss, Regularizer
+from calibadv.numerics.kl import k3
+from calibadv.update import ReadyBatch, loss_inputs, micro_batches, mini_batches
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is minimised: the policy loss, the KL to the reference, and further terms."""
+
+    loss: PolicyLoss
+    kl_coef: float
+    regularizers: tuple[Regularizer, ...]
+
+    def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
+        """Add up the terms for one micro-batch.
+
+        Args:
+            inputs: N trained tokens.
+
+        Returns:
+            A scalar with gradient; and metrics that add up over micro-batches.
+        """
+        loss, metrics = self.loss.compute(inputs)
+        metrics = dict(metrics)
+        metrics["kl_old"] = k3(inputs.logprobs.detach(), inputs.old_logprobs).sum().item() / inputs.denominator
+        if inputs.reference_logprobs is not None:
+            kl = k3(inputs.logprobs, inputs.reference_logprobs).sum() / inputs.denominator
+            loss = loss + self.kl_coef * kl
+            metrics["kl_reference"] = kl.item()
+        for regularizer in self.regularizers:
+            term, more = regularizer.compute(inputs)
+            loss = loss + term
+            metrics.update(more)
+        return loss, metrics
+
+
+@dataclass(frozen=True, slots=True)
+class LearningRate:
+    """The learning rate as a function of the rollout step: the same for all its mini-batches."""
+
+    peak: float
+    schedule: Literal["constant", "cosine"]
+    warmup_steps: int
+    rollout_steps: int
+
+    def at(self, step: int) -> float:
+        """Compute the learning rate of a rollout step.
+
+        Args:
+            step: from 1.
+
+        Returns:
+            Grows linearly over ``warmup_steps``, then stays at the peak or falls as half a cosine.
+        """
+        if step <= self.warmup_steps:
+            return self.peak * step / self.warmup_steps
+        if self.schedule == "constant":
+            return self.peak
+        progress = (step - 1 - self.warmup_steps) / max(self.rollout_steps - self.warmup_steps, 1)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """One pass of optimizer steps over a rollout batch; the parameters are those of SearchAgentModule."""
+
+    objective: Objective
+    learning_rate: LearningRate
+    betas: tuple[float, float]
+    weight_decay: float
+    clip_norm: float
+    mini_batches: int
+    micro_batch_tokens: int
+    temperature: float
+    old_logprobs: Literal["trainer", "engine"]
+    skip_tied: bool
+    seed: int
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Make AdamW over the parameters that are trained.
+
+        Args:
+            model: the policy.
+
+        Returns:
+            The optimizer; ``update`` sets its learning rate at every rollout step.
+        """
+        return torch.optim.AdamW(
+            _trained(model), lr=self.learning_rate.peak, betas=self.betas, weight_decay=self.weight_decay
+        )
+
+    def update(
+        self,
+        model: nn.Module,
+        ready: ReadyBatch,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        backward: Callable[[Tensor], None],
+    ) -> Metrics:
+        """Make one optimizer step per mini-batch.
+
+        Args:
+            model: the policy.
+            ready: rollouts, calibrated advantages, and log-probabilities before the update.
+            step: rollout step, from 1.
+            optimizer: of ``make_optimizer``.
+            backward: computes gradients; Lightning's ``manual_backward`` in training.
+
+        Returns:
+            Metrics of the update.
+        """
+        if self.old_logprobs == "engine":
+            ready = replace(ready, before=replace(ready.before, policy=ready.batch.sampled_logprobs))
+        rate = self.learning_rate.at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        tied = 0
+        updates: list[Metrics] = []
+        for rows in mini_batches(ready.batch, self.mini_batches, self.seed, step):
+            is_tied = not bool(ready.advantages[rows].any())
+            tied += is_tied
+            if not (is_tied and self.skip_tied):
+                gradient = self.accumulate(model, ready, rows, optimizer, backward)
+                optimizer.step()
+                updates.append(gradient)
+        return {"update/learning_rate": rate, "credit/tied_updates": float(tied), **_summarise(updates)}
+
+    def accumulate(
+        self,
+        model: nn.Module,
+        ready: ReadyBatch,
+        rows: Sequence[int],
+        optimizer: torch.optim.Optimizer,
+        backward: Callable[[Tensor], None],
+    ) -> Metrics:
+        """Compute the clipped gradient of one mini-batch.
+
+        Args:
+            model: the policy; its gradients are set.
+            ready: rollouts, calibrated advantages, and log-probabilities before the update.
+            rows: the mini-batch.
+            optimizer: clears the gradients of before.
+            backward: computes gradients.
+
+        Returns:
+            Loss, norm of the gradient before clipping, and what the loss reports.
+        """
+        optimizer.zero_grad()
+        denominator = float(ready.batch.loss_mask[rows].sum().item())
+        total: Metrics = {"loss": 0.0}
+        for part in micro_batches(ready.batch, rows, self.micro_batch_tokens):
+            loss, metrics = self.objective.compute(loss_inputs(model, ready, part, self.temperature, denominator))
+            backward(loss)
+            for name, value in {"loss": loss.item(), **metrics}.items():
+                total[name] = total.get(name, 0.0) + value
+        norm = torch.nn.utils.clip_grad_norm_(_trained(model), self.clip_norm or math.inf)
+        return {**total, "grad_norm": norm.item()}
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _summarise(updates: list[Metrics]) -> Metrics:
+    """Means over mini-batches; of the KL to the policy before the update, the last, where it is largest."""
+    if not updates:
+        return {}
+    names = updates[-1]
+    metrics = {f"stability/{name}": sum(update[name] for update in updates) / len(updates) for name in names}
+    metrics["update/loss"] = metrics.pop("stability/loss")
+    metrics["stability/kl_old"] = updates[-1]["kl_old"]
+    metrics["stability/grad_norm_max"] = max(update["grad_norm"] for update in updates)
+    return metrics

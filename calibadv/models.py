@@ -1,0 +1,189 @@
+"""Load the policy from an ordinary Hugging Face folder, and make its reference."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from calibadv.agent.tokenizer import AgentTokenizer, prepare_tags
+from calibadv.world import EMBEDDED, policy_folder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Lora:
+    """Low-rank adapters in the place of full fine-tuning; the reference is then the policy without them."""
+
+    rank: int = 16
+    """Rank of the adapters."""
+    alpha: int = 32
+    """Scale: adapters are multiplied by alpha / rank."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the modules to adapt, or ``all-linear``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A causal language model and its tokenizer."""
+
+    model: nn.Module
+    tokenizer: AgentTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The policy as it was before training.
+
+    ``frozen`` is a copy of the model, or None where the policy's adapters can be switched off instead. The copy is kept
+    out of the module tree (in a list), so that checkpoints do not hold it twice.
+    """
+
+    frozen: list[nn.Module] = field(default_factory=list)
+
+    @contextmanager
+    def model(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """Give the reference model for a forward pass without gradient.
+
+        Args:
+            policy: the model in training, used with its adapters off when there is no frozen copy.
+
+        Yields:
+            The reference.
+        """
+        with torch.no_grad():
+            if self.frozen:
+                yield self.frozen[0]
+            else:
+                with policy.disable_adapter():  # type: ignore[operator]  # a PeftModel, by construction
+                    yield policy
+
+    def to(self, device: torch.device) -> None:
+        """Move the frozen copy, which Lightning does not see.
+
+        Args:
+            device: of the policy.
+        """
+        for model in self.frozen:
+            model.to(device)
+
+    def checksum(self) -> str:
+        """Tell one reference from another.
+
+        Returns:
+            A digest of the frozen weights; empty where the reference is the policy without adapters.
+        """
+        digest = blake2b(digest_size=16)
+        for model in self.frozen:
+            for name, tensor in sorted(model.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest() if self.frozen else ""
+
+
+def check_model_folder(name: str) -> Path:
+    """Find a model folder, before anything is loaded.
+
+    Args:
+        name: a folder, or ``embedded``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: there is no such folder, or it holds no model.
+    """
+    folder = policy_folder() if name == EMBEDDED else Path(name)
+    if not folder.is_dir():
+        raise ValueError(f"model.policy '{name}' is not a folder; give a Hugging Face model folder, or 'embedded'")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model.policy '{name}' has no config.json; give a folder that save_pretrained wrote")
+    return folder
+
+
+def load_policy(name: str, lora: Lora | None = None) -> Policy:
+    """Load model and tokenizer, in float32 and without dropout.
+
+    The generation config of the folder is replaced by a neutral one: ``top_k``, ``top_p`` or ``repetition_penalty`` in
+    it would silently make the sampled distribution another than the trained one.
+
+    Args:
+        name: a Hugging Face folder, or ``embedded``.
+        lora: train adapters instead of all parameters.
+
+    Returns:
+        The policy.
+
+    Raises:
+        ValueError: no such folder, or a tokenizer that does not return the tags.
+    """
+    folder = check_model_folder(name)
+    tokenizer = _load_tokenizer(folder)
+    added = prepare_tags(tokenizer)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    # Dropout would make log-probabilities of one and the same policy differ between two passes.
+    overrides: dict[str, Any] = {key: 0.0 for key in config.to_dict() if key.endswith(("dropout", "pdrop"))}
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **overrides)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if added:
+        log.warning(
+            "%s breaks the tags %s; added them as tokens and resized the embedding to %d rows (new rows are untrained)",
+            type(tokenizer).__name__,
+            " ".join(added),
+            model.get_input_embeddings().num_embeddings,
+        )
+    end = model.generation_config.eos_token_id
+    end_ids = [] if end is None else [end] if isinstance(end, int) else list(end)
+    model.generation_config = GenerationConfig()
+    if lora is not None:
+        model = _with_adapters(model, lora)
+    return Policy(model, AgentTokenizer(tokenizer, end_ids))
+
+
+def make_reference(policy: Policy, lora: Lora | None) -> Reference:
+    """Make the reference of a policy that has not been trained yet.
+
+    Args:
+        policy: as loaded.
+        lora: what ``load_policy`` was given.
+
+    Returns:
+        The adapters-off view with LoRA, else a frozen copy.
+    """
+    if lora is not None:
+        return Reference()
+    return Reference([copy.deepcopy(policy.model).requires_grad_(False)])
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.policy '{folder}' has no tokenizer that loads ({reason}); save one into it") from error
+    return tokenizer
+
+
+def _with_adapters(model: nn.Module, lora: Lora) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=lora.target_modules,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    adapted: nn.Module = get_peft_model(model, config)  # type: ignore[arg-type]  # peft accepts any transformers model
+    return adapted

@@ -1,0 +1,422 @@
+"""The LightningModule: policy, reference, and one training step from questions to the gradient."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from calibadv.agent.collate import collate
+from calibadv.agent.protocol import Protocol
+from calibadv.agent.rollout import Agent, Draws, check_prompt, run_rollouts
+from calibadv.data import QuestionData
+from calibadv.interfaces import (
+    AdvantageEstimator,
+    Calibrator,
+    Engine,
+    Metrics,
+    PolicyLoss,
+    Regularizer,
+    RetrievalError,
+    Retriever,
+    Reward,
+)
+from calibadv.metrics import evaluation_metrics, rollout_metrics
+from calibadv.learner import LearningRate, Learner, Objective
+from calibadv.models import Lora, Reference, load_policy, make_reference
+from calibadv.rewards.evidence import credit_rollouts
+from calibadv.rewards.scoring import score_rollouts
+from calibadv.stopwatch import Stopwatch
+from calibadv.types import Question, Rollout, RolloutBatch, RolloutStatus
+from calibadv.update import BatchLogprobs, ReadyBatch, compute_logprobs, stability_metrics
+
+log = logging.getLogger(__name__)
+
+# A retriever that fails this often is down; going on would train on what is left by chance.
+_MAX_FAILED_SHARE = 0.5
+# The longest questions have the longest prompts, near enough; encoding all of a large file would take minutes.
+_PROMPTS_CHECKED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a training step hands to callbacks.
+
+    Attributes:
+        step: the rollout step, from 1.
+        batch: its B rollouts.
+        estimated: [B, T] advantages of the estimator.
+        calibrated: [B, T] advantages after the calibrators.
+        metrics: all curves of this step.
+        seconds: wall time of each stage.
+    """
+
+    step: int
+    batch: RolloutBatch
+    estimated: Tensor
+    calibrated: Tensor
+    metrics: Metrics
+    seconds: dict[str, float]
+
+
+class SearchAgentModule(pl.LightningModule):
+    """Train a search agent: sample rollouts, score them, estimate and calibrate advantages, update the policy.
+
+    Args:
+        policy: Hugging Face model folder, or ``embedded``.
+        engine: samples the policy's tokens.
+        retriever: finds documents.
+        reward: scores answers.
+        estimator: turns rewards into advantages.
+        loss: the surrogate that is minimised.
+        protocol: how agent and environment talk, and how long they may.
+        lora: train low-rank adapters in the place of all parameters.
+        regularizers: further terms of the loss.
+        kl_coef: weight of the KL divergence (k3) to the policy before training; 0 loads no reference.
+        rollout_steps: stop after this many rollout steps, those before a resume included.
+        group_size: rollouts per question.
+        temperature: of sampling in training; validation is greedy.
+        learning_rate: peak learning rate of AdamW.
+        schedule: ``constant``, or ``cosine`` from the peak to zero over ``rollout_steps``.
+        warmup_steps: rollout steps over which the learning rate grows linearly from zero.
+        betas: of AdamW.
+        weight_decay: of AdamW.
+        clip_norm: the gradient of a mini-batch is scaled down to this norm; 0 leaves it.
+        mini_batches: optimizer steps per rollout step; each takes a block of whole questions.
+        micro_batch_tokens: the most tokens, padding included, of one forward pass; bounds memory, changes no result.
+        old_logprobs: the ratio's denominator: recomputed by the ``trainer``, or those of the ``engine``.
+        skip_tied: leave out the optimizer step of mini-batches whose advantages are all 0.
+        garbled_perplexity: a rollout counts as garbled if a message's perplexity is above this.
+        seed: of questions, sampling and mini-batches; set by ``--seed_everything``.
+    """
+
+    calibrators: Sequence[Calibrator]
+
+    def __init__(
+        self,
+        policy: str,
+        engine: Engine,
+        retriever: Retriever,
+        reward: Reward,
+        estimator: AdvantageEstimator,
+        loss: PolicyLoss,
+        protocol: Protocol,
+        lora: Lora | None = None,
+        regularizers: list[Regularizer] | None = None,
+        kl_coef: float = 0.0,
+        rollout_steps: int = 100,
+        group_size: int = 5,
+        temperature: float = 1.0,
+        learning_rate: float = 1e-6,
+        schedule: Literal["constant", "cosine"] = "constant",
+        warmup_steps: int = 0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.01,
+        clip_norm: float = 1.0,
+        mini_batches: int = 1,
+        micro_batch_tokens: int = 16384,
+        old_logprobs: Literal["trainer", "engine"] = "trainer",
+        skip_tied: bool = False,
+        garbled_perplexity: float = 50.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        for name, value in (("rollout_steps", rollout_steps), ("group_size", group_size), ("mini_batches", mini_batches)):
+            if value < 1:
+                raise ValueError(f"model.{name} is {value}; it must be at least 1")
+        if temperature <= 0:
+            raise ValueError(f"model.temperature is {temperature}; it must be above 0 (validation is greedy anyway)")
+        self.policy = load_policy(policy, lora)
+        self.model = self.policy.model
+        self.reference: Reference | None = make_reference(self.policy, lora) if kl_coef else None
+        self.agent = Agent(engine, retriever, protocol, self.policy.tokenizer)
+        self.reward = reward
+        self.estimator = estimator
+        self.calibrators = ()
+        self.rollout_steps = rollout_steps
+        self.group_size = group_size
+        self.temperature = temperature
+        self.micro_batch_tokens = micro_batch_tokens
+        self.garbled_perplexity = garbled_perplexity
+        self.learner = Learner(
+            objective=Objective(loss, kl_coef, tuple(regularizers or ())),
+            learning_rate=LearningRate(learning_rate, schedule, warmup_steps, rollout_steps),
+            betas=betas,
+            weight_decay=weight_decay,
+            clip_norm=clip_norm,
+            mini_batches=mini_batches,
+            micro_batch_tokens=micro_batch_tokens,
+            temperature=temperature,
+            old_logprobs=old_logprobs,
+            skip_tied=skip_tied,
+            seed=seed,
+        )
+        self.seed = seed
+        self.rollout_step = 0
+        self.validated_step = -1
+        self._evaluated: list[Rollout] = []
+
+    def training_step(self, questions: list[Question], batch_idx: int) -> dict[str, StepOutput]:
+        """Walk from questions to the gradient.
+
+        Args:
+            questions: of this rollout step.
+            batch_idx: Lightning's own counter, not used.
+
+        Returns:
+            ``{"output": StepOutput}`` for callbacks.
+        """
+        clock = Stopwatch()
+        with clock.measure("rollout"):
+            rollouts = self.sample(questions, self.rollout_step + 1, self.group_size, self.temperature)
+        with clock.measure("evidence"):
+            rollouts = credit_rollouts(score_rollouts(rollouts, self.reward))
+            batch = _to_device(collate(rollouts), self.device)
+        with clock.measure("advantages"):
+            estimated = self.estimator.estimate(batch)
+            calibrated, calibration_metrics = self.calibrate(batch, estimated)
+        with clock.measure("logprobs"):
+            before = self.compare(batch)
+        with clock.measure("update"):
+            ready = ReadyBatch(batch, calibrated, before)
+            update_metrics = self.learner.update(
+                self.model, ready, self.rollout_step + 1, self.optimizers(), self.manual_backward
+            )
+            self.agent.engine.sync(self.policy)
+        self.rollout_step += 1
+        metrics = {
+            **rollout_metrics(batch, estimated, calibrated),
+            **calibration_metrics,
+            **stability_metrics(batch, before, self.garbled_perplexity),
+            **update_metrics,
+            **_speed(batch, clock),
+        }
+        self.log_at_step(metrics)
+        self.trainer.should_stop = self.trainer.should_stop or self.rollout_step >= self.rollout_steps
+        return {"output": StepOutput(self.rollout_step, batch, estimated, calibrated, metrics, clock.seconds)}
+
+    def sample(self, questions: Sequence[Question], step: int, samples: int, temperature: float) -> list[Rollout]:
+        """Sample rollouts; refuse to go on when the retriever is down.
+
+        Args:
+            questions: what to ask.
+            step: rollout step that the draws are keyed by.
+            samples: rollouts per question.
+            temperature: 0 is greedy.
+
+        Returns:
+            ``samples`` rollouts per question, neighbours in the list.
+
+        Raises:
+            RetrievalError: more than half of the rollouts ended in a failed search.
+        """
+        rollouts = run_rollouts(questions, self.agent, Draws(self.seed, step, samples, temperature))
+        failed = sum(rollout.status is RolloutStatus.SEARCH_FAILED for rollout in rollouts)
+        if failed > _MAX_FAILED_SHARE * len(rollouts):
+            raise RetrievalError(
+                f"the search failed in {failed} of {len(rollouts)} rollouts of step {step} (limit: half of them); "
+                "see the warnings above, and bring the retriever back before you resume"
+            )
+        return rollouts
+
+    def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
+        """Apply the installed calibrators in order; without any, this is plain GRPO.
+
+        Args:
+            batch: B rollouts.
+            advantages: [B, T] of the estimator.
+
+        Returns:
+            [B, T]; and the calibrators' metrics.
+        """
+        metrics: Metrics = {}
+        for calibrator in self.calibrators:
+            advantages, more = calibrator.calibrate(batch, advantages)
+            metrics.update(more)
+        return advantages, metrics
+
+    def compare(self, batch: RolloutBatch) -> BatchLogprobs:
+        """Compute what the ratio and the KL compare with: log-probabilities before the update.
+
+        Args:
+            batch: B rollouts.
+
+        Returns:
+            Old and, where the KL coefficient is set, reference log-probabilities.
+        """
+        before = compute_logprobs(self.model, batch, self.micro_batch_tokens, self.temperature)
+        if self.reference is None:
+            return before
+        with self.reference.model(self.model) as model:
+            reference = compute_logprobs(model, batch, self.micro_batch_tokens, self.temperature)
+        return replace(before, reference=reference.policy)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Make the optimizer.
+
+        Returns:
+            AdamW over the parameters that are trained.
+        """
+        return self.learner.make_optimizer(self.model)
+
+    def setup(self, stage: str) -> None:
+        """Check what can only be checked with everything at hand, before any file is written.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+        Raises:
+            ValueError: Lightning's own counters are set, or a prompt leaves no room.
+        """
+        if stage == "fit" and (self.trainer.max_epochs, self.trainer.max_steps) != (-1, -1):
+            raise ValueError(
+                f"trainer.max_epochs is {self.trainer.max_epochs} and trainer.max_steps is {self.trainer.max_steps}; "
+                "both must be -1: set model.rollout_steps, which counts what you mean"
+            )
+        if stage == "fit" and self.group_size == 1:
+            log.warning("model.group_size is 1: GRPO compares the rollouts of a question, and there is nothing to compare")
+        self.agent.engine.sync(self.policy)
+        if isinstance(self.trainer.datamodule, QuestionData):
+            asked = self.trainer.datamodule.questions_for(stage)
+            for question in sorted(asked, key=lambda question: -len(question.question))[:_PROMPTS_CHECKED]:
+                check_prompt(question, self.agent)
+        if self.reference is not None:
+            self.reference.to(self.device)
+
+    def on_train_start(self) -> None:
+        """Validate before training, as row 0 of every table; or after a stop that came before a validation was done.
+
+        Raises:
+            ValueError: the checkpoint has all the rollout steps that were asked for.
+        """
+        if self.rollout_step >= self.rollout_steps:
+            raise ValueError(
+                f"the checkpoint holds {self.rollout_step} rollout steps and model.rollout_steps is {self.rollout_steps}; "
+                "raise model.rollout_steps to go on"
+            )
+        due = self.rollout_step % self.trainer.val_check_interval == 0 and self.validated_step != self.rollout_step
+        if due and self.trainer.enable_validation:
+            self.trainer.validating = True
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            self.trainer.training = True
+
+    def validation_step(self, questions: list[Question], batch_idx: int) -> list[Rollout]:
+        """Answer validation questions greedily, one rollout each.
+
+        Args:
+            questions: of this batch.
+            batch_idx: not used.
+
+        Returns:
+            Scored rollouts, for callbacks.
+        """
+        return self.evaluate(questions)
+
+    def test_step(self, questions: list[Question], batch_idx: int) -> list[Rollout]:
+        """Answer test questions greedily, one rollout each.
+
+        Args:
+            questions: of this batch.
+            batch_idx: not used.
+
+        Returns:
+            Scored rollouts, for callbacks.
+        """
+        return self.evaluate(questions)
+
+    def predict_step(self, questions: list[Question], batch_idx: int) -> list[Rollout]:
+        """Answer questions greedily, one rollout each.
+
+        Args:
+            questions: of this batch.
+            batch_idx: not used.
+
+        Returns:
+            Scored rollouts, for callbacks.
+        """
+        return self.evaluate(questions)
+
+    def evaluate(self, questions: Sequence[Question]) -> list[Rollout]:
+        """Answer questions greedily, one rollout each, and score them.
+
+        Args:
+            questions: what to ask.
+
+        Returns:
+            Scored rollouts, kept until the end of the epoch too.
+        """
+        rollouts = score_rollouts(self.sample(questions, self.rollout_step, samples=1, temperature=0.0), self.reward)
+        self._evaluated.extend(rollouts)
+        return rollouts
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation curves at the current rollout step."""
+        self._log_evaluation("val")
+        self.validated_step = self.rollout_step
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test figures."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, prefix: str) -> None:
+        metrics = {f"{prefix}/{name}": value for name, value in evaluation_metrics(self._evaluated).items()}
+        self._evaluated.clear()
+        self.log_dict(metrics, logger=False)  # for callbacks that monitor a metric
+        self.log_at_step(metrics)
+
+    def log_at_step(self, metrics: Metrics) -> None:
+        """Plot metrics against the rollout step, through whatever loggers there are.
+
+        Args:
+            metrics: scalars by name.
+        """
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.rollout_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the rollout step, and what identifies the reference, into a checkpoint.
+
+        Args:
+            checkpoint: written to.
+        """
+        checkpoint["rollout_step"] = self.rollout_step
+        checkpoint["validated_step"] = self.validated_step
+        if self.reference is not None:
+            checkpoint["reference_checksum"] = self.reference.checksum()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint's rollout step.
+
+        Args:
+            checkpoint: read from.
+
+        Raises:
+            ValueError: the reference is not the one of the checkpoint.
+        """
+        self.rollout_step = checkpoint["rollout_step"]
+        self.validated_step = checkpoint["validated_step"]
+        if self.reference is not None and checkpoint.get("reference_checksum") != self.reference.checksum():
+            raise ValueError(
+                "model.policy does not hold the weights that the checkpoint's run started from, so that the KL would be "
+                "measured against another reference; give the same folder"
+            )
+
+
+def _speed(batch: RolloutBatch, clock: Stopwatch) -> Metrics:
+    seconds = clock.seconds["rollout"]
+    return {
+        "rollout/seconds": seconds,
+        "rollout/tokens_per_second": batch.loss_mask.sum().item() / seconds,
+        "update/seconds": clock.seconds["update"],
+    }
+
+
+def _to_device(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)})

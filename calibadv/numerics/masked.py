@@ -1,0 +1,45 @@
+"""Sums and means over parts of a batch: groups of rollouts, turns of tokens.
+
+They are taken in float64 on the CPU, wherever the batch is: additions on a GPU come in an order that changes from run
+to run, and some accelerators have no float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calibadv.numerics.shapes import check_shapes
+
+
+def group_sum(values: Tensor, group_ids: Tensor) -> Tensor:
+    """Add up the values of each group, in the order of the rows.
+
+    Args:
+        values: [B].
+        group_ids: [B] group of each row, from 0.
+
+    Returns:
+        [number of groups] float64, on the CPU.
+    """
+    check_shapes("B, B", values, group_ids)
+    groups = int(group_ids.max()) + 1
+    return torch.zeros(groups, dtype=torch.float64).index_add_(0, group_ids.cpu(), values.cpu().double())
+
+
+def turn_means(values: Tensor, turn_ids: Tensor, num_turns: int) -> Tensor:
+    """Average per-token values over the tokens of each turn.
+
+    Args:
+        values: [B, T].
+        turn_ids: [B, T] turn of each token, -1 for tokens of none.
+        num_turns: K.
+
+    Returns:
+        [B, K] float64, on the CPU; 0 for turns without tokens.
+    """
+    check_shapes("B T, B T", values, turn_ids)
+    columns, addends = turn_ids.cpu() + 1, values.cpu().double()  # column 0 collects the tokens of no turn
+    zeros = torch.zeros(len(values), num_turns + 1, dtype=torch.float64)
+    counts = zeros.scatter_add(1, columns, torch.ones_like(addends))
+    return (zeros.scatter_add(1, columns, addends) / counts.clamp(min=1))[:, 1:]

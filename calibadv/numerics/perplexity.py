@@ -1,0 +1,26 @@
+"""Perplexity of single messages: what shows garbled text before the mean does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def message_perplexities(logprobs: Tensor, turn_ids: Tensor, loss_mask: Tensor, min_tokens: int = 4) -> Tensor:
+    """Perplexity of every message that is long enough to judge.
+
+    Args:
+        logprobs: [B, T], looked at where ``loss_mask`` is True.
+        turn_ids: [B, T] turn of each policy token, -1 elsewhere.
+        loss_mask: [B, T] bool.
+        min_tokens: shorter messages get nan.
+
+    Returns:
+        [B, K] exp of the mean negative log-probability of each message; nan where there is none.
+    """
+    num_turns = int(turn_ids.max().item()) + 1
+    turns = turn_ids.clamp(min=0)
+    shape = (turn_ids.shape[0], max(num_turns, 1))
+    counts = torch.zeros(shape, device=logprobs.device).scatter_add_(1, turns, loss_mask.float())
+    sums = torch.zeros(shape, device=logprobs.device).scatter_add_(1, turns, torch.where(loss_mask, -logprobs, 0.0))
+    return torch.where(counts >= min_tokens, (sums / counts.clamp(min=1)).exp(), torch.nan)

@@ -1,0 +1,31 @@
+"""Draw tokens from logits by the inverse of their cumulative distribution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def draw_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw one token per row from softmax(logits / temperature), over the whole vocabulary.
+
+    A draw depends on its own row and uniform alone, so that it does not matter which other rows share the batch.
+
+    Args:
+        logits: [N, V], float32.
+        temperature: 0 takes the most likely token, the first of equals; log-probabilities are then those at 1.
+        uniforms: [N] in [0, 1).
+
+    Returns:
+        Token ids [N] and their log-probabilities [N].
+    """
+    logprobs = torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
+    if temperature > 0:
+        cumulative = logprobs.exp().cumsum(dim=-1)
+        # The sum is 1 only up to rounding; a target below it always meets a token of probability above 0.
+        total = cumulative[:, -1:]
+        target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+        tokens = torch.searchsorted(cumulative, target, right=True)
+    else:
+        tokens = logprobs.argmax(dim=-1, keepdim=True)
+    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]

@@ -1,0 +1,66 @@
+"""A scripted retriever, for tests and tutorials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from calibadv.interfaces import RetrievalError, Retriever
+from calibadv.retrieval.bm25 import check_top_k
+from calibadv.types import Document, ScoredDocument
+
+
+class MemoryRetriever(Retriever):
+    """Answer each query with what was scripted for it, and with nothing otherwise.
+
+    Args:
+        documents: The corpus.
+        results: Ids of the documents that a query finds, best first. The n-th has score 1/n.
+        top_k: Documents that an episode asks for per search.
+        failing: Queries whose search fails.
+
+    Raises:
+        ValueError: a result is not in ``documents``, an id is repeated, or ``top_k`` is below 1.
+    """
+
+    def __init__(
+        self,
+        documents: list[Document] | None = None,
+        results: dict[str, list[str]] | None = None,
+        top_k: int = 3,
+        failing: list[str] | None = None,
+    ) -> None:
+        check_top_k(top_k)
+        documents = documents or []
+        by_id = {document.id: document for document in documents}
+        if len(by_id) < len(documents):
+            raise ValueError(f"{len(documents)} documents have only {len(by_id)} different ids; ids must be unique")
+        results = results or {}
+        unknown = [doc_id for ids in results.values() for doc_id in ids if doc_id not in by_id]
+        if unknown:
+            raise ValueError(f"results names the document '{unknown[0]}', which is not in documents; add it there")
+        self.top_k = top_k
+        self._failing = frozenset(failing or [])
+        self._results = {
+            query: [ScoredDocument(by_id[doc_id], 1 / rank) for rank, doc_id in enumerate(ids, 1)]
+            for query, ids in results.items()
+        }
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
+        """Look the queries up.
+
+        Args:
+            queries: compared exactly with the scripted ones.
+            top_k: the most documents per query.
+
+        Returns:
+            The first ``top_k`` scripted documents of each query; none for a query that is not scripted.
+
+        Raises:
+            RetrievalError: one of the queries is listed as failing.
+            ValueError: ``top_k`` is below 1.
+        """
+        check_top_k(top_k)
+        for query in queries:
+            if query in self._failing:
+                raise RetrievalError(f"the search for '{query}' is scripted to fail")
+        return [self._results.get(query, [])[:top_k] for query in queries]

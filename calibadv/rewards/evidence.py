@@ -1,0 +1,123 @@
+"""Which searches found evidence: silver documents and step correctness (CalibAdv, arXiv 2604.18235)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from rapidfuzz.distance import Levenshtein
+
+from calibadv.agent.protocol import parse_message
+from calibadv.types import Rollout, group_rollouts
+
+SILVER_SCORE = 0.7
+"""The least score of a rollout whose documents count as evidence."""
+SIMILAR_THINK = 0.5
+"""Thinks with more than this word-level similarity repeat each other."""
+
+
+def silver_documents(group: Sequence[Rollout]) -> frozenset[str]:
+    """Ids of the documents that the best rollouts of a group retrieved.
+
+    Best are the valid rollouts whose score is the highest of the group and at least ``SILVER_SCORE``; the documents of
+    all their turns count. The retrieved text of a right answer stands in for labels that most question sets lack.
+
+    Args:
+        group: scored rollouts of one question.
+
+    Returns:
+        Document ids; empty where no rollout is good enough.
+    """
+    valid = [rollout for rollout in group if rollout.format_valid]
+    best = max((rollout.score for rollout in valid), default=0.0)
+    if best < SILVER_SCORE:
+        return frozenset()
+    return frozenset(
+        document.id
+        for rollout in valid
+        if rollout.score == best
+        for documents in rollout.turn_documents
+        for document in documents
+    )
+
+
+def step_correctness(rollout: Rollout, silver: frozenset[str]) -> tuple[float, ...]:
+    """Share of silver documents among what each search turn newly retrieved.
+
+    For search turn t with the distinct documents D_t: (silver documents of D_t that no earlier turn retrieved) / |D_t|.
+    It is 0 if an earlier turn shares more than one document with D_t, if the think repeats an earlier one, if D_t is
+    empty, and throughout an invalid rollout.
+
+    Args:
+        rollout: an episode of the group.
+        silver: document ids, of :func:`silver_documents`.
+
+    Returns:
+        One value in [0, 1] per search turn.
+    """
+    turns = [frozenset(document.id for document in documents) for documents in rollout.turn_documents]
+    if not rollout.format_valid or not silver:
+        return (0.0,) * len(turns)
+    shares = [len(new & silver) / len(turn) if turn else 0.0 for turn, new in zip(turns, _new(turns), strict=True)]
+    if not any(shares[1:]):
+        return tuple(shares)  # nothing for a repetition to undo, so the thinks need not be read
+    thinks = [parse_message(segment.text, rollout.prepend_think).think.split() for segment in rollout.policy_segments]
+    for place, share in enumerate(shares):
+        if share and (_repeats_documents(turns, place) or _repeats_think(thinks, place)):
+            shares[place] = 0.0
+    return tuple(shares)
+
+
+def _new(turns: Sequence[frozenset[str]]) -> Iterator[frozenset[str]]:
+    seen: frozenset[str] = frozenset()
+    for turn in turns:
+        yield turn - seen
+        seen |= turn
+
+
+def _repeats_documents(turns: Sequence[frozenset[str]], place: int) -> bool:
+    return any(len(turns[place] & earlier) > 1 for earlier in turns[:place])
+
+
+def _repeats_think(thinks: Sequence[Sequence[str]], place: int) -> bool:
+    return any(Levenshtein.normalized_similarity(other, thinks[place]) > SIMILAR_THINK for other in thinks[:place])
+
+
+def credit_rollouts(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Set the step correctness of scored rollouts, group by group.
+
+    Args:
+        rollouts: scored rollouts of any number of groups, in any order.
+
+    Returns:
+        The same rollouts in the same order, with ``step_correctness`` set.
+    """
+    credited = list(rollouts)
+    for rows in group_rollouts(rollouts):
+        silver = silver_documents([rollouts[row] for row in rows])
+        for row in rows:
+            credited[row] = replace(rollouts[row], step_correctness=step_correctness(rollouts[row], silver))
+    return credited
+
+
+def true_step_correctness(rollout: Rollout) -> tuple[float, ...] | None:
+    """Share of gold documents among what each search turn newly retrieved, from the labels of the question.
+
+    Unlike :func:`step_correctness` this looks at documents only, neither at validity nor at repetition: it measures
+    what the estimate misses.
+
+    Args:
+        rollout: an episode.
+
+    Returns:
+        One value in [0, 1] per search turn; None where the question's metadata has neither ``supporting_ids`` nor
+        ``supporting_titles``.
+    """
+    metadata = rollout.question.metadata
+    by_id = bool(metadata.get("supporting_ids"))
+    labels = metadata.get("supporting_ids") or metadata.get("supporting_titles")
+    if not labels:
+        return None
+    gold = frozenset(str(label) for label in labels)
+    turns = [frozenset(doc.id if by_id else doc.title for doc in documents) for documents in rollout.turn_documents]
+    return tuple(len(new & gold) / len(turn) if turn else 0.0 for turn, new in zip(turns, _new(turns), strict=True))

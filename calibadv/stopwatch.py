@@ -1,0 +1,32 @@
+"""Wall time of the stages of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Stopwatch:
+    """Collects seconds by stage.
+
+    Attributes:
+        seconds: wall time of each stage measured so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Measure what runs inside.
+
+        Args:
+            stage: its name.
+
+        Yields:
+            Nothing.
+        """
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start

@@ -1,0 +1,238 @@
+"""Scripted demonstrations for the warm start: an agent that knows how to search, and one that often goes wrong.
+
+Each world is fresh, so that only copying from the context can be learned. The noisy agent's mistakes are what training
+has to repair: those that it makes in most cases of a kind (a wrong fact of a hard relation, an answer one hop too
+early) stay under greedy decoding, the others only show when the policy is sampled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from random import Random
+
+from calibadv.agent.protocol import Protocol, parse_message, render_observation
+from calibadv.agent.tokenizer import AgentTokenizer
+from calibadv.types import Document
+from calibadv.world.vocabulary import KINDS
+from calibadv.world.world import HOP_SHARES, Path, build_documents, build_facts, find_paths
+
+PER_WORLD = 128
+"""Demonstrations per world."""
+HARD_RELATIONS = frozenset({"composer", "publisher", "founder", "hometown", "mayor", "president"})
+"""Relations whose final fact the noisy agent mostly gets wrong."""
+_TOP_K = 2
+_REST_WEIGHT = 0.1
+
+Agent = Generator[str, list[Document], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """How often the scripted agent goes wrong; all 0 makes it clean."""
+
+    wrong_query: float = 0.25
+    """A search turn asks for something else."""
+    wrong_extraction: float = 0.15
+    """A search turn's result is misread."""
+    early_stop: float = 0.05
+    """A turn answers with what is known so far."""
+    broken_format: float = 0.03
+    """A turn breaks the format."""
+    hard_relation: float = 0.65
+    """The final fact of a hard relation is mistaken for the other fact of the document."""
+    third_hop: float = 0.5
+    """A question of three hops is answered after two."""
+
+
+CLEAN = Noise(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """One scripted rollout.
+
+    Attributes:
+        messages: the policy's messages.
+        token_ids: [T] of prompt, messages and observations.
+        weights: [T] weight of each token in the loss: 1 for the policy's, 0.1 for the rest.
+    """
+
+    messages: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+class WorldSearch:
+    """BM25 over the documents of one small world.
+
+    Args:
+        documents: title and text of each are indexed.
+    """
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        import bm25s  # type: ignore[import-untyped]
+
+        self._documents = documents
+        self._index = bm25s.BM25()
+        self._index.index([_search_words(f"{d.title} {d.text}") for d in documents], show_progress=False)
+
+    def search(self, query: str, top_k: int) -> list[Document]:
+        """Find the best documents.
+
+        Args:
+            query: text to search for.
+            top_k: the most documents.
+
+        Returns:
+            Best first, ties in the order of the documents; those without a word of the query are left out.
+        """
+        from calibadv.retrieval.bm25 import best_rows
+
+        known = self._index.get_tokens_ids(_search_words(query))
+        if not known:
+            return []
+        return [self._documents[row] for row in best_rows(self._index.get_scores_from_ids(known), top_k)]
+
+
+def demonstrate(tokenizer: AgentTokenizer, seed: int, noise: Noise) -> Iterator[Demonstration]:
+    """Play demonstrations for ever, in a new world after every 128.
+
+    Args:
+        tokenizer: encodes them.
+        seed: of the worlds, the questions and the noise. None of these worlds is one that ``build_world`` builds.
+        noise: how often the agent goes wrong.
+
+    Yields:
+        Demonstrations in random order.
+    """
+    for number in count():
+        key = f"warm start {seed} {number}"
+        rng = Random(key)
+        facts = build_facts(key)
+        search = WorldSearch(build_documents(key, facts))
+        paths = {hops: find_paths(facts, hops) for hops in HOP_SHARES}
+        for hops in rng.choices(list(HOP_SHARES), list(HOP_SHARES.values()), k=PER_WORLD):
+            path = rng.choice(paths[hops])
+            agent = ScriptedAgent(path, facts, noise, rng)
+            yield play(agent.act(), path.question, search, tokenizer)
+
+
+def play(agent: Agent, question: str, search: WorldSearch, tokenizer: AgentTokenizer) -> Demonstration:
+    """Let a scripted agent talk with the environment.
+
+    Args:
+        agent: yields messages and is sent what each search found.
+        question: its text.
+        search: the world's search.
+        tokenizer: encodes prompt, messages and observations.
+
+    Returns:
+        The rollout; it ends with the first message that is not a search.
+    """
+    protocol = Protocol(prepend_think=False, template="short", chat_template="never")
+    token_ids = tokenizer.encode_prompt(question, protocol)
+    weights = [_REST_WEIGHT] * len(token_ids)
+    messages = [next(agent)]
+    while True:
+        written = tokenizer.encode(messages[-1])
+        token_ids += written
+        weights += [1.0] * len(written)
+        message = parse_message(messages[-1], prepend_think=False)
+        if message.action != "search":
+            return Demonstration(tuple(messages), tuple(token_ids), tuple(weights))
+        documents = search.search(message.content, _TOP_K)
+        shown = tokenizer.encode(render_observation(documents, False, tokenizer.special_strings))
+        token_ids += shown
+        weights += [_REST_WEIGHT] * len(shown)
+        messages.append(agent.send(documents))
+
+
+class ScriptedAgent:
+    """Follows the path of a question, one search per relation, and goes wrong as often as the noise says.
+
+    It does not notice its own mistakes: it reads on from whatever the search returned.
+
+    Args:
+        path: of the question.
+        facts: of the world.
+        noise: how often it goes wrong.
+        rng: draws the mistakes.
+    """
+
+    def __init__(self, path: Path, facts: dict[str, dict[str, str]], noise: Noise, rng: Random) -> None:
+        self.path = path
+        self._facts = facts
+        self._noise = noise
+        self._rng = rng
+
+    def act(self) -> Agent:
+        """Search and answer.
+
+        Yields:
+            Messages. Send it the documents that a search found.
+        """
+        known = [self.path.entities[0]]
+        stop = 2 if len(self.path.relations) == 3 and self._happens(self._noise.third_hop) else 3
+        for turn, relation in enumerate(self.path.relations[:stop]):
+            if turn and self._happens(self._noise.early_stop):
+                break
+            documents = yield self._write(self._think(turn, known), "search", self._query(known, relation))
+            final = turn == len(self.path.relations) - 1
+            known.append(self._read(documents, known[-1], relation, final))
+        relation = self.path.relations[len(known) - 2]
+        yield self._write(f"now the {relation} is known , so answer {known[-1]}", "answer", known[-1])
+
+    def _think(self, turn: int, known: list[str]) -> str:
+        # Thinks of one rollout share few words in the same places: step correctness is 0 for one that repeats another.
+        relation = self.path.relations[turn]
+        if turn == 0:
+            return f"first find the {relation} of {known[0]}"
+        if turn == 1:
+            return f"{self.path.relations[0]} is {known[1]} , then look for its {relation}"
+        return f"it has {self.path.relations[1]} {known[2]} so next search the {relation}"
+
+    def _query(self, known: list[str], relation: str) -> str:
+        entity = known[-1]
+        if not self._happens(self._noise.wrong_query):
+            return f"{relation} of {entity}"
+        parts = entity.split()
+        mistake = self._rng.randrange(3)
+        if mistake == 0 and len(parts) == 2:
+            return f"{relation} of {self._rng.choice(parts)}"
+        if mistake == 1 and len(known) > 1:
+            return f"{relation} of {known[-2]}"
+        place = self._rng.randrange(len(parts))
+        parts[place] = self._rng.choice(KINDS[self._kind(entity)].parts[place])
+        return f"{relation} of {' '.join(parts)}"
+
+    def _read(self, documents: list[Document], entity: str, relation: str, final: bool) -> str:
+        if not documents:
+            return entity
+        titles = [document.title for document in documents]
+        facts = self._facts[entity if entity in titles else titles[0]]
+        others = [value for name, value in facts.items() if name != relation]
+        hard = final and relation in HARD_RELATIONS and self._happens(self._noise.hard_relation)
+        if hard or relation not in facts:
+            return self._rng.choice(others)
+        if self._happens(self._noise.wrong_extraction):
+            return self._rng.choice([*others, *self._facts[titles[-1]].values()])
+        return facts[relation]
+
+    def _write(self, think: str, action: str, content: str) -> str:
+        opening = ["<think>", f"{think}", "</think>", f"<{action}>"]
+        if self._happens(self._noise.broken_format):
+            del opening[self._rng.choice((2, 3))]
+        return " ".join([*opening, content, f"</{action}>"])
+
+    def _kind(self, title: str) -> str:
+        return next(kind.name for kind in KINDS.values() if set(kind.relations) == set(self._facts[title]))
+
+    def _happens(self, probability: float) -> bool:
+        return self._rng.random() < probability
+
+
+def _search_words(text: str) -> list[str]:
+    return [word for word in re.findall(r"\w\w+", text.lower()) if word not in ("of", "and", "is", "the")]

@@ -1,0 +1,275 @@
+"""The embedded world, its tokenizer, the demonstrations and the shipped policy."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rapidfuzz.distance import Levenshtein
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from calibadv.agent.protocol import TAGS, Protocol, is_valid, parse_message, render_observation
+from calibadv.agent.tokenizer import AgentTokenizer
+from calibadv.retrieval import BM25
+from calibadv.types import Question
+from calibadv.world import build_world, command, embedded_world, policy_folder
+from calibadv.world.demonstrations import CLEAN, Noise, WorldSearch, demonstrate
+from calibadv.world.tokenizer import build_tokenizer
+from calibadv.world.vocabulary import KINDS
+from calibadv.world.warm_start import make_policy, rate_factor
+
+ALL_QUESTIONS = [question for split in embedded_world().questions.values() for question in split]
+
+
+def relations_of(question: Question) -> list[str]:
+    """The relations to follow, read from the text: what is the R2 of the R1 of X ?"""
+    return question.question.removeprefix("what is the ").split(" of ")[:-1][::-1]
+
+
+def relations_in_order(question: Question) -> list[str]:
+    return [relation.removeprefix("the ") for relation in relations_of(question)]
+
+
+def start_of(question: Question) -> str:
+    return question.question.removesuffix(" ?").split(" of ")[-1]
+
+
+def test_world_is_the_same_everywhere() -> None:
+    # Recorded once; any other value means that users on another machine or version get other questions.
+    world = build_world(0)
+    text = repr([(d.id, d.title, d.text) for d in world.documents])
+    asked = repr([(q.id, q.question, q.golden_answers) for split in world.questions.values() for q in split])
+    assert blake2b((text + asked).encode(), digest_size=8).hexdigest() == "@@"
+
+
+def test_worlds_of_other_seeds_differ() -> None:
+    assert build_world(1).documents != build_world(0).documents
+
+
+def test_sizes() -> None:
+    world = embedded_world()
+    assert {split: len(questions) for split, questions in world.questions.items()} == {
+        "train": 2000,
+        "validation": 200,
+        "test": 200,
+    }
+    kinds = Counter(document.id.split("-")[0] for document in world.documents)
+    assert kinds == {"film": 90, "book": 60, "company": 60, "band": 60, "person": 180, "city": 110, "country": 40}
+    assert len({document.title for document in world.documents}) == 600
+    assert len({question.id for question in ALL_QUESTIONS}) == 2400
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_hop_shares(split: str) -> None:
+    questions = embedded_world().questions[split]
+    sources = Counter(question.data_source for question in questions)
+    assert {source: count * 100 // len(questions) for source, count in sources.items()} == {
+        "world-1hop": 15,
+        "world-2hop": 55,
+        "world-3hop": 30,
+    }
+
+
+def test_splits_are_disjoint() -> None:
+    # The text of a question is its entity and relation path.
+    assert len({question.question for question in ALL_QUESTIONS}) == 2400
+
+
+def test_supporting_documents_are_the_path_of_evidence() -> None:
+    by_id = {document.id: document for document in embedded_world().documents}
+    for question in ALL_QUESTIONS:
+        gold = [by_id[document_id] for document_id in question.metadata["supporting_ids"]]
+        titles = [document.title for document in gold]
+        assert titles == question.metadata["supporting_titles"]
+        assert titles[0] == start_of(question)
+        assert len(gold) == len(relations_in_order(question)) == question.metadata["hops"]
+        for document, relation, found in zip(
+            gold, relations_in_order(question), [*titles[1:], *question.golden_answers], strict=True
+        ):
+            assert f"{relation} {found}" in document.text
+
+
+def test_name_parts_are_shared_so_that_a_dropped_part_is_ambiguous() -> None:
+    people = [document.title for document in embedded_world().documents if document.id.startswith("person")]
+    last_names = Counter(name.split()[1] for name in people)
+    assert sum(count > 1 for count in last_names.values()) > 0.8 * len(last_names)
+
+
+def test_capitals_lie_in_their_countries() -> None:
+    facts = embedded_world().facts
+    countries = [title for title, told in facts.items() if "capital" in told]
+    assert len(countries) == 40
+    assert all(facts[facts[country]["capital"]]["country"] == country for country in countries)
+
+
+def test_a_script_that_searches_answers_the_questions() -> None:
+    world = embedded_world()
+    retriever = BM25(corpus="embedded", top_k=2)
+    questions = world.questions["validation"] + world.questions["test"]
+    at = [start_of(question) for question in questions]
+    for turn in range(3):
+        asked = [
+            f"{relations_in_order(q)[turn]} of {entity}" if turn < q.metadata["hops"] else entity
+            for q, entity in zip(questions, at, strict=True)
+        ]
+        found = retriever.search(asked, 2)
+        for row, question in enumerate(questions):
+            if turn < question.metadata["hops"]:
+                seen = [scored.document.title for scored in found[row]]
+                facts = world.facts[at[row] if at[row] in seen else seen[0]]
+                at[row] = facts.get(relations_in_order(question)[turn], "")
+    answered = [[answer] == q.golden_answers for q, answer in zip(questions, at, strict=True)]
+    assert sum(answered) >= 0.95 * len(questions)
+
+
+def test_own_search_finds_what_the_retriever_finds() -> None:
+    world = embedded_world()
+    queries = [f"{relations_in_order(q)[0]} of {start_of(q)}" for q in world.questions["test"]]
+    search = WorldSearch(world.documents)
+    theirs = [[s.document.id for s in found] for found in BM25(corpus="embedded", top_k=2).search(queries, 2)]
+    assert [[document.id for document in search.search(query, 2)] for query in queries] == theirs
+
+
+def test_own_search_finds_nothing_for_unknown_words() -> None:
+    assert WorldSearch(embedded_world().documents).search("of nothing known", 2) == []
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345])
+def test_tokenizer_knows_every_word(seed: int) -> None:
+    tokenizer = AgentTokenizer(build_tokenizer())
+    unknown = tokenizer.backend.unk_token_id
+    world = build_world(seed)
+    protocol = Protocol(template="short")
+    for split in world.questions.values():
+        for question in split:
+            assert unknown not in tokenizer.encode_prompt(question.question, protocol)
+            assert unknown not in tokenizer.encode(question.golden_answers[0])
+    for start in range(0, 600, 10):
+        assert unknown not in tokenizer.encode(render_observation(world.documents[start : start + 10], True))
+
+
+@given(st.lists(st.sampled_from([*TAGS, "director", "of", "Bala", ".", "(", "10"])))
+@settings(max_examples=50)
+def test_tokenizer_returns_tags_and_words(pieces: list[str]) -> None:
+    tokenizer = AgentTokenizer(build_tokenizer())
+    text = " ".join(pieces)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("\n".join(pieces)) == tokenizer.encode(text)
+
+
+def test_tokenizer_loads_again_as_the_same() -> None:
+    loaded = AutoTokenizer.from_pretrained(policy_folder(), local_files_only=True)
+    built = build_tokenizer()
+    assert loaded.get_vocab() == built.get_vocab()
+    text = "\n\n".join([*TAGS, "Doc 1(Title: Bala Dorsen) unheard words."])
+    assert loaded.encode(text) == built.encode(text)
+    assert loaded.decode(loaded.encode(text)) == " ".join([*TAGS, "Doc 1 ( Title : Bala Dorsen ) <unk> <unk> ."])
+    assert set(TAGS).isdisjoint(loaded.all_special_tokens)
+
+
+def test_clean_demonstrations_are_valid_and_right() -> None:
+    tokenizer = AgentTokenizer(build_tokenizer())
+    demonstrations = list(islice(demonstrate(tokenizer, 0, CLEAN), 256))
+    for demonstration in demonstrations:
+        messages = [parse_message(text, prepend_think=False) for text in demonstration.messages]
+        assert is_valid(messages)
+        # The answer stands in what the last search showed.
+        text = tokenizer.decode(demonstration.token_ids)
+        assert messages[-1].content in text.rsplit("</information>", 1)[0].rsplit("<information>", 1)[1]
+    assert {len(demonstration.messages) for demonstration in demonstrations} == {2, 3, 4}
+
+
+def test_demonstrations_weigh_policy_tokens_only() -> None:
+    tokenizer = AgentTokenizer(build_tokenizer())
+    for demonstration in islice(demonstrate(tokenizer, 3, Noise()), 64):
+        assert len(demonstration.weights) == len(demonstration.token_ids)
+        written = [t for t, w in zip(demonstration.token_ids, demonstration.weights, strict=True) if w == 1.0]
+        assert tokenizer.decode(written) == " ".join(demonstration.messages)
+        assert set(demonstration.weights) == {0.1, 1.0}
+
+
+def test_thinks_of_a_clean_demonstration_are_dissimilar() -> None:
+    # Step correctness is 0 where two thinks of a rollout have word similarity above 0.5.
+    tokenizer = AgentTokenizer(build_tokenizer())
+    for demonstration in islice(demonstrate(tokenizer, 1, CLEAN), 256):
+        thinks = [parse_message(text, prepend_think=False).think.split() for text in demonstration.messages]
+        for later, think in enumerate(thinks):
+            assert all(Levenshtein.normalized_similarity(think, earlier) <= 0.5 for earlier in thinks[:later])
+
+
+def test_noisy_demonstrations_go_wrong_in_every_way() -> None:
+    tokenizer = AgentTokenizer(build_tokenizer())
+    rollouts = [
+        [parse_message(text, prepend_think=False) for text in demonstration.messages]
+        for demonstration in islice(demonstrate(tokenizer, 0, Noise()), 1024)
+    ]
+    invalid = sum(not is_valid(messages) for messages in rollouts) / len(rollouts)
+    # 3 % of 2 to 4 turns: between 1 - 0.97**2 = 0.06 and 1 - 0.97**4 = 0.11.
+    assert 0.04 < invalid < 0.13
+    clean = list(islice(demonstrate(tokenizer, 0, CLEAN), 1024))
+    turns = [sum(map(len, rollouts)), sum(len(demonstration.messages) for demonstration in clean)]
+    assert turns[0] < 0.95 * turns[1]  # early stops
+
+
+def test_demonstrations_are_a_function_of_their_seed() -> None:
+    tokenizer = AgentTokenizer(build_tokenizer())
+    first = list(islice(demonstrate(tokenizer, 5, Noise()), 40))
+    assert first == list(islice(demonstrate(tokenizer, 5, Noise()), 40))
+    assert first != list(islice(demonstrate(tokenizer, 6, Noise()), 40))
+
+
+def test_shipped_policy_is_an_ordinary_small_model() -> None:
+    model = AutoModelForCausalLM.from_pretrained(policy_folder(), local_files_only=True)
+    assert model.num_parameters() == pytest.approx(349_056, rel=0.05)
+    assert model.config.vocab_size == len(build_tokenizer())
+    assert (policy_folder() / "model.safetensors").stat().st_size < 1_600_000
+
+
+def test_warm_start_writes_a_model_folder(tmp_path: Path) -> None:
+    make_policy(tmp_path / "policy", seed=1, clean_steps=1, noisy_steps=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy", local_files_only=True)
+    assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_learning_rate_schedule() -> None:
+    # 30 steps up, flat until step 270 of 900, then linear: half-way at step 585, 1 - 0.97 / 2 = 0.515.
+    assert [rate_factor(step, 900) for step in (0, 29, 270, 585)] == pytest.approx([1 / 30, 1.0, 1.0, 0.515])
+    assert rate_factor(900, 900) == pytest.approx(0.03)
+
+
+def test_export_writes_files_in_the_fields_formats(tmp_path: Path) -> None:
+    command.export(tmp_path / "world", seed=0)
+    lines = (tmp_path / "world" / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    first = embedded_world().documents[0]
+    assert json.loads(lines[0]) == {"id": first.id, "contents": f'"{first.title}"\n{first.text}'}
+    assert len(lines) == 600
+    questions = (tmp_path / "world" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [Question(**json.loads(line)) for line in questions] == embedded_world().questions["validation"]
+    assert BM25(corpus=str(tmp_path / "world" / "corpus.jsonl"), top_k=1).search([first.title], 1)[0]
+
+
+def test_commands_leave_a_folder_alone_that_holds_something(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    for make in (command.export, command.policy):
+        with pytest.raises(ValueError, match="not an empty folder"):
+            make(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_negative_steps_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="noisy_steps is -1"):
+        command.policy(tmp_path, noisy_steps=-1)
+
+
+def test_every_relation_belongs_to_one_kind() -> None:
+    # A relation names one kind, so that a question can be read without knowing the kind of its entity.
+    relations = Counter(relation for kind in KINDS.values() for relation in kind.relations)
+    assert set(relations.values()) == {1}
