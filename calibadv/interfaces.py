@@ -25,7 +25,9 @@ class Engine(ABC):
     """Samples tokens from the policy."""
 
     @abstractmethod
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]
+    ) -> list[Completion]:
         """Continue each prompt until ``</search>``, ``</answer>``, end of sequence or ``sampling.max_tokens``.
 
         Args:

@@ -211,3 +211,21 @@ def _without_empty(columns: dict[str, Iterable[float]]) -> Metrics:
     """The mean of each column that has entries."""
     values = {name: list(column) for name, column in columns.items()}
     return {name: float(sum(column)) / len(column) for name, column in values.items() if column}
+
+
+def speed_metrics(batch: RolloutBatch, seconds: dict[str, float]) -> Metrics:
+    """How long the two large stages of a step took.
+
+    Args:
+        batch: B rollouts.
+        seconds: wall time by stage, ``rollout`` and ``update`` among them.
+
+    Returns:
+        ``rollout/seconds``, ``rollout/tokens_per_second`` (of the policy's tokens) and ``update/seconds``.
+    """
+    tokens = batch.loss_mask.sum().item()
+    return {
+        "rollout/seconds": seconds["rollout"],
+        "rollout/tokens_per_second": tokens / seconds["rollout"],
+        "update/seconds": seconds["update"],
+    }

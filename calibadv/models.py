@@ -133,7 +133,7 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     # Dropout would make log-probabilities of one and the same policy differ between two passes.
     overrides: dict[str, Any] = {key: 0.0 for key in config.to_dict() if key.endswith(("dropout", "pdrop"))}
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **overrides)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **overrides)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if added:
@@ -145,9 +145,10 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
         )
     end = model.generation_config.eos_token_id
     end_ids = [] if end is None else [end] if isinstance(end, int) else list(end)
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     if lora is not None:
         model = _with_adapters(model, lora)
+    model.train()  # without dropout the same as eval(), and what Lightning expects of a module in training
     return Policy(model, AgentTokenizer(tokenizer, end_ids))
 
 
@@ -175,7 +176,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _with_adapters(model: nn.Module, lora: Lora) -> nn.Module:
+def _with_adapters(model: Any, lora: Lora) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -185,5 +186,4 @@ def _with_adapters(model: nn.Module, lora: Lora) -> nn.Module:
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    adapted: nn.Module = get_peft_model(model, config)  # type: ignore[arg-type]  # peft accepts any transformers model
-    return adapted
+    return get_peft_model(model, config)

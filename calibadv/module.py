@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from calibadv.agent.collate import collate
+from calibadv.agent.collate import collate, to_device
 from calibadv.agent.protocol import Protocol
 from calibadv.agent.rollout import Agent, Draws, check_prompt, run_rollouts
 from calibadv.data import QuestionData
@@ -26,13 +26,13 @@ from calibadv.interfaces import (
     Retriever,
     Reward,
 )
-from calibadv.metrics import evaluation_metrics, rollout_metrics
-from calibadv.learner import LearningRate, Learner, Objective
+from calibadv.learner import Learner, LearningRate, Objective
+from calibadv.metrics import evaluation_metrics, rollout_metrics, speed_metrics
 from calibadv.models import Lora, Reference, load_policy, make_reference
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
 from calibadv.stopwatch import Stopwatch
-from calibadv.types import Question, Rollout, RolloutBatch, RolloutStatus
+from calibadv.types import Question, Rollout, RolloutBatch, RolloutStatus, StepOutput
 from calibadv.update import BatchLogprobs, ReadyBatch, compute_logprobs, stability_metrics
 
 log = logging.getLogger(__name__)
@@ -41,27 +41,6 @@ log = logging.getLogger(__name__)
 _MAX_FAILED_SHARE = 0.5
 # The longest questions have the longest prompts, near enough; encoding all of a large file would take minutes.
 _PROMPTS_CHECKED = 64
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What a training step hands to callbacks.
-
-    Attributes:
-        step: the rollout step, from 1.
-        batch: its B rollouts.
-        estimated: [B, T] advantages of the estimator.
-        calibrated: [B, T] advantages after the calibrators.
-        metrics: all curves of this step.
-        seconds: wall time of each stage.
-    """
-
-    step: int
-    batch: RolloutBatch
-    estimated: Tensor
-    calibrated: Tensor
-    metrics: Metrics
-    seconds: dict[str, float]
 
 
 class SearchAgentModule(pl.LightningModule):
@@ -127,7 +106,11 @@ class SearchAgentModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        for name, value in (("rollout_steps", rollout_steps), ("group_size", group_size), ("mini_batches", mini_batches)):
+        for name, value in (
+            ("rollout_steps", rollout_steps),
+            ("group_size", group_size),
+            ("mini_batches", mini_batches),
+        ):
             if value < 1:
                 raise ValueError(f"model.{name} is {value}; it must be at least 1")
         if temperature <= 0:
@@ -160,6 +143,7 @@ class SearchAgentModule(pl.LightningModule):
         self.seed = seed
         self.rollout_step = 0
         self.validated_step = -1
+        self.evaluation: Metrics = {}
         self._evaluated: list[Rollout] = []
 
     def training_step(self, questions: list[Question], batch_idx: int) -> dict[str, StepOutput]:
@@ -177,7 +161,7 @@ class SearchAgentModule(pl.LightningModule):
             rollouts = self.sample(questions, self.rollout_step + 1, self.group_size, self.temperature)
         with clock.measure("evidence"):
             rollouts = credit_rollouts(score_rollouts(rollouts, self.reward))
-            batch = _to_device(collate(rollouts), self.device)
+            batch = to_device(collate(rollouts), self.device)
         with clock.measure("advantages"):
             estimated = self.estimator.estimate(batch)
             calibrated, calibration_metrics = self.calibrate(batch, estimated)
@@ -185,8 +169,9 @@ class SearchAgentModule(pl.LightningModule):
             before = self.compare(batch)
         with clock.measure("update"):
             ready = ReadyBatch(batch, calibrated, before)
+            optimizer: Any = self.optimizers()
             update_metrics = self.learner.update(
-                self.model, ready, self.rollout_step + 1, self.optimizers(), self.manual_backward
+                self.model, ready, self.rollout_step + 1, optimizer, self.manual_backward
             )
             self.agent.engine.sync(self.policy)
         self.rollout_step += 1
@@ -195,7 +180,7 @@ class SearchAgentModule(pl.LightningModule):
             **calibration_metrics,
             **stability_metrics(batch, before, self.garbled_perplexity),
             **update_metrics,
-            **_speed(batch, clock),
+            **speed_metrics(batch, clock.seconds),
         }
         self.log_at_step(metrics)
         self.trainer.should_stop = self.trainer.should_stop or self.rollout_step >= self.rollout_steps
@@ -258,47 +243,35 @@ class SearchAgentModule(pl.LightningModule):
         return replace(before, reference=reference.policy)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make the optimizer.
-
-        Returns:
-            AdamW over the parameters that are trained.
-        """
+        """Make the optimizer."""
         return self.learner.make_optimizer(self.model)
 
     def setup(self, stage: str) -> None:
-        """Check what can only be checked with everything at hand, before any file is written.
-
-        Args:
-            stage: ``fit``, ``validate``, ``test`` or ``predict``.
-
-        Raises:
-            ValueError: Lightning's own counters are set, or a prompt leaves no room.
-        """
+        """Check what can only be checked with everything at hand, before any file is written."""
         if stage == "fit" and (self.trainer.max_epochs, self.trainer.max_steps) != (-1, -1):
             raise ValueError(
                 f"trainer.max_epochs is {self.trainer.max_epochs} and trainer.max_steps is {self.trainer.max_steps}; "
                 "both must be -1: set model.rollout_steps, which counts what you mean"
             )
         if stage == "fit" and self.group_size == 1:
-            log.warning("model.group_size is 1: GRPO compares the rollouts of a question, and there is nothing to compare")
+            log.warning(
+                "model.group_size is 1: GRPO compares the rollouts of a question, and there is nothing to compare"
+            )
         self.agent.engine.sync(self.policy)
-        if isinstance(self.trainer.datamodule, QuestionData):
-            asked = self.trainer.datamodule.questions_for(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, QuestionData):
+            asked = data.questions_for(stage)
             for question in sorted(asked, key=lambda question: -len(question.question))[:_PROMPTS_CHECKED]:
                 check_prompt(question, self.agent)
         if self.reference is not None:
             self.reference.to(self.device)
 
     def on_train_start(self) -> None:
-        """Validate before training, as row 0 of every table; or after a stop that came before a validation was done.
-
-        Raises:
-            ValueError: the checkpoint has all the rollout steps that were asked for.
-        """
+        """Validate before training, as row 0 of every table; or after a stop that came before a validation was done."""
         if self.rollout_step >= self.rollout_steps:
             raise ValueError(
-                f"the checkpoint holds {self.rollout_step} rollout steps and model.rollout_steps is {self.rollout_steps}; "
-                "raise model.rollout_steps to go on"
+                f"the checkpoint holds {self.rollout_step} rollout steps and model.rollout_steps is "
+                f"{self.rollout_steps}; raise it to go on"
             )
         due = self.rollout_step % self.trainer.val_check_interval == 0 and self.validated_step != self.rollout_step
         if due and self.trainer.enable_validation:
@@ -306,41 +279,17 @@ class SearchAgentModule(pl.LightningModule):
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True
 
-    def validation_step(self, questions: list[Question], batch_idx: int) -> list[Rollout]:
-        """Answer validation questions greedily, one rollout each.
+    def validation_step(self, questions: list[Question], batch_idx: int) -> dict[str, list[Rollout]]:
+        """Answer validation questions greedily, one rollout each."""
+        return {"rollouts": self.evaluate(questions)}
 
-        Args:
-            questions: of this batch.
-            batch_idx: not used.
+    def test_step(self, questions: list[Question], batch_idx: int) -> dict[str, list[Rollout]]:
+        """Answer test questions greedily, one rollout each."""
+        return {"rollouts": self.evaluate(questions)}
 
-        Returns:
-            Scored rollouts, for callbacks.
-        """
-        return self.evaluate(questions)
-
-    def test_step(self, questions: list[Question], batch_idx: int) -> list[Rollout]:
-        """Answer test questions greedily, one rollout each.
-
-        Args:
-            questions: of this batch.
-            batch_idx: not used.
-
-        Returns:
-            Scored rollouts, for callbacks.
-        """
-        return self.evaluate(questions)
-
-    def predict_step(self, questions: list[Question], batch_idx: int) -> list[Rollout]:
-        """Answer questions greedily, one rollout each.
-
-        Args:
-            questions: of this batch.
-            batch_idx: not used.
-
-        Returns:
-            Scored rollouts, for callbacks.
-        """
-        return self.evaluate(questions)
+    def predict_step(self, questions: list[Question], batch_idx: int) -> dict[str, list[Rollout]]:
+        """Answer questions greedily, one rollout each."""
+        return {"rollouts": self.evaluate(questions)}
 
     def evaluate(self, questions: Sequence[Question]) -> list[Rollout]:
         """Answer questions greedily, one rollout each, and score them.
@@ -365,8 +314,9 @@ class SearchAgentModule(pl.LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, prefix: str) -> None:
-        metrics = {f"{prefix}/{name}": value for name, value in evaluation_metrics(self._evaluated).items()}
+        self.evaluation = evaluation_metrics(self._evaluated)
         self._evaluated.clear()
+        metrics = {f"{prefix}/{name}": value for name, value in self.evaluation.items()}
         self.log_dict(metrics, logger=False)  # for callbacks that monitor a metric
         self.log_at_step(metrics)
 
@@ -380,43 +330,18 @@ class SearchAgentModule(pl.LightningModule):
             logger.log_metrics(metrics, step=self.rollout_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the rollout step, and what identifies the reference, into a checkpoint.
-
-        Args:
-            checkpoint: written to.
-        """
+        """Put the rollout step, and what identifies the reference, into a checkpoint."""
         checkpoint["rollout_step"] = self.rollout_step
         checkpoint["validated_step"] = self.validated_step
         if self.reference is not None:
             checkpoint["reference_checksum"] = self.reference.checksum()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from a checkpoint's rollout step.
-
-        Args:
-            checkpoint: read from.
-
-        Raises:
-            ValueError: the reference is not the one of the checkpoint.
-        """
+        """Go on from a checkpoint's rollout step."""
         self.rollout_step = checkpoint["rollout_step"]
         self.validated_step = checkpoint["validated_step"]
         if self.reference is not None and checkpoint.get("reference_checksum") != self.reference.checksum():
             raise ValueError(
-                "model.policy does not hold the weights that the checkpoint's run started from, so that the KL would be "
+                "model.policy does not hold the weights that the checkpoint's run started from, so the KL would be "
                 "measured against another reference; give the same folder"
             )
-
-
-def _speed(batch: RolloutBatch, clock: Stopwatch) -> Metrics:
-    seconds = clock.seconds["rollout"]
-    return {
-        "rollout/seconds": seconds,
-        "rollout/tokens_per_second": batch.loss_mask.sum().item() / seconds,
-        "update/seconds": clock.seconds["update"],
-    }
-
-
-def _to_device(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
-    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(batch, **{name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)})

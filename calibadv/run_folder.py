@@ -79,8 +79,8 @@ class RunFolder:
         found = [last] if last.exists() else sorted(self.checkpoints.glob("rollout-step=*.ckpt"))
         if not found:
             raise ValueError(
-                f"--ckpt_path last: there is no checkpoint in {self.checkpoints}; start the run without --ckpt_path, or "
-                "name the run to resume with --run.name"
+                f"--ckpt_path last: there is no checkpoint in {self.checkpoints}; start the run without --ckpt_path, "
+                "or name the run to resume with --run.name"
             )
         return found[-1]
 

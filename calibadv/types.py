@@ -221,3 +221,24 @@ class RolloutBatch:
     step_correctness: Tensor
     anchor_ids: Tensor
     sampled_logprobs: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a training step hands to callbacks.
+
+    Attributes:
+        step: the rollout step, from 1.
+        batch: its B rollouts.
+        estimated: [B, T] advantages of the estimator.
+        calibrated: [B, T] advantages after the calibrators.
+        metrics: all curves of this step.
+        seconds: wall time of each stage.
+    """
+
+    step: int
+    batch: RolloutBatch
+    estimated: Tensor
+    calibrated: Tensor
+    metrics: dict[str, float]
+    seconds: dict[str, float]

@@ -1,7 +1,7 @@
 """From calibrated advantages to the gradient: micro-batches, log-probabilities, mini-batches, the loss.
 
-A *mini-batch* is one optimizer step: a block of whole questions. A *micro-batch* is what one forward pass holds: rollouts
-up to a budget of tokens. How a mini-batch is cut into micro-batches changes memory and speed, never the result.
+A *mini-batch* is one optimizer step: a block of whole questions. A *micro-batch* is what one forward pass holds:
+rollouts up to a budget of tokens. How a mini-batch is cut changes memory and speed, never the result.
 """
 
 from __future__ import annotations
@@ -87,11 +87,15 @@ def mini_batches(batch: RolloutBatch, count: int, seed: int, step: int) -> list[
     groups = batch.group_ids.tolist()
     order = np.argsort(uniforms(DrawKey(seed, step, "mini-batches", 0, 0), max(groups) + 1), kind="stable")
     trained = batch.loss_mask.any(dim=1).tolist()
-    blocks = [[row for row, group in enumerate(groups) if group in set(block)] for block in np.array_split(order, count)]
+    blocks = [
+        [row for row, group in enumerate(groups) if group in set(block)] for block in np.array_split(order, count)
+    ]
     return [block for block in blocks if any(trained[row] for row in block)]
 
 
-def forward_logits(model: nn.Module, batch: RolloutBatch, rows: Sequence[int], temperature: float) -> tuple[Tensor, Tensor]:
+def forward_logits(
+    model: nn.Module, batch: RolloutBatch, rows: Sequence[int], temperature: float
+) -> tuple[Tensor, Tensor]:
     """Run the model over some rollouts.
 
     Args:
@@ -133,7 +137,9 @@ def compute_logprobs(model: nn.Module, batch: RolloutBatch, token_budget: int, t
     return BatchLogprobs(logprobs, entropies)
 
 
-def loss_inputs(model: nn.Module, ready: ReadyBatch, rows: Sequence[int], temperature: float, denominator: float) -> LossInputs:
+def loss_inputs(
+    model: nn.Module, ready: ReadyBatch, rows: Sequence[int], temperature: float, denominator: float
+) -> LossInputs:
     """Run the policy over one micro-batch, with gradient, and put together what the loss looks at.
 
     Args:

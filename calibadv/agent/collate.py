@@ -13,6 +13,8 @@ The shorter one is padded on the right with token 0, attention 0 and turn -1.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,3 +149,19 @@ def turn_values(batch: RolloutBatch, per_token: Tensor) -> list[list[float] | No
     return [
         row[: last + 1] if is_included else None for row, last, is_included in zip(means, turns, included, strict=True)
     ]
+
+
+def to_device(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
+    """Move the tensors of a batch.
+
+    Args:
+        batch: B rollouts.
+        device: where to.
+
+    Returns:
+        The same batch there.
+    """
+    tensors: dict[str, Any] = {
+        field.name: getattr(batch, field.name).to(device) for field in fields(batch) if field.name != "rollouts"
+    }
+    return replace(batch, **tensors)

@@ -76,7 +76,7 @@ class Message:
     """One policy message, parsed.
 
     ``action`` is the first complete search or answer block, also of a badly formatted message; None without one.
-    ``content`` is the block's text, stripped. ``well_formed`` means one think block, then one action block, nothing else.
+    ``content`` is the block's text, stripped. ``well_formed`` means one think block, one action block, nothing else.
     """
 
     think: str
@@ -98,10 +98,12 @@ def parse_message(text: str, prepend_think: bool) -> Message:
     whole = f"<think>{text}" if prepend_think else text
     think = _THINK.search(whole)
     action = _ACTION.search(whole)
-    kind = action and action.lastgroup
+    kind: Literal["search", "answer"] | None = None
+    if action:
+        kind = "answer" if action["search"] is None else "search"
     return Message(
         think=think[1] if think else "",
-        action=kind if kind in ("search", "answer") else None,
+        action=kind,
         content=action[kind].strip() if action and kind else "",
         well_formed=_MESSAGE.fullmatch(whole) is not None,
     )
@@ -151,7 +153,7 @@ def _look_alike(character: str) -> str:
 
 
 def render_observation(documents: Sequence[Document], prepend_think: bool, special_strings: Iterable[str] = ()) -> str:
-    """What the environment writes after a search.
+    r"""What the environment writes after a search.
 
     Args:
         documents: what was found, best first; none is an ordinary observation.
@@ -159,7 +161,7 @@ def render_observation(documents: Sequence[Document], prepend_think: bool, speci
         special_strings: the special and added tokens of the tokenizer, disarmed in titles and texts.
 
     Returns:
-        ``\\n\\n<information>Doc 1(Title: T1) text1\\nDoc 2(Title: T2) text2</information>\\n\\n``.
+        ``\n\n<information>Doc 1(Title: T1) text1\nDoc 2(Title: T2) text2</information>\n\n``.
     """
     specials = tuple(special_strings)
     lines = [

@@ -10,7 +10,17 @@ from dataclasses import dataclass, field
 from calibadv.agent.protocol import Message, Protocol, is_valid, parse_message, render_observation
 from calibadv.agent.tokenizer import AgentTokenizer
 from calibadv.interfaces import Engine, RetrievalError, Retriever
-from calibadv.types import Completion, Document, DrawKey, Question, Rollout, RolloutStatus, Sampling, Segment, StopReason
+from calibadv.types import (
+    Completion,
+    Document,
+    DrawKey,
+    Question,
+    Rollout,
+    RolloutStatus,
+    Sampling,
+    Segment,
+    StopReason,
+)
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +114,8 @@ def check_prompt(question: Question, agent: Agent) -> tuple[int, ...]:
     limit = agent.protocol.max_rollout_tokens
     if len(prompt) >= limit:
         raise ValueError(
-            f"the prompt of question '{question.id}' has {len(prompt)} tokens and protocol.max_rollout_tokens is {limit}; "
-            "raise the limit, or leave the question out"
+            f"the prompt of question '{question.id}' has {len(prompt)} tokens and protocol.max_rollout_tokens is "
+            f"{limit}; raise the limit, or leave the question out"
         )
     return prompt
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 
 from calibadv.run_folder import RunFolder
@@ -37,7 +37,7 @@ class RolloutCheckpoint(Callback):
         self._saved_step = -1
         self._handlers: dict[signal.Signals, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Listen for signals, in the place of Lightning, which would stop in the middle of a step."""
 
         def stop(number: int, frame: FrameType | None) -> None:
@@ -53,9 +53,7 @@ class RolloutCheckpoint(Callback):
         self._saved_step = pl_module.rollout_step
         self._handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when it is due; where a validation is due too, after it, so that a resumed run need not repeat it."""
         validates = pl_module.rollout_step % trainer.val_check_interval == 0
         if trainer.should_stop or (self._is_due(pl_module) and not validates):
@@ -63,21 +61,21 @@ class RolloutCheckpoint(Callback):
         if self.stopped_by and not validates:
             trainer.limit_val_batches = 0  # whoever sends SIGTERM will not wait for a validation that is not due
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save when it is due."""
         if trainer.state.fn == "fit" and pl_module.rollout_step and (trainer.should_stop or self._is_due(pl_module)):
             self._save(trainer, pl_module)
 
-    def _is_due(self, pl_module: LightningModule) -> bool:
+    def _is_due(self, pl_module: Any) -> bool:
         return bool(pl_module.rollout_step % self.every_n_rollout_steps == 0)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save what is not yet saved, and give the signals back."""
         if pl_module.rollout_step > self._saved_step:
             self._save(trainer, pl_module)
         self._restore_handlers()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Give the signals back."""
         self._restore_handlers()
 
@@ -86,11 +84,11 @@ class RolloutCheckpoint(Callback):
             signal.signal(number, handler)
         self._handlers = {}
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _save(self, trainer: Trainer, pl_module: Any) -> None:
         folder = RunFolder(Path(trainer.default_root_dir))
         path = folder.checkpoint(pl_module.rollout_step)
         partial = path.with_suffix(".partial")
-        trainer.save_checkpoint(partial)
+        trainer.save_checkpoint(partial, weights_only=False)
         partial.replace(path)
         self._saved_step = pl_module.rollout_step
         _link(path, folder.checkpoints / "last.ckpt")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 
 from calibadv.run_folder import RunFolder, write_atomically
 
@@ -24,7 +24,7 @@ _FINAL_EVALUATIONS = 3
 class Results(Callback):
     """Write ``results.json`` into the run folder after every validation, test and at the end of training.
 
-    Its state travels in checkpoints, so that the file of a resumed run is that of an uninterrupted one, but for the time.
+    Its state travels in checkpoints, so that the file of a resumed run is that of an uninterrupted one but for times.
     """
 
     def __init__(self) -> None:
@@ -48,26 +48,24 @@ class Results(Callback):
         """Seconds of this run, those before a resume included."""
         return self._seconds_before + time.perf_counter() - self._start
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count how the training rollouts ended."""
         self.statuses.update(str(rollout.status) for rollout in outputs["output"].batch.rollouts)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Record a validation."""
-        row = {"step": pl_module.rollout_step, **_figures(trainer, "val/")}
+        row = {"step": pl_module.rollout_step, **pl_module.evaluation}
         self.validations = [*(v for v in self.validations if v["step"] < row["step"]), row]
         if trainer.state.fn == "fit":
             self._write(trainer, pl_module, self._training())
         else:
             self._write(trainer, pl_module, {"validate": row})
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Record a test."""
-        self._write(trainer, pl_module, {"test": {"step": pl_module.rollout_step, **_figures(trainer, "test/")}})
+        self._write(trainer, pl_module, {"test": {"step": pl_module.rollout_step, **pl_module.evaluation}})
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Record the end of training."""
         self._write(trainer, pl_module, self._training())
 
@@ -81,7 +79,7 @@ class Results(Callback):
             "wall_seconds": round(self.wall_seconds, 1),
         }
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, figures: dict[str, Any]) -> None:
+    def _write(self, trainer: Trainer, pl_module: Any, figures: dict[str, Any]) -> None:
         folder = RunFolder(Path(trainer.default_root_dir))
         made_with = {
             "name": folder.path.name,
@@ -97,8 +95,3 @@ class Results(Callback):
         else:
             figures = {**made_with, **folder.read_results(), **figures}
         write_atomically(folder.results, json.dumps(figures, indent=2) + "\n")
-
-
-def _figures(trainer: Trainer, prefix: str) -> dict[str, float]:
-    metrics = trainer.callback_metrics
-    return {name.removeprefix(prefix): value.item() for name, value in metrics.items() if name.startswith(prefix)}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from calibadv.agent.collate import turn_values
@@ -30,9 +30,7 @@ class RolloutWriter(Callback):
         self.shown = shown
         self._evaluated: list[Rollout] = []
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the training rollouts where it is their turn."""
         output = outputs["output"]
         if output.step != 1 and output.step % self.every_n_rollout_steps:
@@ -47,27 +45,36 @@ class RolloutWriter(Callback):
                 logger.experiment.add_text("rollouts/lowest_scores", text, output.step)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Keep the rollouts of this batch."""
-        self._evaluated.extend(outputs)
+        self._evaluated.extend(outputs["rollouts"])
 
-    on_test_batch_end = on_validation_batch_end
-    on_predict_batch_end = on_validation_batch_end
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Keep the rollouts of this batch."""
+        self._evaluated.extend(outputs["rollouts"])
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Keep the rollouts of this batch."""
+        self._evaluated.extend(outputs["rollouts"])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the validation rollouts."""
         self._write(trainer, pl_module, "val")
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the test rollouts."""
         self._write(trainer, pl_module, "test")
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the predictions."""
         self._write(trainer, pl_module, "predict")
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
+    def _write(self, trainer: Trainer, pl_module: Any, split: str) -> None:
         write_rollouts(self._path(trainer, split, pl_module.rollout_step), self._evaluated)
         self._evaluated.clear()
 

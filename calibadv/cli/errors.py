@@ -85,7 +85,8 @@ _CAUSES: list[tuple[str, Callable[[re.Match[str], str], str]]] = [
 
 
 def _subclasses(seam: type) -> list[str]:
-    found = [cls for cls in seam.__subclasses__() if cls.__module__.startswith("calibadv.")]
+    classes: list[type] = seam.__subclasses__()
+    found = [cls for cls in classes if cls.__module__.startswith("calibadv.")]
     return sorted(cls.__name__ for cls in found if not inspect.isabstract(cls))
 
 

@@ -31,6 +31,7 @@ from calibadv.callbacks.results import Results
 from calibadv.callbacks.rollout_writer import RolloutWriter
 from calibadv.cli.configs import configs_folder, resolve_config, scan_overlays
 from calibadv.cli.errors import explain, report
+from calibadv.cli.quiet import quiet_libraries
 from calibadv.data import QuestionData
 from calibadv.module import SearchAgentModule
 from calibadv.run_folder import RunFolder, write_atomically
@@ -51,7 +52,7 @@ class CalibadvCLI(LightningCLI):
 
     Args:
         configs: names of the configs on the command line, for the default name of the run.
-        kwargs: of LightningCLI.
+        **kwargs: of LightningCLI.
     """
 
     def __init__(self, configs: Sequence[Path], **kwargs: Any) -> None:
@@ -104,8 +105,8 @@ class CalibadvCLI(LightningCLI):
             self.checkpoint_step = torch.load(self.ckpt_path, weights_only=True, mmap=True)["rollout_step"]
         elif self.subcommand == "fit" and (self.run_folder.path / "config.yaml").exists():
             raise ValueError(
-                f"{self.run_folder.path} holds a run already; resume it with "
-                f"'{self.command} --run.name {self.run_folder.path.name} --ckpt_path last', or choose another --run.name"
+                f"{self.run_folder.path} holds a run already; resume it with '{self.resume_command}', "
+                "or choose another --run.name"
             )
 
     def _default_name(self) -> str:
@@ -122,8 +123,9 @@ class CalibadvCLI(LightningCLI):
         return str(parser.dump(config, skip_none=False))
 
     @property
-    def command(self) -> str:
-        """The command line, without a checkpoint and a run's name."""
+    def resume_command(self) -> str:
+        """What to type to go on with this run."""
+        assert self.run_folder is not None
         words, skip = [], False
         for word in sys.argv[1:]:
             if skip:
@@ -132,13 +134,13 @@ class CalibadvCLI(LightningCLI):
                 skip = True
             elif not word.startswith(("--ckpt_path=", "--run.name=")):
                 words.append(word)
-        return shlex.join(["calibadv", *words])
+        return shlex.join(["calibadv", *words, "--run.name", self.run_folder.path.name, "--ckpt_path", "last"])
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer, with our logger and callbacks.
 
         Args:
-            kwargs: of the trainer.
+            **kwargs: of the trainer.
 
         Returns:
             The trainer.
@@ -149,7 +151,14 @@ class CalibadvCLI(LightningCLI):
             purge = self.checkpoint_step + 1 if self.checkpoint_step else None
             settings["logger"] = TensorBoardLogger(self.run_folder.path, name="", version="", purge_step=purge)
         self.checkpoint_callback = self._get(self.config_init, "checkpoint")
-        ours = [RunStart(self), self.checkpoint_callback, self._get(self.config_init, "rollouts"), Results(), Progress()]
+        # Checkpoints hold the state of Results, so what a validation adds to it comes first.
+        ours = [
+            RunStart(self),
+            self._get(self.config_init, "rollouts"),
+            Results(),
+            self.checkpoint_callback,
+            Progress(),
+        ]
         settings["callbacks"] = [*(settings["callbacks"] or []), *ours]
         return pl.Trainer(**{**settings, "default_root_dir": str(self.run_folder.path), **kwargs})
 
@@ -176,9 +185,9 @@ class CalibadvCLI(LightningCLI):
         console.print(f"rollouts    {self.run_folder.rollouts}", highlight=False, soft_wrap=True)
         if stopped_by is None:
             return 0
-        resume = f"{self.command} --run.name {path.name} --ckpt_path last"
-        console.print(f"stopped at rollout step {self.model.rollout_step}; to continue: {resume}", soft_wrap=True)
-        return 128 + stopped_by
+        console.print(f"stopped after rollout step {self.model.rollout_step}; to continue:", highlight=False)
+        console.print(f"  {self.resume_command}", highlight=False, soft_wrap=True)
+        return 128 + int(stopped_by)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, without LightningCLI's warning that arguments came from a program.
@@ -219,12 +228,17 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     Returns:
         The exit status: 0, 2 for a mistake in the arguments, or 128 + signal after an orderly stop.
     """
+    quiet_libraries()
     configs, words = place_configs(arguments)
     scan_overlays(configs)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     settings = {"exit_on_error": False, "allow_abbrev": False}
     try:
-        cli = CalibadvCLI(configs, args=[verb, *words], parser_kwargs={**settings, **{name: dict(settings) for name in LightningCLI.subcommands()}})
+        cli = CalibadvCLI(
+            configs,
+            args=[verb, *words],
+            parser_kwargs={**settings, **{name: dict(settings) for name in LightningCLI.subcommands()}},
+        )
     except ArgumentError as error:
         report(explain(str(error)))
         return 2

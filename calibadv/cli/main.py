@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from calibadv.cli.errors import is_ours, report
-from calibadv.cli.quiet import quiet
+from calibadv.cli.quiet import quiet_environment
 from calibadv.interfaces import RetrievalError
 
 VERBS = {
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in VERBS and command not in TOOLS:
         report(f"there is no command '{command}'; choose one of {', '.join([*VERBS, *TOOLS])}")
         return 2
-    quiet()
+    quiet_environment()
     try:
         if command in VERBS:
             from calibadv.cli.lightning import run_verb
@@ -66,7 +66,9 @@ def _print_help() -> None:
     for name, text in {**VERBS, **TOOLS}.items():
         table.add_row(f"  [bold]{name}[/bold]", text)
     console.print(table)
-    console.print("\n'calibadv COMMAND --help' lists the options of a command. For a first run: calibadv fit --config quickstart")
+    console.print(
+        "\n'calibadv COMMAND --help' lists the options of a command. For a first run: calibadv fit --config quickstart"
+    )
 
 
 if __name__ == "__main__":

@@ -7,20 +7,22 @@ import os
 import warnings
 
 
-def quiet() -> None:
-    """Lower what libraries say without being asked. Warnings that a user can act on stay."""
+def quiet_environment() -> None:
+    """Set what libraries look at when they are imported."""
     # Progress bars of loading weights, and advice on how to load faster.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # TensorBoard tells at import that TensorFlow, which it does not need here, is missing.
+    # TensorBoard tells that TensorFlow, which it does not need here, is missing.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Lightning announces devices, seeds and its paid products.
-    for name in ("lightning.pytorch", "lightning.fabric"):
+
+
+def quiet_libraries() -> None:
+    """Lower what imported libraries say without being asked. Warnings that a user can act on stay."""
+    # Lightning announces devices, seeds and its paid products, through handlers of its own.
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning 2.6 calls in every fit what torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+    # Which device to take is said in the config; Lightning points out that there are others.
+    warnings.filterwarnings("ignore", message="GPU available but not used")
     logging.basicConfig(format="calibadv: %(message)s", level=logging.WARNING)
-    # Lightning asks for worker processes; our questions are in memory already.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Lightning calls what torch has renamed; its next version will not.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="lightning.*")
-    # Without a GPU in use Lightning points out that there is one: the config said which device to take.
-    warnings.filterwarnings("ignore", message="GPU available but not used.*")

@@ -22,7 +22,14 @@ def run_tool(command: str, arguments: Sequence[str]) -> int:
         The exit status.
     """
     try:
-        auto_cli(_component(command), args=list(arguments), prog=f"calibadv {command}", exit_on_error=False, as_positional=False, allow_abbrev=False)
+        auto_cli(
+            _component(command),
+            args=list(arguments),
+            prog=f"calibadv {command}",
+            exit_on_error=False,
+            as_positional=False,
+            allow_abbrev=False,
+        )
     except ArgumentError as error:
         report(explain(str(error)))
         return 2
@@ -36,4 +43,8 @@ def _component(command: str) -> Any:
         return replay
     from calibadv.world import command as world
 
-    return {"_help": "Export the embedded world, or make its policy again from nothing.", "export": world.export, "policy": world.policy}
+    return {
+        "_help": "Export the embedded world, or make its policy again from nothing.",
+        "export": world.export,
+        "policy": world.policy,
+    }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from calibadv.engines.stopping import stop_reason
@@ -71,7 +72,10 @@ class TransformersEngine(Engine):
 
 
 def _decode(
-    policy: Policy, prompts: list[Sequence[int]], sampling: Sampling, draws: np.ndarray[tuple[int, int], np.dtype[np.float32]]
+    policy: Policy,
+    prompts: list[Sequence[int]],
+    sampling: Sampling,
+    draws: NDArray[np.float32],
 ) -> list[Completion]:
     device = next(policy.model.parameters()).device
     token_ids, mask = _pad_left(prompts, policy.tokenizer.pad_id, device)
