@@ -15,8 +15,12 @@ from rapidfuzz.distance import Levenshtein
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibadv.agent.protocol import TAGS, Protocol, is_valid, parse_message, render_observation
+from calibadv.agent.rollout import Agent, Draws, run_rollouts
 from calibadv.agent.tokenizer import AgentTokenizer
+from calibadv.engines.transformers import TransformersEngine
+from calibadv.models import load_policy
 from calibadv.retrieval import BM25
+from calibadv.rewards.answer import f1
 from calibadv.types import Question
 from calibadv.world import build_world, command, embedded_world, policy_folder
 from calibadv.world.demonstrations import CLEAN, Noise, WorldSearch, demonstrate
@@ -27,13 +31,10 @@ from calibadv.world.warm_start import make_policy, rate_factor
 ALL_QUESTIONS = [question for split in embedded_world().questions.values() for question in split]
 
 
-def relations_of(question: Question) -> list[str]:
-    """The relations to follow, read from the text: what is the R2 of the R1 of X ?"""
-    return question.question.removeprefix("what is the ").split(" of ")[:-1][::-1]
-
-
 def relations_in_order(question: Question) -> list[str]:
-    return [relation.removeprefix("the ") for relation in relations_of(question)]
+    """The relations to follow, read from the text: what is the R2 of the R1 of X ?"""
+    steps = question.question.removeprefix("what is ").split(" of ")[:-1]
+    return [step.removeprefix("the ") for step in reversed(steps)]
 
 
 def start_of(question: Question) -> str:
@@ -45,7 +46,7 @@ def test_world_is_the_same_everywhere() -> None:
     world = build_world(0)
     text = repr([(d.id, d.title, d.text) for d in world.documents])
     asked = repr([(q.id, q.question, q.golden_answers) for split in world.questions.values() for q in split])
-    assert blake2b((text + asked).encode(), digest_size=8).hexdigest() == "@@"
+    assert blake2b((text + asked).encode(), digest_size=8).hexdigest() == "0f6a042793d59bec"
 
 
 def test_worlds_of_other_seeds_differ() -> None:
@@ -203,7 +204,7 @@ def test_thinks_of_a_clean_demonstration_are_dissimilar() -> None:
             assert all(Levenshtein.normalized_similarity(think, earlier) <= 0.5 for earlier in thinks[:later])
 
 
-def test_noisy_demonstrations_go_wrong_in_every_way() -> None:
+def test_noisy_demonstrations_break_the_format_and_stop_early() -> None:
     tokenizer = AgentTokenizer(build_tokenizer())
     rollouts = [
         [parse_message(text, prepend_think=False) for text in demonstration.messages]
@@ -229,6 +230,21 @@ def test_shipped_policy_is_an_ordinary_small_model() -> None:
     assert model.num_parameters() == pytest.approx(349_056, rel=0.05)
     assert model.config.vocab_size == len(build_tokenizer())
     assert (policy_folder() / "model.safetensors").stat().st_size < 1_600_000
+
+
+def test_shipped_policy_leaves_room_to_improve() -> None:
+    # What the quickstart starts from: greedy F1 near 0.5, in the valid format.
+    policy = load_policy("embedded")
+    engine = TransformersEngine()
+    engine.sync(policy)
+    protocol = Protocol(template="short", max_searches=3, max_turn_tokens=36)
+    agent = Agent(engine, BM25(corpus="embedded", top_k=2), protocol, policy.tokenizer)
+    questions = embedded_world().questions["validation"]
+    rollouts = run_rollouts(questions, agent, Draws(seed=0, step=0, samples=1, temperature=0.0))
+    assert sum(rollout.format_valid for rollout in rollouts) >= 0.9 * len(rollouts)
+    answers = [parse_message(rollout.policy_segments[-1].text, prepend_think=True).content for rollout in rollouts]
+    scores = [f1(answer, q.golden_answers) for answer, q in zip(answers, questions, strict=True)]
+    assert 0.42 < sum(scores) / len(scores) < 0.62
 
 
 def test_warm_start_writes_a_model_folder(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ def export(out: Path, seed: int = 0) -> None:
         _write_lines(out / f"{split}.jsonl", (asdict(question) for question in questions))
 
 
-def policy(out: Path, seed: int = 0, clean_steps: int = 300, noisy_steps: int = 600) -> None:
-    """Make the tiny policy from nothing, in about three minutes on two cores: supervised on scripted demonstrations.
+def policy(out: Path, seed: int = 0, clean_steps: int = 250, noisy_steps: int = 400) -> None:
+    """Make the tiny policy from nothing, in about two minutes on two cores: supervised on scripted demonstrations.
 
     Args:
         out: Hugging Face folder to write; it must be empty or not there.

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
-from calibadv.agent.protocol import TAGS
-
 _STARTS = (
     *("Bal", "Bren", "Cal", "Cor", "Dal", "Dor", "Fen", "Gar", "Hul", "Jor", "Kel", "Kir", "Lom"),
     *("Mel", "Nor", "Orl", "Pel", "Ral", "Sel", "Tal", "Tor", "Und", "Vel", "Wen", "Zan"),
@@ -73,6 +71,3 @@ def words() -> list[str]:
     relations = [relation for kind in KINDS.values() for relation in kind.relations]
     parts = [part for kind in KINDS.values() for place in kind.parts for part in place]
     return [*f"{_WORDS} {_PUNCTUATION} {_NUMBERS}".split(), *relations, *parts]
-
-
-assert not set(words()) & set(TAGS)

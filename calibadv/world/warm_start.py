@@ -26,7 +26,7 @@ _FINAL_SHARE = 0.03
 _INITIAL_SCALE = 0.06
 
 
-def make_policy(out: Path, seed: int = 0, clean_steps: int = 300, noisy_steps: int = 600) -> None:
+def make_policy(out: Path, seed: int = 0, clean_steps: int = 250, noisy_steps: int = 400) -> None:
     """Train the tiny policy on scripted demonstrations and save it as a Hugging Face folder.
 
     The policy stays below what the world allows on purpose: it is where training starts.
@@ -111,7 +111,7 @@ def rate_factor(step: int, steps: int) -> float:
     Returns:
         Up to 1 within 30 steps, 1 until 30 % of the steps are done, then linear down to 0.03.
     """
-    progress = max(0.0, step / steps - _FLAT_SHARE) / (1 - _FLAT_SHARE)
+    progress = max(0.0, step / max(steps, 1) - _FLAT_SHARE) / (1 - _FLAT_SHARE)
     return min(1.0, (step + 1) / _WARM_UP_STEPS) * (1 - (1 - _FINAL_SHARE) * progress)
 
 
