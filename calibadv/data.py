@@ -114,9 +114,9 @@ class QuestionData(LightningDataModule):
     """Questions for training, validation and test. Prediction takes those of the test.
 
     Args:
-        train: Question file, list of files, or ``embedded``.
-        validation: Question file, list of files, or ``embedded``.
-        test: Question file, list of files, or ``embedded``.
+        train: Question file, list of files, or ``embedded``. Without one nothing can be trained.
+        validation: Question file, list of files, or ``embedded``. Without one nothing is validated.
+        test: Question file, list of files, or ``embedded``; for test and predict.
         questions_per_step: Questions of one rollout step. With fewer training questions, a step repeats some.
         validation_questions: Validate on the first so many; all of them by default.
         seed: Decides the order of the training questions.
@@ -127,9 +127,9 @@ class QuestionData(LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] = "embedded",
-        validation: str | list[str] = "embedded",
-        test: str | list[str] = "embedded",
+        train: str | list[str] | None = None,
+        validation: str | list[str] | None = None,
+        test: str | list[str] | None = None,
         questions_per_step: int = 16,
         validation_questions: int | None = None,
         seed: int = 0,
@@ -158,6 +158,12 @@ class QuestionData(LightningDataModule):
         if stage == "fit":
             return self.train_questions + self.validation_questions
         return self.validation_questions if stage == "validate" else self.test_questions
+
+    def setup(self, stage: str) -> None:
+        """Refuse a stage without questions."""
+        split = {"fit": "train", "validate": "validation"}.get(stage, "test")
+        if not getattr(self, f"{split}_questions"):
+            raise ValueError(f"data.{split} is not set; give a question file, or 'embedded' with the embedded corpus")
 
     # The loaders are plain iterables, not torch's DataLoader: there is nothing to collate, and worker processes, whose
     # absence Lightning warns of, would only copy questions that are in memory already.
@@ -196,7 +202,9 @@ class QuestionData(LightningDataModule):
         return EvaluationQuestions(self.test_questions)
 
 
-def _load(source: str | list[str], split: str) -> list[Question]:
+def _load(source: str | list[str] | None, split: str) -> list[Question]:
+    if source is None:
+        return []
     if source == "embedded":
         from calibadv.world import embedded_world
 

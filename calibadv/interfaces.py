@@ -145,7 +145,10 @@ class LossInputs:
 
 
 class PolicyLoss(ABC):
-    """The surrogate that is minimised."""
+    """The surrogate that is minimised.
+
+    Its gradient is 0 where the advantage is 0; what pulls on every token is a ``Regularizer``.
+    """
 
     @abstractmethod
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -44,6 +45,26 @@ class Objective:
             loss = loss + term
             metrics.update(more)
         return loss, metrics
+
+    def split(self, ready: ReadyBatch, rows: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Tell the rollouts that move the policy from those that only count, and so need no backward pass.
+
+        Where the advantages of a rollout are all 0, as in a group with equal rewards, the gradient of the policy loss
+        is exactly 0; a KL or another term still pulls on it.
+
+        Args:
+            ready: the rollout batch.
+            rows: a mini-batch.
+
+        Returns:
+            The two parts of ``rows``. Where nothing would move all are in the first, so that the gradient is 0 and not
+            missing: to AdamW that is a difference.
+        """
+        has_advantage = ready.advantages.any(dim=1).tolist()
+        moving = [row for row in rows if has_advantage[row]]
+        if self.kl_coef or self.regularizers or not moving:
+            return list(rows), []
+        return moving, [row for row in rows if not has_advantage[row]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +181,14 @@ class Learner:
         optimizer.zero_grad()
         denominator = float(ready.batch.loss_mask[rows].sum().item())
         total: Metrics = {"loss": 0.0}
-        for part in micro_batches(ready.batch, rows, self.micro_batch_tokens):
-            loss, metrics = self.objective.compute(loss_inputs(model, ready, part, self.temperature, denominator))
-            backward(loss)
+        moving, still = self.objective.split(ready, rows)
+        parts = [micro_batches(ready.batch, some, self.micro_batch_tokens) for some in (moving, still)]
+        for place, part in enumerate(chain(*parts)):
+            moves = place < len(parts[0])
+            with torch.set_grad_enabled(moves):
+                loss, metrics = self.objective.compute(loss_inputs(model, ready, part, self.temperature, denominator))
+            if moves:
+                backward(loss)
             for name, value in {"loss": loss.item(), **metrics}.items():
                 total[name] = total.get(name, 0.0) + value
         norm = torch.nn.utils.clip_grad_norm_(_trained(model), self.clip_norm or math.inf)

@@ -135,7 +135,10 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
     overrides: dict[str, Any] = {key: 0.0 for key in config.to_dict() if key.endswith(("dropout", "pdrop"))}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **overrides)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        # The new rows are drawn: the same ones for every seed of a run, since all start from one policy.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if added:
         log.warning(
             "%s breaks the tags %s; added them as tokens and resized the embedding to %d rows (new rows are untrained)",

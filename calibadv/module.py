@@ -268,11 +268,6 @@ class SearchAgentModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Validate before training, as row 0 of every table; or after a stop that came before a validation was done."""
-        if self.rollout_step >= self.rollout_steps:
-            raise ValueError(
-                f"the checkpoint holds {self.rollout_step} rollout steps and model.rollout_steps is "
-                f"{self.rollout_steps}; raise it to go on"
-            )
         due = self.rollout_step % self.trainer.val_check_interval == 0 and self.validated_step != self.rollout_step
         if due and self.trainer.enable_validation:
             self.trainer.validating = True
@@ -331,6 +326,7 @@ class SearchAgentModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the rollout step, and what identifies the reference, into a checkpoint."""
+        checkpoint["seed"] = self.seed
         checkpoint["rollout_step"] = self.rollout_step
         checkpoint["validated_step"] = self.validated_step
         if self.reference is not None:
@@ -340,8 +336,22 @@ class SearchAgentModule(pl.LightningModule):
         """Go on from a checkpoint's rollout step."""
         self.rollout_step = checkpoint["rollout_step"]
         self.validated_step = checkpoint["validated_step"]
+        if self.trainer.state.fn == "fit":
+            self._check_resume(checkpoint)
         if self.reference is not None and checkpoint.get("reference_checksum") != self.reference.checksum():
             raise ValueError(
                 "model.policy does not hold the weights that the checkpoint's run started from, so the KL would be "
                 "measured against another reference; give the same folder"
+            )
+
+    def _check_resume(self, checkpoint: dict[str, Any]) -> None:
+        if self.rollout_step >= self.rollout_steps:
+            raise ValueError(
+                f"nothing is left to do: the checkpoint holds {self.rollout_step} rollout steps and "
+                f"model.rollout_steps is {self.rollout_steps}; raise it to go on"
+            )
+        if checkpoint["seed"] != self.seed:
+            raise ValueError(
+                f"--seed_everything is {self.seed} and the checkpoint's run has {checkpoint['seed']}; all draws of a "
+                "run depend on one seed, so resume with that"
             )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def last(self) -> Path:
+        """The newest checkpoint once more, under a name that does not change."""
+        return self.checkpoints / "last.ckpt"
+
+    @property
     def rollouts(self) -> Path:
         """Folder of ``train-step-000010.jsonl`` and the like."""
         return self.path / "rollouts"
@@ -32,16 +39,21 @@ class RunFolder:
         """File of the figures of every validation, and what they were made with."""
         return self.path / "results.json"
 
-    def config(self, step: int) -> Path:
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run has been started here."""
+        return any(self.path.glob("config*.yaml"))
+
+    def config(self, resumed_from: int | None) -> Path:
         """Where the resolved config is saved.
 
         Args:
-            step: rollout steps done when the run was started.
+            resumed_from: rollout steps done at the checkpoint, None for a run that starts from nothing.
 
         Returns:
             ``config.yaml``, or ``config-resume-<step>.yaml``.
         """
-        return self.path / (f"config-resume-{step}.yaml" if step else "config.yaml")
+        return self.path / ("config.yaml" if resumed_from is None else f"config-resume-{resumed_from:06d}.yaml")
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a rollout step is saved.
@@ -67,22 +79,46 @@ class RunFolder:
         return self.rollouts / f"{split}-step-{step:06d}.jsonl"
 
     def newest_checkpoint(self) -> Path:
-        """Find the checkpoint that was written last.
+        """Find the checkpoint of the highest rollout step.
 
         Returns:
-            ``last.ckpt``, or where that is missing the one of the highest step.
+            A ``rollout-step=`` file; ``last.ckpt``, which is the same file as one of those, where it is alone.
 
         Raises:
             ValueError: there is none.
         """
-        last = self.checkpoints / "last.ckpt"
-        found = [last] if last.exists() else sorted(self.checkpoints.glob("rollout-step=*.ckpt"))
+        found = self.step_checkpoints() or [path for path in (self.last,) if path.exists()]
         if not found:
-            raise ValueError(
-                f"--ckpt_path last: there is no checkpoint in {self.checkpoints}; start the run without --ckpt_path, "
-                "or name the run to resume with --run.name"
-            )
+            remedy = "name the run to resume with --run.name, or start one without --ckpt_path"
+            if self.holds_run:
+                remedy = "the run ended before its first; remove the folder and start again without --ckpt_path"
+            raise ValueError(f"--ckpt_path last: there is no checkpoint in {self.checkpoints}; {remedy}")
         return found[-1]
+
+    def step_checkpoints(self) -> list[Path]:
+        """The checkpoints that are named by their rollout step.
+
+        Returns:
+            Complete ones, in the order of their steps.
+        """
+        return sorted(self.checkpoints.glob("rollout-step=*.ckpt"))
+
+    def point_last_at(self, checkpoint: Path) -> None:
+        """Make ``last.ckpt`` the same file as another checkpoint, at no cost where the file system can.
+
+        Args:
+            checkpoint: a complete checkpoint.
+        """
+        if self.last.exists() and self.last.samefile(checkpoint):
+            return
+        partial = self.last.with_suffix(".partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(checkpoint, partial)
+        except OSError:  # no hard links here
+            shutil.copyfile(checkpoint, partial)
+        partial.replace(self.last)
 
     def read_results(self) -> dict[str, Any]:
         """Read what earlier parts of this run recorded.
@@ -94,15 +130,18 @@ class RunFolder:
         return content
 
     def drop_beyond(self, step: int) -> None:
-        """Remove rollout files and checkpoints that a resumed run will write again.
+        """Remove rollout files and checkpoints that a resumed run will write again, and what a killed one left over.
 
         Args:
             step: rollout steps done at the checkpoint.
         """
-        written = [*self.rollouts.glob("train-*.jsonl"), *self.rollouts.glob("val-*.jsonl")]
-        for path in [*written, *self.checkpoints.glob("rollout-step=*.ckpt")]:
+        written = [*self.rollouts.glob("train-*.jsonl"), *self.rollouts.glob("val-*.jsonl"), *self.step_checkpoints()]
+        for path in written:
             found = _STEP.search(path.name)
             if found and int(found[1]) > step:
+                path.unlink()
+        for folder in (self.path, self.rollouts, self.checkpoints):
+            for path in folder.glob("*.partial"):
                 path.unlink()
 
 

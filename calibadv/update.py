@@ -110,7 +110,8 @@ def forward_logits(
     length = int(batch.attention_mask[rows].sum(dim=1).max().item())
     token_ids = batch.token_ids[rows, :length]
     mask = batch.loss_mask[rows, 1:length]
-    output = model(input_ids=token_ids, attention_mask=batch.attention_mask[rows, :length].long(), use_cache=False)
+    # Padding is on the right, where a causal model does not look: without a mask, attention takes its fast path.
+    output = model(input_ids=token_ids, use_cache=False)
     return output.logits[:, :-1][mask] / temperature, token_ids[:, 1:][mask]
 
 

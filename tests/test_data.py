@@ -151,7 +151,7 @@ def test_more_validation_questions_than_there_are(question_file: str) -> None:
 
 
 def test_the_embedded_questions() -> None:
-    data = QuestionData()
+    data = QuestionData("embedded", "embedded", "embedded")
     sizes = [len(split) for split in (data.train_questions, data.validation_questions, data.test_questions)]
     assert sizes == [2000, 200, 200]
     batches = data.val_dataloader()
@@ -171,3 +171,9 @@ def test_numbers_below_one_are_refused(question_file: str) -> None:
         QuestionData(questions_per_step=0)
     with pytest.raises(ValueError, match=r"data.validation_questions is 0; it must be at least 1"):
         QuestionData(validation_questions=0)
+
+
+@pytest.mark.parametrize(("stage", "split"), [("fit", "train"), ("validate", "validation"), ("predict", "test")])
+def test_a_stage_without_questions_is_refused(stage: str, split: str) -> None:
+    with pytest.raises(ValueError, match=rf"data.{split} is not set; give a question file"):
+        QuestionData().setup(stage)

@@ -1,6 +1,6 @@
 """Where the time of a training step goes: seconds per stage, as one table.
 
-    python tools/bench_step.py --steps 20 --threads 2 --config quickstart calibrators/calibadv
+python tools/bench_step.py --steps 20 --threads 2 --config quickstart calibrators/calibadv
 """
 
 from __future__ import annotations

@@ -141,9 +141,10 @@ def disarm(text: str, special_strings: Iterable[str] = ()) -> str:
         ``text`` with the first character of each such string replaced: ``<`` by U+2039, another ASCII character by its
         full-width form.
     """
-    specials = sorted((re.escape(s) for s in special_strings if s.strip()), key=len, reverse=True)
-    pattern = "|".join([f"(?i:{_ANY_TAG})", *specials])
-    return re.sub(pattern, lambda found: _look_alike(found[0][0]) + found[0][1:], text)
+    specials = [re.escape(special) for special in special_strings if special.strip()]
+    # Looking ahead takes one character at a time, so that of two that overlap, as in <think>>TITLE<<, both are broken.
+    pattern = "(?={}).".format("|".join([f"(?i:{_ANY_TAG})", *specials]))
+    return re.sub(pattern, lambda first: _look_alike(first[0]), text, flags=re.DOTALL)
 
 
 def _look_alike(character: str) -> str:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calibadv.agent.protocol import TAGS, Protocol, disarm
 
-_PROBE = " one ".join(TAGS)
+_PROBE = "one {0} two{0}one"  # observations put words beside a tag without white space
 _TAG = re.compile("|".join(TAGS))
 
 
@@ -61,8 +61,19 @@ class AgentTokenizer:
         Returns:
             The text.
         """
-        shown = [token_id for token_id in token_ids if token_id not in self._invisible]
+        shown = self.visible(token_ids)
         return str(self.backend.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def visible(self, token_ids: Sequence[int]) -> list[int]:
+        """Leave out end-of-sequence and padding.
+
+        Args:
+            token_ids: sampled token ids.
+
+        Returns:
+            Those that ``decode`` shows.
+        """
+        return [token_id for token_id in token_ids if token_id not in self._invisible]
 
     def may_close_tag(self, token_id: int) -> bool:
         """Whether a tag can end within this token, so that a decoder need not look at all the others.
@@ -105,12 +116,11 @@ def prepare_tags(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     Raises:
         ValueError: the tags do not survive even so.
     """
-    broken = [tag for tag in TAGS if _round_trip(tokenizer, tag).strip() != tag]
+    broken = [tag for tag in TAGS if _tags_of(tokenizer, _PROBE.format(tag)) != [tag, tag]]
     if broken:
         tokenizer.add_tokens(broken)
-    found = _TAG.findall(_round_trip(tokenizer, _PROBE))
-    if found != list(TAGS):
-        lost = sorted(set(TAGS) - set(found)) or list(TAGS)
+    lost = [tag for tag in TAGS if _tags_of(tokenizer, _PROBE.format(tag)) != [tag, tag]]
+    if lost:
         raise ValueError(
             f"the tokenizer ({type(tokenizer).__name__}) does not return {lost[0]} as it was written, even as an added "
             "token; add the eight tags to its vocabulary as non-special tokens and save it in the model folder"
@@ -118,6 +128,7 @@ def prepare_tags(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return broken
 
 
-def _round_trip(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def _tags_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """The tags of a text after encoding and decoding it."""
     ids = tokenizer.encode(text, add_special_tokens=False)
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return _TAG.findall(str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)))

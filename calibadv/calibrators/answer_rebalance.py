@@ -28,7 +28,7 @@ class AnswerRebalance(Calibrator):
         self.target_ratio = target_ratio
 
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
-        """Apply :func:`calibadv.numerics.credit.answer_rebalance`.
+        """Apply ``calibadv.numerics.credit.answer_rebalance``.
 
         Args:
             batch: B rollouts.

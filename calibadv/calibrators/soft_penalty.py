@@ -17,7 +17,7 @@ class SoftPenalty(Calibrator):
     """
 
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
-        """Apply :func:`calibadv.numerics.credit.soft_penalty`.
+        """Apply ``calibadv.numerics.credit.soft_penalty``.
 
         Args:
             batch: B rollouts with step correctness.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 from pathlib import Path
 from types import FrameType
@@ -39,35 +37,42 @@ class RolloutCheckpoint(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Listen for signals, in the place of Lightning, which would stop in the middle of a step."""
+        # A run that is stopped before its first step is saved too, so that the way to continue is always the same.
+        self._saved_step = pl_module.rollout_step or -1
 
         def stop(number: int, frame: FrameType | None) -> None:
             if self.stopped_by is not None:
-                raise KeyboardInterrupt
+                raise SystemExit(128 + number)
             self.stopped_by = signal.Signals(number)
             trainer.should_stop = True
-            Console(stderr=True).print(
-                f"\n{self.stopped_by.name}: finishing rollout step {pl_module.rollout_step + 1}, then saving; "
-                "once more to stop at once"
+            doing = "the validation" if trainer.validating else f"rollout step {pl_module.rollout_step + 1}"
+            Console(stderr=True, soft_wrap=True).print(
+                f"{self.stopped_by.name}: finishing {doing}, then saving; once more to stop at once", highlight=False
             )
 
-        self._saved_step = pl_module.rollout_step
         self._handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when it is due; where a validation is due too, after it, so that a resumed run need not repeat it."""
-        validates = pl_module.rollout_step % trainer.val_check_interval == 0
-        if trainer.should_stop or (self._is_due(pl_module) and not validates):
+        if self.stopped_by:
+            # Whoever sends SIGTERM will not wait for a validation; a resumed run makes up for it where it was due.
             self._save(trainer, pl_module)
-        if self.stopped_by and not validates:
-            trainer.limit_val_batches = 0  # whoever sends SIGTERM will not wait for a validation that is not due
+            trainer.limit_val_batches = 0
+        elif self._is_due(trainer, pl_module) and not self._validates(trainer, pl_module):
+            self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Save when it is due."""
-        if trainer.state.fn == "fit" and pl_module.rollout_step and (trainer.should_stop or self._is_due(pl_module)):
+        """Save when it is due, unless only the end of the run is why there was a validation."""
+        in_training = trainer.state.fn == "fit" and pl_module.rollout_step > 0
+        if in_training and self._is_due(trainer, pl_module) and self._validates(trainer, pl_module):
             self._save(trainer, pl_module)
 
-    def _is_due(self, pl_module: Any) -> bool:
-        return bool(pl_module.rollout_step % self.every_n_rollout_steps == 0)
+    def _is_due(self, trainer: Trainer, pl_module: Any) -> bool:
+        return trainer.should_stop or bool(pl_module.rollout_step % self.every_n_rollout_steps == 0)
+
+    def _validates(self, trainer: Trainer, pl_module: Any) -> bool:
+        asks = trainer.enable_validation and sum(trainer.num_val_batches) > 0
+        return asks and bool(pl_module.rollout_step % trainer.val_check_interval == 0)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save what is not yet saved, and give the signals back."""
@@ -89,20 +94,10 @@ class RolloutCheckpoint(Callback):
         path = folder.checkpoint(pl_module.rollout_step)
         partial = path.with_suffix(".partial")
         trainer.save_checkpoint(partial, weights_only=False)
-        partial.replace(path)
         self._saved_step = pl_module.rollout_step
-        _link(path, folder.checkpoints / "last.ckpt")
-        if self.keep:
-            for old in sorted(folder.checkpoints.glob("rollout-step=*.ckpt"))[: -self.keep]:
-                old.unlink()
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``, at no cost where the file system can; atomically in any case."""
-    partial = target.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:  # no hard links here
-        shutil.copyfile(source, partial)
-    partial.replace(target)
+        if trainer.is_global_zero:
+            partial.replace(path)
+            folder.point_last_at(path)
+            if self.keep:
+                for old in folder.step_checkpoints()[: -self.keep]:
+                    old.unlink()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
-_COLUMNS = ("score", "f1", "em", "cover_em", "format_valid", "searches", "count")
+_FIGURES = ("score", "f1", "em", "cover_em", "format_valid", "searches")
+# Time left is estimated from the steps within so many seconds; a step with a large model may take minutes.
+_SPEED_PERIOD = 3600.0
+_HEADINGS = {"cover_em": "cover EM", "format_valid": "valid", "f1": "F1", "em": "EM", "count": "questions"}
 
 
 class Progress(Callback):
@@ -20,55 +24,67 @@ class Progress(Callback):
     def __init__(self) -> None:
         self.console = Console()
         self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
+            SpinnerColumn(),
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=self.console,
             transient=True,
+            expand=True,
+            speed_estimate_period=_SPEED_PERIOD,
         )
-        self._task: TaskID | None = None
-        self._last = time.perf_counter()
+        self._task = TaskID(0)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Show the bar."""
-        total, done = pl_module.rollout_steps, pl_module.rollout_step
-        self._task = self._bar.add_task("training", total=total, completed=done, figures="")
-        self._start(trainer)
+        self._start(trainer, "rollouts", total=pl_module.rollout_steps, done=pl_module.rollout_step)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Say that rollouts are sampled: with a large model that takes minutes."""
+        self._say("rollouts")
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Any) -> None:
+        """Say that the policy is updated."""
+        self._say("update")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the bar by one rollout step."""
         output = outputs["output"]
-        figures = f"score {output.metrics.get('reward/score', 0.0):.2f}  {sum(output.seconds.values()):.1f} s/step"
-        assert self._task is not None
-        self._bar.update(self._task, completed=output.step, figures=figures)
+        score = output.metrics.get("reward/score")
+        shown = "" if score is None else f"score {score:.2f}  "
+        seconds = sum(output.seconds.values())
+        self._bar.update(self._task, completed=output.step, figures=f"{shown}{seconds:.1f} s/step")
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Show the bar of an evaluation outside of training."""
-        if trainer.state.fn != "fit":
-            self._start_evaluation(trainer, sum(trainer.num_val_batches))
+        if trainer.state.fn == "fit":
+            self._say("validation")
+        else:
+            self._start(trainer, "questions", total=sum(trainer.num_val_batches))
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Move the bar of an evaluation."""
         if trainer.state.fn != "fit":
-            self._advance()
+            self._bar.advance(self._task)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Print one line in training, a table otherwise."""
         if trainer.state.fn != "fit":
             self._finish_evaluation(trainer, pl_module)
         elif trainer.is_global_zero:
-            figures = "  ".join(f"{n} {v:.3f}" for n, v in pl_module.evaluation.items() if n in _COLUMNS[:-1])
+            figures = "  ".join(f"{n} {v:.3f}" for n, v in pl_module.evaluation.items() if n in _FIGURES)
             self.console.print(f"step {pl_module.rollout_step:>4}  {figures}", highlight=False, soft_wrap=True)
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Show the bar."""
-        self._start_evaluation(trainer, sum(trainer.num_test_batches))
+        self._start(trainer, "questions", total=sum(trainer.num_test_batches))
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Move the bar."""
-        self._advance()
+        self._bar.advance(self._task)
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Print the table."""
@@ -76,38 +92,38 @@ class Progress(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Show the bar."""
-        self._start_evaluation(trainer, sum(trainer.num_predict_batches))
+        self._start(trainer, "questions", total=sum(trainer.num_predict_batches))
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Move the bar."""
-        self._advance()
+        self._bar.advance(self._task)
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the bar away."""
-        self._bar.stop()
+        self._stop()
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the bar away."""
-        self._bar.stop()
+        self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Take the bar away."""
-        self._bar.stop()
+        self._stop()
 
-    def _start(self, trainer: Trainer) -> None:
+    def _start(self, trainer: Trainer, doing: str, total: float, done: int = 0) -> None:
+        self._task = self._bar.add_task(doing, total=total, completed=done, figures="")
         if trainer.is_global_zero and self.console.is_terminal:
             self._bar.start()
 
-    def _start_evaluation(self, trainer: Trainer, batches: float) -> None:
-        self._task = self._bar.add_task("questions", total=batches, figures="")
-        self._start(trainer)
+    def _say(self, doing: str) -> None:
+        self._bar.update(self._task, description=doing)
 
-    def _advance(self) -> None:
-        assert self._task is not None
-        self._bar.advance(self._task)
+    def _stop(self) -> None:
+        if self._bar.live.is_started:  # rich would print an empty line
+            self._bar.stop()
 
     def _finish_evaluation(self, trainer: Trainer, pl_module: Any) -> None:
-        self._bar.stop()
+        self._stop()
         if trainer.is_global_zero:
             self.console.print(evaluation_table(pl_module.evaluation))
 
@@ -121,11 +137,15 @@ def evaluation_table(metrics: dict[str, float]) -> Table:
     Returns:
         One row for all questions, and one per data source.
     """
-    table = Table("questions", *(name.replace("_", " ") for name in _COLUMNS))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("source")  # the one that gives way on a narrow terminal
+    for name in (*_FIGURES, "count"):
+        table.add_column(_HEADINGS.get(name, name), justify="right", no_wrap=True)
     sources = dict.fromkeys(name.rpartition("/")[0] for name in metrics)
     for source in sources:
         prefix = f"{source}/" if source else ""
-        cells = [metrics.get(prefix + name) for name in _COLUMNS]
-        shown = ["-" if value is None else f"{value:.3f}" for value in cells[:-1]]
-        table.add_row(source or "all", *shown, f"{cells[-1] or 0:.0f}")
+        cells = [metrics.get(prefix + name) for name in _FIGURES]
+        shown = ["-" if value is None else f"{value:.3f}" for value in cells]
+        shown_source = Text(source or "all", no_wrap=True, overflow="ellipsis")
+        table.add_row(shown_source, *shown, f"{metrics.get(prefix + 'count', 0):.0f}")
     return table

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
-import sys
 import time
 from collections import Counter
 from importlib.metadata import version
@@ -25,9 +23,13 @@ class Results(Callback):
     """Write ``results.json`` into the run folder after every validation, test and at the end of training.
 
     Its state travels in checkpoints, so that the file of a resumed run is that of an uninterrupted one but for times.
+
+    Args:
+        command: what the user typed, to be recorded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, command: str) -> None:
+        self.command = command
         self.validations: list[dict[str, float]] = []
         self.statuses: Counter[str] = Counter()
         self._seconds_before = 0.0
@@ -80,6 +82,8 @@ class Results(Callback):
         }
 
     def _write(self, trainer: Trainer, pl_module: Any, figures: dict[str, Any]) -> None:
+        if not trainer.is_global_zero:
+            return
         folder = RunFolder(Path(trainer.default_root_dir))
         made_with = {
             "name": folder.path.name,
@@ -88,7 +92,7 @@ class Results(Callback):
             "threads": torch.get_num_threads(),
             "device": str(pl_module.device),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-            "command": shlex.join(["calibadv", *sys.argv[1:]]),
+            "command": self.command,
         }
         if trainer.state.fn == "fit":
             figures = {**made_with, **figures}

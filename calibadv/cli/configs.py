@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 CALLBACKS = "trainer.callbacks"
+_OPTION = re.compile(r"--?[A-Za-z]")  # and not -1
 
 
 def configs_folder() -> Path:
@@ -64,7 +66,57 @@ class ConfigFile:
     """One config file, flat: ``values`` maps dotted keys such as ``trainer.callbacks+`` to what is not a mapping."""
 
     name: str
+    path: Path
     values: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option of the command line; ``words`` are those it was typed in, ``values`` is as in ``ConfigFile``."""
+
+    name: str
+    words: tuple[str, ...]
+    values: dict[str, Any]
+
+
+def read_words(arguments: Sequence[str]) -> list[ConfigFile | Option]:
+    """Read the words of a command line: the config files that they name, and their options.
+
+    Args:
+        arguments: behind the verb. ``--config`` takes one name or several.
+
+    Returns:
+        In the order of the command line.
+
+    Raises:
+        ValueError: ``--config`` names nothing, or what is no config.
+    """
+    settings: list[ConfigFile | Option] = []
+    for words in _options(arguments):
+        name, equals, value = words[0].partition("=")
+        given = [value] if equals else words[1:]
+        if name in ("--config", "-c"):
+            if not any(given):
+                raise ValueError("--config has no value; name a packaged config such as quickstart, or a file")
+            settings += [read_config(resolve_config(config)) for config in given]
+        else:
+            settings.append(Option(name, tuple(words), {name.lstrip("-"): _parse(given)}))
+    return settings
+
+
+def _options(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """Each option with the words up to the next one."""
+    starts = [place for place, word in enumerate(arguments) if _OPTION.match(word)]
+    for start, end in zip([0, *starts], [*starts, len(arguments)], strict=True):
+        if arguments[start:end]:
+            yield list(arguments[start:end])
+
+
+def _parse(given: list[str]) -> Any:
+    try:
+        return yaml.safe_load(" ".join(given))
+    except yaml.YAMLError:
+        return None  # whatever it is, it names no callback; the parser will say what it thinks of it
 
 
 def read_config(path: Path) -> ConfigFile:
@@ -86,7 +138,7 @@ def read_config(path: Path) -> ConfigFile:
         raise ValueError(f"config '{config_name(path)}' is not YAML: {reason}") from error
     if not isinstance(content, dict | None):
         raise ValueError(f"config '{config_name(path)}' holds {type(content).__name__}; write 'key: value' lines")
-    return ConfigFile(config_name(path), dict(_flatten(content or {}, "")))
+    return ConfigFile(config_name(path), path, dict(_flatten(content or {}, "")))
 
 
 def _flatten(mapping: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -98,19 +150,30 @@ def _flatten(mapping: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def scan_overlays(paths: list[Path]) -> None:
-    """Refuse what the parser would accept without doing what is meant.
+    """Refuse config files whose order or company the parser would accept without doing what is meant.
 
     Args:
         paths: the config files in the order in which they apply.
 
     Raises:
-        ValueError: an overlay stands before a file that sets all of it again or the list that it appends to; or two
-            AdvantageCalibration callbacks are in effect, of which the second would replace the first.
+        ValueError: see ``scan_settings``.
     """
-    configs = [read_config(path) for path in paths]
-    for place, config in enumerate(configs):
-        _refuse_if_lost(config, configs[place + 1 :])
-    names = [name for name, _ in calibrations(configs)]
+    scan_settings([read_config(path) for path in paths])
+
+
+def scan_settings(settings: Sequence[ConfigFile | Option]) -> None:
+    """Refuse what the parser would accept without doing what is meant.
+
+    Args:
+        settings: config files, and options of the command line, in the order in which they apply.
+
+    Raises:
+        ValueError: an overlay or an option stands before a file that sets all of it again or the list that it appends
+            to; or two AdvantageCalibration callbacks are in effect, of which the second would replace the first.
+    """
+    for place, setting in enumerate(settings):
+        _refuse_if_lost(setting, [later for later in settings[place + 1 :] if isinstance(later, ConfigFile)])
+    names = [name for name, _ in calibrations(settings)]
     if len(names) > 1:
         raise ValueError(
             f"{' and '.join(repr(name) for name in names)} each install an AdvantageCalibration; give one overlay that "
@@ -118,18 +181,20 @@ def scan_overlays(paths: list[Path]) -> None:
         )
 
 
-def _refuse_if_lost(config: ConfigFile, later: Sequence[ConfigFile]) -> None:
-    owners = {key: _set_again_by(key, later) for key in config.values}
+def _refuse_if_lost(setting: ConfigFile | Option, later: Sequence[ConfigFile]) -> None:
+    owners = {key: _set_again_by(key, later) for key in setting.values}
     last = next((other.name for other in reversed(later) if other.name in owners.values()), None)
     if last is None:
         return
     if all(owners.values()):
-        raise ValueError(f"nothing of '{config.name}' remains: later files set all of it again; put it after '{last}'")
+        raise ValueError(
+            f"nothing of '{setting.name}' remains: what comes later sets all of it again; put it after '{last}'"
+        )
     for key, owner in owners.items():
         if key.endswith("+") and owner:
             raise ValueError(
-                f"what '{config.name}' appends to {key[:-1]} is lost: '{owner}' sets the whole list afterwards; "
-                f"put '{config.name}' after '{owner}'"
+                f"what '{setting.name}' appends to {key[:-1]} is lost: '{owner}' sets the whole list afterwards; "
+                f"put '{setting.name}' after '{owner}'"
             )
 
 
@@ -140,14 +205,14 @@ def _set_again_by(key: str, later: Sequence[ConfigFile]) -> str | None:
     return next((config.name for config in reversed(later) if whole & config.values.keys()), None)
 
 
-def calibrations(configs: Sequence[ConfigFile]) -> list[tuple[str, Any]]:
-    """The AdvantageCalibration callbacks that are in effect after all files.
+def calibrations(configs: Sequence[ConfigFile | Option]) -> list[tuple[str, Any]]:
+    """The AdvantageCalibration callbacks that are in effect after all files and options.
 
     Args:
         configs: in the order in which they apply.
 
     Returns:
-        Name of the file and the callback's entry; ``callbacks:`` replaces those of earlier files.
+        Name of the file or option and the callback's entry; ``callbacks:`` replaces those of earlier files.
     """
     found: list[tuple[str, Any]] = []
     for config in configs:
@@ -155,7 +220,7 @@ def calibrations(configs: Sequence[ConfigFile]) -> list[tuple[str, Any]]:
             found = []
         for key in (CALLBACKS, f"{CALLBACKS}+"):
             entries = config.values.get(key) or []
-            found += [(config.name, entry) for entry in _as_list(entries) if _is_calibration(entry)]
+            found += [(config.name, entry) for entry in _as_list(entries) if is_calibration(entry)]
     return found
 
 
@@ -163,6 +228,14 @@ def _as_list(entries: Any) -> list[Any]:
     return entries if isinstance(entries, list) else [entries]
 
 
-def _is_calibration(entry: Any) -> bool:
-    name = entry.get("class_path") if isinstance(entry, dict) else entry
+def is_calibration(entry: Any) -> bool:
+    """Whether an entry of ``trainer.callbacks`` is an AdvantageCalibration.
+
+    Args:
+        entry: a class name, or a mapping or namespace with ``class_path``.
+
+    Returns:
+        True if its class has that name.
+    """
+    name = entry.get("class_path") if hasattr(entry, "get") else entry
     return isinstance(name, str) and name.rpartition(".")[2] == "AdvantageCalibration"

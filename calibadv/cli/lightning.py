@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console
 
 import calibadv.calibrators
 import calibadv.callbacks
@@ -29,37 +24,38 @@ from calibadv.callbacks.checkpoint import RolloutCheckpoint
 from calibadv.callbacks.progress import Progress
 from calibadv.callbacks.results import Results
 from calibadv.callbacks.rollout_writer import RolloutWriter
-from calibadv.cli.configs import configs_folder, resolve_config, scan_overlays
-from calibadv.cli.errors import explain, report
+from calibadv.cli.configs import ConfigFile, Option, configs_folder, is_calibration, read_words, scan_settings
+from calibadv.cli.curves import RunCurves
+from calibadv.cli.explain import explain
+from calibadv.cli.goodbye import goodbye
+from calibadv.cli.help import HELP, STAYS, VERBS, describe
+from calibadv.cli.plan import Run, Start, plan_start, refuse_second_run, resume_command
 from calibadv.cli.quiet import quiet_libraries
+from calibadv.cli.signals import ended_by_sigterm
 from calibadv.data import QuestionData
 from calibadv.module import SearchAgentModule
-from calibadv.run_folder import RunFolder, write_atomically
-
-
-@dataclass
-class Run:
-    """Where the run's files go: ``<root>/<name>/``."""
-
-    root: str = "runs"
-    """Folder of all runs."""
-    name: str | None = None
-    """Name of this run; by default made of the configs' names and the time."""
+from calibadv.run_folder import write_atomically
 
 
 class CalibadvCLI(LightningCLI):
     """LightningCLI, with a run folder decided before anything is built, and nothing written until all inputs are read.
 
     Args:
-        configs: names of the configs on the command line, for the default name of the run.
-        **kwargs: of LightningCLI.
+        verb: ``fit``, ``validate``, ``test`` or ``predict``.
+        settings: config files and options of the command line.
+        run: whether to run the verb; otherwise everything is only built.
     """
 
-    def __init__(self, configs: Sequence[Path], **kwargs: Any) -> None:
-        self.config_names = [path.stem for path in configs]
-        self.run_folder: RunFolder | None = None
-        self.ckpt_path: Path | None = None
-        self.checkpoint_step = 0
+    start: Start
+    checkpoints: RolloutCheckpoint
+
+    def __init__(self, verb: str, settings: Sequence[ConfigFile | Option], run: bool = True) -> None:
+        self.verb = verb
+        self.settings = settings
+        self._run = run
+        manners = {"exit_on_error": False, "allow_abbrev": False}
+        usage = f"calibadv {verb} [--config NAME_OR_FILE ...] [--option VALUE ...]"
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
         super().__init__(
             SearchAgentModule,
             QuestionData,
@@ -67,14 +63,31 @@ class CalibadvCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            **kwargs,
+            parser_kwargs={**manners, verb: {**manners, "usage": usage, "description": VERBS[verb]}},
+            args=[verb, *command_words(settings)],
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # the base has no instance to look at
+        """Give the one verb that is run: building the parsers of the other three takes a second.
+
+        Returns:
+            The verb, and the arguments of the trainer's method that are not options.
+        """
+        return {self.verb: LightningCLI.subcommands()[self.verb]}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the seed: a number, where LightningCLI would take ``True`` for a random one.
+
+        Args:
+            parser: of the verb.
+        """
+        parser.add_argument("--seed_everything", type=int, default=self.seed_everything_default, help=HELP["seed"])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run folder, our callbacks, and the links that state a fact once.
 
         Args:
-            parser: of one verb.
+            parser: of the verb.
         """
         parser.add_class_arguments(Run, "run")
         parser.add_lightning_class_args(RolloutCheckpoint, "checkpoint")
@@ -82,59 +95,57 @@ class CalibadvCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, with one line for a mistake.
+
+        Args:
+            parser: of the verb, as the only subcommand.
+            args: the words of the command line.
+
+        Raises:
+            ValueError: the arguments are not accepted.
+        """
+        own = self._parser(self.verb)
+        describe(own)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            options = [option for action in own._actions for option in action.option_strings]
+            raise ValueError(explain(str(error), options, self.verb)) from error
+
     def _parse_ckpt_path(self) -> None:
         """Skip LightningCLI's reading of hyperparameters from checkpoints: ours hold none, and may be large."""
 
     def before_instantiate_classes(self) -> None:
-        """Decide on the run folder, and refuse what would mix two runs."""
-        config = self.config[self.subcommand]
-        asked = config.get("ckpt_path")
-        if asked == "last" and config.run.name is None:
-            raise ValueError("--ckpt_path last: name the run to resume with --run.name (its folder under --run.root)")
-        if config.run.name is not None:
-            self.run_folder = RunFolder(Path(config.run.root) / config.run.name)
-        elif asked is not None:
-            self.run_folder = RunFolder(Path(asked).resolve().parent.parent)
-        else:
-            self.run_folder = RunFolder(Path(config.run.root) / self._default_name())
-        if asked is not None:
-            self.ckpt_path = self.run_folder.newest_checkpoint() if asked == "last" else Path(asked)
-            if not self.ckpt_path.exists():
-                raise ValueError(f"--ckpt_path {asked} does not exist; give a checkpoint, or 'last' with --run.name")
-            config.ckpt_path = str(self.ckpt_path)
-            self.checkpoint_step = torch.load(self.ckpt_path, weights_only=True, mmap=True)["rollout_step"]
-        elif self.subcommand == "fit" and (self.run_folder.path / "config.yaml").exists():
-            raise ValueError(
-                f"{self.run_folder.path} holds a run already; resume it with '{self.resume_command}', "
-                "or choose another --run.name"
-            )
+        """Decide on the run folder, and refuse what would mix two runs or two methods."""
+        config = self.config[self.verb]
+        check_trainer(config.trainer)
+        prefix = [] if self.verb == "fit" else [self.verb]
+        names = [setting.path.stem for setting in self.settings if isinstance(setting, ConfigFile)]
+        default_name = "-".join([*prefix, *names, datetime.now().strftime("%Y%m%d-%H%M%S")])
+        self.start = plan_start(config.run.root, config.run.name, default_name, config.ckpt_path)
+        if self.start.checkpoint is not None:
+            config.ckpt_path = str(self.start.checkpoint)
+        if self.verb == "predict":
+            config.return_predictions = False  # RolloutWriter writes them; Lightning would keep them all in memory
+        if self.verb == "fit":
+            refuse_second_run(self.start, self.resume_command)
 
-    def _default_name(self) -> str:
-        verb = [] if self.subcommand == "fit" else [str(self.subcommand)]
-        return "-".join([*verb, *self.config_names, datetime.now().strftime("%Y%m%d-%H%M%S")])
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on with this run."""
+        return resume_command(self.verb, self.settings, self.start.folder)
 
     def resolved_config(self) -> str:
         """Give the whole config of this run.
 
         Returns:
-            YAML that ``--config`` reads.
+            YAML that ``--config`` reads. It does not name a checkpoint: a run from it starts from nothing.
         """
-        parser, config = self._parser(self.subcommand), self.config[self.subcommand]
-        return str(parser.dump(config, skip_none=False))
-
-    @property
-    def resume_command(self) -> str:
-        """What to type to go on with this run."""
-        assert self.run_folder is not None
-        words, skip = [], False
-        for word in sys.argv[1:]:
-            if skip:
-                skip = False
-            elif word in ("--ckpt_path", "--run.name"):
-                skip = True
-            elif not word.startswith(("--ckpt_path=", "--run.name=")):
-                words.append(word)
-        return shlex.join(["calibadv", *words, "--run.name", self.run_folder.path.name, "--ckpt_path", "last"])
+        config = self.config[self.verb].clone()
+        config.ckpt_path = None
+        config.run.name = None
+        return str(self._parser(self.verb).dump(config, skip_none=False))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer, with our logger and callbacks.
@@ -144,59 +155,39 @@ class CalibadvCLI(LightningCLI):
 
         Returns:
             The trainer.
+
+        Raises:
+            ValueError: Lightning does not accept its settings.
         """
-        assert self.run_folder is not None
         settings = dict(self._get(self.config_init, "trainer"))
         if settings["logger"] in (None, True):
-            purge = self.checkpoint_step + 1 if self.checkpoint_step else None
-            settings["logger"] = TensorBoardLogger(self.run_folder.path, name="", version="", purge_step=purge)
-        self.checkpoint_callback = self._get(self.config_init, "checkpoint")
+            curves = RunCurves(self.start.folder.path, self.start.resumed_from)
+            settings["logger"] = curves if self.verb == "fit" else False
+        self.checkpoints = self._get(self.config_init, "checkpoint")
+        words = [word for setting in self.settings for word in words_of(setting)]
         # Checkpoints hold the state of Results, so what a validation adds to it comes first.
         ours = [
             RunStart(self),
             self._get(self.config_init, "rollouts"),
-            Results(),
-            self.checkpoint_callback,
+            Results(shlex.join(["calibadv", self.verb, *words])),
+            self.checkpoints,
             Progress(),
         ]
         settings["callbacks"] = [*(settings["callbacks"] or []), *ours]
-        return pl.Trainer(**{**settings, "default_root_dir": str(self.run_folder.path), **kwargs})
+        try:
+            return pl.Trainer(**{**settings, "default_root_dir": str(self.start.folder.path), **kwargs})
+        except (ValueError, ImportError, MisconfigurationException) as error:
+            raise ValueError(f"trainer: {error}") from error
 
-    def goodbye(self) -> int:
-        """Say where to look, and after a signal how to continue.
-
-        Returns:
-            The exit status.
-        """
-        assert self.run_folder is not None
-        console, path = Console(), self.run_folder.path
-        stopped_by = self.checkpoint_callback.stopped_by
-        if self.subcommand == "fit":
-            validations = self.run_folder.read_results().get("validations", [])
-            if len(validations) > 1 and "f1" in validations[-1]:
-                first, last = validations[0], validations[-1]
-                console.print(
-                    f"validation F1 {first['f1']:.3f} (step {first['step']}) -> {last['f1']:.3f} (step {last['step']})",
-                    highlight=False,
-                )
-            console.print(f"curves      tensorboard --logdir {path}", highlight=False, soft_wrap=True)
-            console.print(f"checkpoint  {self.run_folder.checkpoints / 'last.ckpt'}", highlight=False, soft_wrap=True)
-            console.print(f"results     {self.run_folder.results}", highlight=False, soft_wrap=True)
-        console.print(f"rollouts    {self.run_folder.rollouts}", highlight=False, soft_wrap=True)
-        if stopped_by is None:
-            return 0
-        console.print(f"stopped after rollout step {self.model.rollout_step}; to continue:", highlight=False)
-        console.print(f"  {self.resume_command}", highlight=False, soft_wrap=True)
-        return 128 + int(stopped_by)
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, without LightningCLI's warning that arguments came from a program.
-
-        Args:
-            parser: of all verbs.
-            args: the words of the command line.
-        """
-        self.config = parser.parse_args(args)
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self._run:
+            return
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stop:
+            if stop.code == 1:  # what Lightning makes of a KeyboardInterrupt
+                raise KeyboardInterrupt from stop
+            raise
 
 
 class RunStart(pl.Callback):
@@ -209,13 +200,17 @@ class RunStart(pl.Callback):
     def __init__(self, cli: CalibadvCLI) -> None:
         self.cli = cli
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the config; when resuming, drop what the run will write again."""
-        folder, step = self.cli.run_folder, self.cli.checkpoint_step
-        assert folder is not None
-        if step:
-            folder.drop_beyond(step)
-        write_atomically(folder.config(step), self.cli.resolved_config())
+        start = self.cli.start
+        if trainer.is_global_zero:
+            if start.checkpoint is not None and start.resumed_from is not None:
+                start.folder.drop_beyond(start.resumed_from)
+                start.folder.point_last_at(start.checkpoint)
+            write_atomically(start.folder.config(start.resumed_from), self.cli.resolved_config())
+        for logger in trainer.loggers:
+            if isinstance(logger, RunCurves):
+                logger.open()
 
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:
@@ -226,42 +221,67 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         arguments: the words behind it.
 
     Returns:
-        The exit status: 0, 2 for a mistake in the arguments, or 128 + signal after an orderly stop.
+        The exit status: 0, or 128 + signal after an orderly stop.
+
+    Raises:
+        ValueError: a mistake in the arguments, or in what they name.
     """
     quiet_libraries()
-    configs, words = place_configs(arguments)
-    scan_overlays(configs)
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    settings = {"exit_on_error": False, "allow_abbrev": False}
+    settings = read_words(arguments)
+    scan_settings(settings)
     try:
-        cli = CalibadvCLI(
-            configs,
-            args=[verb, *words],
-            parser_kwargs={**settings, **{name: dict(settings) for name in LightningCLI.subcommands()}},
-        )
-    except ArgumentError as error:
-        report(explain(str(error)))
-        return 2
-    return cli.goodbye()
+        with ended_by_sigterm():
+            cli = CalibadvCLI(verb, settings)
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from error
+    return goodbye(verb, cli.start.folder, cli.model.rollout_step, cli.checkpoints.stopped_by, cli.resume_command)
 
 
-def place_configs(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Put the packaged base before the configs that the user names, and resolve their names.
+def command_words(settings: Sequence[ConfigFile | Option]) -> list[str]:
+    """What LightningCLI parses: the packaged base, then what the user gave, with paths in the place of names.
 
     Args:
-        arguments: the words behind the verb.
+        settings: config files and options of the command line.
 
     Returns:
-        The config files of the user, in order; and the words with paths in the place of names, the base first.
+        Words, without the verb.
     """
-    words: list[str] = []
-    configs: list[Path] = []
-    rest = iter(arguments)
-    for word in rest:
-        option, equals, value = word.partition("=")
-        if option in ("--config", "-c"):
-            configs.append(resolve_config(value if equals else next(rest, "")))
-            words += ["--config", str(configs[-1])]
-        else:
-            words.append(word)
-    return configs, ["--config", str(configs_folder() / "base.yaml"), *words]
+    words = ["--config", str(configs_folder() / "base.yaml")]
+    for setting in settings:
+        words += ["--config", str(setting.path)] if isinstance(setting, ConfigFile) else setting.words
+    return words
+
+
+def words_of(setting: ConfigFile | Option) -> list[str]:
+    """How a setting is typed.
+
+    Args:
+        setting: a config file or an option.
+
+    Returns:
+        Words.
+    """
+    return ["--config", setting.name] if isinstance(setting, ConfigFile) else list(setting.words)
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse settings of the trainer that contradict ours.
+
+    Args:
+        trainer: the parsed section ``trainer``.
+
+    Raises:
+        ValueError: see the messages.
+    """
+    for name, (value, reason) in STAYS.items():
+        if trainer[name] != value:
+            kept = "null" if value is None else value
+            raise ValueError(f"trainer.{name} is {trainer[name]}; it must stay {kept}: {reason}")
+    interval = trainer.val_check_interval
+    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+        raise ValueError(
+            f"trainer.val_check_interval is {interval}; it counts rollout steps, and must be a whole number from 1 on"
+        )
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else []
+    if sum(is_calibration(callback) for callback in callbacks) > 1:
+        raise ValueError("two AdvantageCalibration callbacks are installed; list all calibrators in one of them")

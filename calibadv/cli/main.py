@@ -9,19 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from calibadv.cli.errors import is_ours, report
+from calibadv.cli.help import TOOLS, VERBS
 from calibadv.cli.quiet import quiet_environment
-from calibadv.interfaces import RetrievalError
-
-VERBS = {
-    "fit": "Train a search agent, validating as it goes.",
-    "validate": "Answer the validation questions greedily and print the figures.",
-    "test": "Answer the test questions greedily and print the figures.",
-    "predict": "Answer the test questions greedily and write the rollouts.",
-}
-TOOLS = {
-    "replay": "Recompute score, evidence and advantages of recorded rollouts, without a model.",
-    "world": "Export the embedded world, or make its policy again from nothing.",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from calibadv.cli.tools import run_tool
 
         return run_tool(command, rest)
-    except (ValueError, RetrievalError) as error:
+    except (ValueError, RuntimeError) as error:
         if not is_ours(error):
             raise
         report(str(error))

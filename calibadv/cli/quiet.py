@@ -9,20 +9,26 @@ import warnings
 
 def quiet_environment() -> None:
     """Set what libraries look at when they are imported."""
-    # Progress bars of loading weights, and advice on how to load faster.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Lightning's own command line calls what jsonargparse has renamed.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     # TensorBoard tells that TensorFlow, which it does not need here, is missing.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def quiet_libraries() -> None:
     """Lower what imported libraries say without being asked. Warnings that a user can act on stay."""
+    from transformers.utils import logging as transformers_logging
+
+    # Progress bars of loading weights, and advice on how to load faster.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     # Lightning announces devices, seeds and its paid products, through handlers of its own.
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Lightning 2.6 calls in every fit what torch 2.13 has renamed.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+    # A run without validation questions is a choice.
+    warnings.filterwarnings("ignore", message="Total length of `EvaluationQuestions` across ranks is zero")
     # Which device to take is said in the config; Lightning points out that there are others.
     warnings.filterwarnings("ignore", message="GPU available but not used")
     logging.basicConfig(format="calibadv: %(message)s", level=logging.WARNING)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
+from rich.console import Console
 
-from calibadv.cli.errors import explain, report
+from calibadv.cli.configs import ConfigFile, read_words
+from calibadv.cli.explain import explain
+from calibadv.cli.help import TOOLS
+
+Functions = dict[str, Callable[..., Any]]
 
 
 def run_tool(command: str, arguments: Sequence[str]) -> int:
@@ -20,31 +26,78 @@ def run_tool(command: str, arguments: Sequence[str]) -> int:
 
     Returns:
         The exit status.
+
+    Raises:
+        ValueError: a mistake in the arguments, or in what they name.
     """
+    functions = tool_functions(command)
+    parser = tool_parser(command)
     try:
-        auto_cli(
-            _component(command),
-            args=list(arguments),
-            prog=f"calibadv {command}",
-            exit_on_error=False,
-            as_positional=False,
-            allow_abbrev=False,
-        )
+        parsed = parser.instantiate(parser.parse_args(_one_config_option(arguments)))
     except ArgumentError as error:
-        report(explain(str(error)))
-        return 2
+        verb = next((word for word in arguments if word in functions), "")
+        raise ValueError(explain(str(error), _options(parser), verb)) from error
+    chosen = parsed.pop("subcommand", None)
+    options = parsed[chosen] if chosen else parsed
+    functions[chosen or command](**options.as_dict())
+    Console(soft_wrap=True).print(f"wrote {options.out}", highlight=False, markup=False)
     return 0
 
 
-def _component(command: str) -> Any:
+def tool_parser(command: str) -> ArgumentParser:
+    """Build the parser of a tool command.
+
+    Args:
+        command: ``replay`` or ``world``.
+
+    Returns:
+        A parser, with a subcommand for each function where there are several.
+    """
+    functions = tool_functions(command)
+    parser = _new_parser(f"calibadv {command}", TOOLS[command])
+    if command in functions:
+        parser.add_function_arguments(functions[command], as_group=False)
+        return parser
+    subcommands = parser.add_subcommands(title="what to do", help="One of these:")
+    for name, function in functions.items():
+        summary = (function.__doc__ or "").partition("\n")[0]
+        own = _new_parser(f"calibadv {command} {name}", summary)
+        own.add_function_arguments(function, as_group=False)
+        subcommands.add_subcommand(name, own, help=summary)
+    return parser
+
+
+def _new_parser(prog: str, description: str) -> ArgumentParser:
+    return ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+
+
+def tool_functions(command: str) -> Functions:
+    """The functions behind a tool command; each has a parameter ``out``, which is what it writes.
+
+    Args:
+        command: ``replay`` or ``world``.
+
+    Returns:
+        Functions by the name of the subcommand, or of the command itself.
+    """
     if command == "replay":
         from calibadv.replay import replay
 
-        return replay
+        return {"replay": replay}
     from calibadv.world import command as world
 
-    return {
-        "_help": "Export the embedded world, or make its policy again from nothing.",
-        "export": world.export,
-        "policy": world.policy,
-    }
+    return {"export": world.export, "policy": world.policy}
+
+
+def _one_config_option(arguments: Sequence[str]) -> list[str]:
+    """``--config a --config b`` and ``--config a b`` become one option, which holds a list."""
+    settings = read_words(arguments)
+    names = [str(setting.path) for setting in settings if isinstance(setting, ConfigFile)]
+    words = [word for setting in settings if not isinstance(setting, ConfigFile) for word in setting.words]
+    return [*words, "--config", json.dumps(names)] if names else words
+
+
+def _options(parser: ArgumentParser) -> list[str]:
+    own = [option for action in parser._actions for option in action.option_strings if option != "--config"]
+    below = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+    return own + [option for choices in below for sub in choices.values() for option in _options(sub)]

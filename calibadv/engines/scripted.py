@@ -14,6 +14,9 @@ from calibadv.types import Completion, DrawKey, Sampling, StopReason
 class ScriptedEngine(Engine):
     """Play scripted messages through the policy's tokenizer, with log-probability 0.
 
+    Like a policy's, a message ends with the token that completes a closing action tag; one without such a tag ends with
+    the end-of-sequence token.
+
     Args:
         replies: for each question id, for each sample, its messages in order; samples beyond the list start it again.
         default: samples for question ids that ``replies`` does not name.
@@ -63,7 +66,8 @@ class ScriptedEngine(Engine):
         assert self._tokenizer is not None, "sync comes before generate"
         token_ids: list[int] = []
         reason: StopReason | None = None
-        for token_id in self._tokenizer.encode(messages[key.turn])[:max_tokens]:
+        script = [*self._tokenizer.encode(messages[key.turn]), *sorted(self._tokenizer.end_ids)[:1]]
+        for token_id in script[:max_tokens]:
             token_ids.append(token_id)
             reason = stop_reason(self._tokenizer, token_ids)
             if reason is not None:

@@ -29,7 +29,7 @@ def stop_reason(tokenizer: AgentTokenizer, token_ids: Sequence[int]) -> StopReas
     if last in tokenizer.end_ids:
         return StopReason.END
     if tokenizer.may_close_tag(last):
-        tail = tokenizer.decode(token_ids[-_WINDOW:])
+        tail = tokenizer.decode(tokenizer.visible(token_ids)[-_WINDOW:])
         if any(tag in tail for tag in STOP_TAGS):
             return StopReason.TAG
     return None

@@ -102,7 +102,7 @@ def _decode(
                 drawn[row].append(token)
                 logprobs[row].append(logprob)
                 reasons[row] = stop_reason(policy.tokenizer, drawn[row])
-        going = [place for place, row in enumerate(rows) if reasons[row] is None]
+        going = [index for index, row in enumerate(rows) if reasons[row] is None]
         if not going:
             break
         token_ids, positions = tokens[:, None], positions[:, -1:] + 1
@@ -111,7 +111,7 @@ def _decode(
             keep = torch.tensor(going, device=device)
             cache.batch_select_indices(keep)
             token_ids, positions, mask, uniform = token_ids[keep], positions[keep], mask[keep], uniform[keep]
-            rows = [rows[place] for place in going]
+            rows = [rows[index] for index in going]
     return [
         Completion(tuple(ids), tuple(values), reason or StopReason.LENGTH)
         for ids, values, reason in zip(drawn, logprobs, reasons, strict=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from calibadv.numerics.shapes import check_shapes
+
 
 def message_perplexities(logprobs: Tensor, turn_ids: Tensor, loss_mask: Tensor, min_tokens: int = 4) -> Tensor:
     """Perplexity of every message that is long enough to judge.
@@ -18,6 +20,7 @@ def message_perplexities(logprobs: Tensor, turn_ids: Tensor, loss_mask: Tensor, 
     Returns:
         [B, K] exp of the mean negative log-probability of each message; nan where there is none.
     """
+    check_shapes("B T, B T, B T", logprobs, turn_ids, loss_mask)
     num_turns = int(turn_ids.max().item()) + 1
     turns = turn_ids.clamp(min=0)
     shape = (turn_ids.shape[0], max(num_turns, 1))

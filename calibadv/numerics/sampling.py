@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from calibadv.numerics.shapes import check_shapes
+
 
 def draw_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token per row from softmax(logits / temperature), over the whole vocabulary.
@@ -18,8 +20,17 @@ def draw_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[T
 
     Returns:
         Token ids [N] and their log-probabilities [N].
+
+    Raises:
+        ValueError: a row of logits has no distribution (it holds nan or an infinity).
     """
+    check_shapes("N V, N", logits, uniforms)
     logprobs = torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
+    if logprobs.isnan().any():
+        raise ValueError(
+            f"the policy's logits are not finite at temperature {temperature}: training has diverged; "
+            "resume from an earlier checkpoint with a lower model.learning_rate"
+        )
     if temperature > 0:
         cumulative = logprobs.exp().cumsum(dim=-1)
         # The sum is 1 only up to rounding; a target below it always meets a token of probability above 0.

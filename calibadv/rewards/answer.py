@@ -83,7 +83,7 @@ class F1(Reward):
     """Token F1 with the nearest golden answer."""
 
     def score(self, answer: str, question: Question) -> float:
-        """Score one answer by :func:`f1`.
+        """Score one answer by ``f1``.
 
         Args:
             answer: text of the answer block.
@@ -99,7 +99,7 @@ class ExactMatch(Reward):
     """1 for an answer that equals a golden answer after normalisation, else 0."""
 
     def score(self, answer: str, question: Question) -> float:
-        """Score one answer by :func:`exact_match`.
+        """Score one answer by ``exact_match``.
 
         Args:
             answer: text of the answer block.
@@ -115,7 +115,7 @@ class CoverMatch(Reward):
     """1 for an answer that contains a golden answer after normalisation, else 0."""
 
     def score(self, answer: str, question: Question) -> float:
-        """Score one answer by :func:`cover_match`.
+        """Score one answer by ``cover_match``.
 
         Args:
             answer: text of the answer block.

@@ -50,7 +50,7 @@ def step_correctness(rollout: Rollout, silver: frozenset[str]) -> tuple[float, .
 
     Args:
         rollout: an episode of the group.
-        silver: document ids, of :func:`silver_documents`.
+        silver: document ids, of ``silver_documents``.
 
     Returns:
         One value in [0, 1] per search turn.
@@ -103,7 +103,7 @@ def credit_rollouts(rollouts: Sequence[Rollout]) -> list[Rollout]:
 def true_step_correctness(rollout: Rollout) -> tuple[float, ...] | None:
     """Share of gold documents among what each search turn newly retrieved, from the labels of the question.
 
-    Unlike :func:`step_correctness` this looks at documents only, neither at validity nor at repetition: it measures
+    Unlike ``step_correctness`` this looks at documents only, neither at validity nor at repetition: it measures
     what the estimate misses.
 
     Args:

@@ -107,7 +107,7 @@ def build_documents(key: str, facts: dict[str, dict[str, str]]) -> tuple[Documen
 
     Args:
         key: names the world.
-        facts: as of :func:`build_facts`.
+        facts: as of ``build_facts``.
 
     Returns:
         One document per entity, in the order of ``facts``.
@@ -128,7 +128,7 @@ def find_paths(facts: dict[str, dict[str, str]], hops: int) -> list[Path]:
     """All paths of so many relations that never meet an entity twice.
 
     Args:
-        facts: as of :func:`build_facts`.
+        facts: as of ``build_facts``.
         hops: relations per path.
 
     Returns:

@@ -1,0 +1,43 @@
+"""The curves of a run, as TensorBoard events in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+
+
+class RunCurves(TensorBoardLogger):
+    """TensorBoard's logger for a run folder: nothing is written before ``open``, and no file of hyperparameters.
+
+    Args:
+        folder: of the run; the event files lie directly in it.
+        resumed_from: rollout steps done at the checkpoint; what earlier event files hold beyond it is hidden. None for
+            a run that starts from nothing.
+    """
+
+    def __init__(self, folder: Path, resumed_from: int | None) -> None:
+        purge = None if resumed_from is None else resumed_from + 1
+        super().__init__(folder, name="", version="", purge_step=purge)
+        self._is_open = False
+
+    def open(self) -> None:
+        """Let the event file be made: all that can be refused has been."""
+        self._is_open = True
+
+    @property
+    def experiment(self) -> Any:
+        """TensorBoard's writer.
+
+        Raises:
+            AttributeError: the curves are not open yet. Lightning asks for the writer before it calls any hook, and
+                goes on without.
+        """
+        if not self._is_open:
+            raise AttributeError("the curves of a run are opened when it starts")
+        return super().experiment
+
+    def save(self) -> None:
+        """Write what is pending; the run's config.yaml stands in for TensorBoard's own file of hyperparameters."""
+        self.experiment.flush()

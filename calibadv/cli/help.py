@@ -1,0 +1,53 @@
+"""What --help says of the commands, and of the options whose own text is wrong or missing here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+VERBS = {
+    "fit": "Train a search agent, validating as it goes.",
+    "validate": "Answer the validation questions greedily and print the figures.",
+    "test": "Answer the test questions greedily and print the figures.",
+    "predict": "Answer the test questions greedily and write the rollouts.",
+}
+TOOLS = {
+    "replay": "Recompute score, evidence and advantages of recorded rollouts, without a model.",
+    "world": "Export the embedded world, or make its policy again from nothing.",
+}
+# Settings of the trainer that may not be changed, and why.
+STAYS: dict[str, tuple[int | None, str]] = {
+    "max_epochs": (-1, "model.rollout_steps says how long to train"),
+    "max_steps": (-1, "model.rollout_steps says how long to train"),
+    "check_val_every_n_epoch": (None, "trainer.val_check_interval counts rollout steps"),
+    "accumulate_grad_batches": (1, "model.micro_batch_tokens bounds memory, and model.mini_batches counts updates"),
+    "gradient_clip_val": (None, "model.clip_norm clips"),
+    "default_root_dir": (None, "--run.root and --run.name place the run folder"),
+}
+HELP = {
+    **{f"trainer.{name}": f"Must stay as it is: {reason}." for name, (_, reason) in STAYS.items()},
+    "config": "Packaged config such as quickstart or calibrators/calibadv, or a YAML file; several apply in order.",
+    "seed": "Seed of the questions drawn, of sampling and of mini-batches; the initial policy does not depend on it.",
+    "ckpt_path": "Checkpoint to start from, or last: the newest one of the run that --run.name names.",
+    "weights_only": "Load tensors and numbers only from a checkpoint, and no other Python objects.",
+    "trainer.logger": "Logger or loggers in the place of TensorBoard's in the run folder; false for none.",
+    "trainer.val_check_interval": "Validate after every so many rollout steps, before the first and after the last.",
+    "trainer.enable_progress_bar": "Lightning's own progress bar, beside ours.",
+    "trainer.enable_checkpointing": "Lightning's own checkpoints, beside ours (--checkpoint).",
+}
+
+
+def describe(parser: ArgumentParser) -> None:
+    """Put our texts into a parser.
+
+    Args:
+        parser: of one verb.
+    """
+    for action in parser._actions:
+        if action.dest in HELP:
+            action.help = HELP[action.dest]
+    for group in parser._action_groups:
+        if any(action.dest == "ckpt_path" for action in group._group_actions):
+            group.title = "Checkpoint to start from"

@@ -1,0 +1,72 @@
+"""Runs through the command line, small enough for a test, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from calibadv.cli.main import main
+from calibadv.interfaces import Reward
+from calibadv.types import Question
+
+# Two questions of two rollouts a step, in two mini-batches; four questions of validation.
+SMALL = (
+    *("--data.questions_per_step", "2", "--data.validation_questions", "4"),
+    *("--model.group_size", "2", "--model.mini_batches", "2"),
+)
+
+
+def fit(root: Path, name: str, *words: str | Path, base: str = "quickstart") -> int:
+    """Run ``calibadv fit`` in this process; returns its exit status."""
+    return main(["fit", "--config", base, *SMALL, "--run.root", str(root), "--run.name", name, *map(str, words)])
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """What results.json says, but for what differs between two runs that are the same."""
+    content: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in content.items() if key not in ("name", "wall_seconds", "command")}
+
+
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    """The curves as TensorBoard shows them, step by step, but for times."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if "second" not in tag]
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Interrupt(Callback):
+    """Send this process a signal in the middle of a rollout step.
+
+    Args:
+        step: which step.
+        number: of the signal.
+        times: how often to send it.
+    """
+
+    def __init__(self, step: int, number: int = 15, times: int = 1) -> None:
+        self.step = step
+        self.number = number
+        self.times = times
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.rollout_step + 1 == self.step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+class StartsWithY(Reward):
+    """Like an answer that starts with y, whatever the question."""
+
+    def score(self, answer: str, question: Question) -> float:
+        return float(answer.startswith("y"))

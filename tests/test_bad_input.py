@@ -1,0 +1,258 @@
+"""Mistakes: one line on standard error, exit status 2, and nothing written."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from runs import SMALL, fit
+from tokenizers import Tokenizer, decoders
+
+from calibadv.cli.errors import is_ours
+from calibadv.cli.main import main
+from calibadv.questions import read_questions
+from calibadv.run_folder import RunFolder
+
+QUICKSTART = ("fit", "--config", "quickstart", *SMALL)
+INSTALL = "--trainer.callbacks+=AdvantageCalibration"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with files of all kinds; run folders would appear in it as runs/."""
+    monkeypatch.chdir(tmp_path)
+    question = '{"id": 1, "question": "q?", "golden_answers": ["a"]}\n'
+    texts = {
+        "empty.jsonl": "",
+        "list.jsonl": f"{question}\n[1]\n",
+        "unanswered.jsonl": question.replace('["a"]', "[]"),
+        "ok.jsonl": question,
+        "corpus.jsonl": '{"id": "0", "title": "Prague", "text": "Prague is a city."}',
+        "text.ckpt": "not a checkpoint",
+        "broken.yaml": "model: [",
+        "list.yaml": "- model",
+        "misspelt.yaml": "model: {polic: x}",
+        "first.yaml": "model: {rollout_steps: 3}",
+        "empty_model/readme": "",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    return tmp_path
+
+
+# What is typed behind QUICKSTART, and what the line must say: the value, the limit, the remedy.
+OPTIONS: dict[str, tuple[str, str]] = {
+    "model folder missing": ("--model.policy nowhere", r"model.policy 'nowhere' is not a folder; give a Hugging Face"),
+    "model folder empty": ("--model.policy empty_model", r"'empty_model' has no config.json; give a folder that"),
+    "questions missing": ("--data.train no.jsonl", r"question file 'no.jsonl' does not exist; give a .jsonl"),
+    "questions empty": ("--data.validation empty.jsonl", r"question file 'empty.jsonl' is empty; it must hold"),
+    "line of a question": ("--data.train list.jsonl", r"list.jsonl:3 is not a JSON object but list; write one object"),
+    "no golden answer": (
+        "--data.train unanswered.jsonl",
+        r"unanswered.jsonl:1: question '1' has no golden answers; give",
+    ),
+    "corpus missing": (
+        "--model.retriever.corpus no.jsonl",
+        r"corpus 'no.jsonl' does not exist; give a JSON-lines file",
+    ),
+    "calibrator misspelt": (
+        f"{INSTALL} --trainer.callbacks.calibrators+=SoftPenalti",
+        r"no class is called 'SoftPenalti'; give a known name \(AnswerRebalance, SoftPenalty\)",
+    ),
+    "calibrator misspelt in its module": (
+        f"{INSTALL} --trainer.callbacks.calibrators+=calibadv.calibrators.SoftPenalti",
+        r"'SoftPenalti' is not in calibadv.calibrators; it has .*SoftPenalty",
+    ),
+    "class of no module": ("--model.estimator a.b.C", r"model.estimator: 'a.b.C' cannot be imported \(No module named"),
+    "engine misspelt": ("--model.engine Transformer", r"'Transformer'; give a known name \(ScriptedEngine, Transform"),
+    "option of a class": ("--model.retriever.topk 3", r"option 'topk' is not accepted by BM25; it takes corpus, top_k"),
+    "option of a calibrator": (
+        "--config calibrators/calibadv --trainer.callbacks.calibrators.target=2",
+        r"option 'target' is not accepted by AnswerRebalance; it takes target_ratio",
+    ),
+    "two overlays": (
+        "--config calibrators/calibadv --config calibrators/soft_penalty",
+        r"'calibrators/calibadv' and 'calibrators/soft_penalty' each install an AdvantageCalibration; give one",
+    ),
+    "an overlay and an option": (
+        f"--config calibrators/calibadv {INSTALL} --trainer.callbacks.calibrators+=SoftPenalty",
+        r"'calibrators/calibadv' and '--trainer.callbacks\+' each install an AdvantageCalibration; give one",
+    ),
+    "two options": (
+        f"{INSTALL} --trainer.callbacks.calibrators+=SoftPenalty {INSTALL}",
+        r"each install an AdvantageCalibration; give one overlay",
+    ),
+    "abbreviation": ("--model.rollout 3", r"--model.rollout is not accepted; did you mean --model.rollout_steps\?"),
+    "abbreviated seed": ("--seed 3", r"option --seed is not accepted; did you mean --seed_everything\?"),
+    "misspelling": ("--model.groupsize=3", r"--model.groupsize is not accepted; did you mean --model.group_size\?"),
+    "misspelling in a file": (
+        "--config misspelt.yaml",
+        r"option --model.polic is not accepted; did you mean --model.policy\?",
+    ),
+    "unknown config": (
+        "--config quickstar",
+        r"config 'quickstar' is neither a file nor a packaged config: .*quickstart",
+    ),
+    "config without value": (
+        "--config",
+        r"--config has no value; name a packaged config such as quickstart, or a file",
+    ),
+    "config before an option": ("--config --model.group_size 3", r"--config has no value"),
+    "config is no YAML": ("--config broken.yaml", r"config 'broken.yaml' is not YAML: .*line 1"),
+    "config is a list": ("--config list.yaml", r"config 'list.yaml' holds list; write 'key: value' lines"),
+    "option without value": ("--model.group_size", r"--model.group_size has no value; give it one"),
+    "whole number": ("--model.group_size six", r"model.group_size: 'six' is not accepted; it must be a whole number"),
+    "number": ("--model.learning_rate fast", r"model.learning_rate: 'fast' is not accepted; it must be a number"),
+    "choice": (
+        "--model.schedule linear",
+        r"model.schedule: 'linear' is not accepted; choose one of 'constant', 'cosine'",
+    ),
+    "below the limit": ("--model.group_size 0", r"model.group_size is 0; it must be at least 1"),
+    "seed of the model": ("--model.seed 3", r"model.seed is set by --seed_everything, and by nothing else"),
+    "random seed": ("--seed_everything true", r"seed_everything: '[Tt]rue' is not accepted; it must be a whole number"),
+    "budget": ("--model.protocol.max_rollout_tokens 8", r"has \d+ tokens and protocol.max_rollout_tokens is 8; raise"),
+    "template": (
+        "--model.protocol.template no.txt",
+        r"template 'no.txt' is neither 'instruct', 'short' nor a text file",
+    ),
+    "max_steps": (
+        "--trainer.max_steps 3",
+        r"trainer.max_steps is 3; it must stay -1: model.rollout_steps says how long",
+    ),
+    "max_epochs": ("--trainer.max_epochs 1", r"trainer.max_epochs is 1; it must stay -1: model.rollout_steps says"),
+    "clipping": (
+        "--trainer.gradient_clip_val 1",
+        r"trainer.gradient_clip_val is 1.0; it must stay null: model.clip_norm",
+    ),
+    "interval": (
+        "--trainer.val_check_interval 0.5",
+        r"val_check_interval is 0.5; it counts rollout steps, and must be a",
+    ),
+    "device": ("--trainer.accelerator abacus", r"trainer: .*abacus"),
+    "last without a name": ("--ckpt_path last", r"--ckpt_path last: name the run to resume with --run.name"),
+    "last without a checkpoint": (
+        "--run.name r --ckpt_path last",
+        r"there is no checkpoint in runs/r/checkpoints; name",
+    ),
+    "checkpoint missing": ("--ckpt_path no.ckpt", r"--ckpt_path no.ckpt is not a file; give a checkpoint, or 'last'"),
+    "checkpoint is a text": (
+        "--ckpt_path text.ckpt",
+        r"text.ckpt is not a checkpoint of a calibadv run; give a file of",
+    ),
+    "checkpoint of others": ("--ckpt_path foreign.ckpt", r"foreign.ckpt is not a checkpoint of a calibadv run; give"),
+    "run root is a file": (
+        "--run.root ok.jsonl",
+        r"run folder 'ok.jsonl/.*ok.jsonl cannot be written to; choose another",
+    ),
+}
+# Whole command lines.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "no such command": (
+        "fitt",
+        r"there is no command 'fitt'; choose one of fit, validate, test, predict, replay, world",
+    ),
+    "no config": ("fit", r"model.policy and model.retriever are required; give --model.policy VALUE --model.retriever"),
+    "no corpus": (
+        "fit --config local --model.policy embedded",
+        r"model.retriever.corpus is required; give --model.ret",
+    ),
+    "no training questions": (
+        "fit --config local --model.policy embedded --model.retriever.corpus corpus.jsonl",
+        r"data.train is not set; give a question file",
+    ),
+    "no policy": (
+        "fit --config local --model.retriever.corpus ok.jsonl",
+        r"^[^;]*: model.policy is required; give --model",
+    ),
+    "config without --config": (
+        "fit quickstart",
+        r"'quickstart' belongs to no option; a config needs --config before it",
+    ),
+    "overlay first": (
+        "fit --config calibrators/calibadv --config quickstart",
+        r"nothing of 'calibrators/calibadv' remains: .*; put it after 'quickstart'",
+    ),
+    "option before the config that sets it": (
+        "fit --config quickstart --model.rollout_steps 2 --config first.yaml",
+        r"nothing of '--model.rollout_steps' remains: .*; put it after 'first.yaml'",
+    ),
+    "validate of no checkpoint": ("validate --config quickstart --ckpt_path no.ckpt", r"no.ckpt is not a file"),
+    "replay of no file": ("replay --rollouts no.jsonl --out o.jsonl", r"rollout file 'no.jsonl' does not exist; give"),
+    "replay without out": ("replay --rollouts ok.jsonl", r"out is required; give --out VALUE$"),
+    "replay abbreviated": ("replay --roll ok.jsonl --out o", r"--roll is not accepted; did you mean --rollouts\?"),
+    "replay with no config": ("replay --rollouts ok.jsonl --out o --config", r"--config has no value"),
+    "world without command": ("world", r"say what to do: export or policy"),
+    "world with another": ("world exprt", r"there is no command 'exprt'; choose one of 'export', 'policy'"),
+    "world without out": ("world export", r"out is required; give --out VALUE$"),
+    "world abbreviated": ("world export --ou o", r"--ou is not accepted; did you mean --out\?"),
+    "world into a folder": ("world export --out empty_model", r"out 'empty_model' exists and is not an empty folder"),
+}
+
+
+def check(words: list[str], line: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(here.rglob("*"))
+    assert main(words) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("calibadv: error: ")
+    assert output.err.count("\n") == 1
+    assert re.search(line, output.err.rstrip("\n")), output.err
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("words", "line"), OPTIONS.values(), ids=OPTIONS)
+def test_a_wrong_option(words: str, line: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check([*QUICKSTART, *words.split()], line, here, capsys)
+
+
+@pytest.mark.parametrize(("words", "line"), COMMANDS.values(), ids=COMMANDS)
+def test_a_wrong_command(words: str, line: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(words.split(), line, here, capsys)
+
+
+def test_a_tokenizer_that_does_not_return_the_tags(
+    llama_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(llama_folder, here / "lossy"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("<", "")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    line = r"the tokenizer \(\w+\) does not return <think> as it was written.*; add the eight tags to its vocabulary"
+    check([*QUICKSTART, "--model.policy", str(folder)], line, here, capsys)
+
+
+def test_a_run_name_that_exists(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(here / "runs" / "mine")
+    folder.checkpoints.mkdir(parents=True)
+    folder.config(None).write_text("")
+    words = [*QUICKSTART, "--run.name", "mine"]
+    check(
+        words,
+        r"runs/mine holds a run already; it has no checkpoint: remove the folder, or choose another",
+        here,
+        capsys,
+    )
+    folder.last.write_text("")
+    resume = r"runs/mine holds a run already; resume it with 'calibadv fit --config quickstart .* --ckpt_path last', or"
+    check(words, resume, here, capsys)
+
+
+def test_a_group_of_one_is_warned_of_and_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert fit(tmp_path, "run", "--model.rollout_steps", "1", "--model.group_size", "1") == 0
+    (warning,) = [record.getMessage() for record in caplog.records if "group_size" in record.getMessage()]
+    assert warning.startswith("model.group_size is 1: GRPO compares the rollouts of a question")
+
+
+def test_only_what_our_code_raises_on_purpose_is_a_message_for_users() -> None:
+    with pytest.raises(ValueError, match="the list of question files is empty") as ours:
+        read_questions([])
+    with pytest.raises(TypeError, match="not iterable") as bug:
+        read_questions(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="invalid literal") as python:
+        int("x")
+    assert [is_ours(error.value) for error in (ours, bug, python)] == [True, False, False]

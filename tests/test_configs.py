@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs import fit
+
+from calibadv.callbacks import AdvantageCalibration
+from calibadv.cli.configs import config_name, configs_folder, read_words
+from calibadv.cli.lightning import CalibadvCLI
+from calibadv.cli.quiet import quiet_environment
+from calibadv.rollout_files import read_records
+
+# Every packaged config, and the calibrators that the recipe installs: none is plain GRPO.
+CALIBRATORS: dict[str, list[tuple[str, dict[str, float]]]] = {
+    "base": [],
+    "quickstart": [],
+    "local": [],
+    "protocols/no_prepend": [],
+    "calibrators/soft_penalty": [("SoftPenalty", {})],
+    "calibrators/answer_rebalance": [("AnswerRebalance", {"target_ratio": 1.0})],
+    "calibrators/calibadv": [("SoftPenalty", {}), ("AnswerRebalance", {"target_ratio": 1.0})],
+    "calibrators/calibadv_lambda_1_5": [("SoftPenalty", {}), ("AnswerRebalance", {"target_ratio": 1.5})],
+}
+OURS = ["RunStart", "RolloutWriter", "Results", "RolloutCheckpoint", "Progress"]
+PATHS = sorted(configs_folder().rglob("*.yaml"))
+
+
+def build(*words: str) -> CalibadvCLI:
+    quiet_environment()
+    return CalibadvCLI("fit", read_words(words), run=False)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    """A corpus and questions of one's own, as options."""
+    corpus, questions = tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl"
+    corpus.write_text('{"id": "0", "contents": "\\"Prague\\"\\nPrague is a city."}\n')
+    questions.write_text('{"id": "a", "question": "Which city?", "golden_answers": ["Prague"]}\n')
+    files = {"model.retriever.corpus": corpus, "data.train": questions, "data.validation": questions}
+    return [f"--{name}={path}" for name, path in files.items()]
+
+
+def test_every_config_is_expected_here() -> None:
+    assert sorted(CALIBRATORS) == sorted(config_name(path) for path in PATHS)
+
+
+@pytest.mark.parametrize("name", CALIBRATORS)
+def test_a_recipe_is_built_with_its_callbacks_and_no_others(name: str, data: list[str], llama_folder: Path) -> None:
+    if name == "local":
+        cli = build("--config", "local", f"--model.policy={llama_folder}", *data)
+    else:
+        cli = build("--config", "quickstart", *(["--config", name] if name not in ("quickstart", "base") else []))
+    # Lightning itself adds nothing: no checkpoints, progress bar or summary of its own.
+    found = [type(callback).__name__ for callback in cli.trainer.callbacks]  # type: ignore[attr-defined]
+    assert found == (["AdvantageCalibration"] if CALIBRATORS[name] else []) + OURS
+    installed = [c for c in cli.trainer.callbacks if isinstance(c, AdvantageCalibration)]  # type: ignore[attr-defined]
+    calibrators = [calibrator for callback in installed for calibrator in callback.calibrators]
+    assert [(type(calibrator).__name__, vars(calibrator)) for calibrator in calibrators] == CALIBRATORS[name]
+    assert cli.model.agent.protocol.prepend_think is (name != "protocols/no_prepend")
+
+
+def test_calibrators_can_be_installed_on_the_command_line() -> None:
+    words = ["--trainer.callbacks+=AdvantageCalibration", "--trainer.callbacks.calibrators+=AnswerRebalance"]
+    cli = build("--config", "quickstart", *words, "--trainer.callbacks.calibrators.target_ratio=0.7")
+    (installed,) = [c for c in cli.trainer.callbacks if isinstance(c, AdvantageCalibration)]  # type: ignore[attr-defined]
+    assert [vars(calibrator) for calibrator in installed.calibrators] == [{"target_ratio": 0.7}]
+
+
+def test_one_seed_reaches_the_model_and_the_data() -> None:
+    cli = build("--config", "quickstart", "--seed_everything", "3")
+    assert (cli.model.seed, cli.datamodule.seed) == (3, 3)
+
+
+def test_arms_differ_by_what_the_calibrators_make_of_the_advantages(tmp_path: Path) -> None:
+    """Same policy, same questions, same first rollouts."""
+    one_step = ("--model.rollout_steps", "1", "--trainer.limit_val_batches", "0", "--model.group_size", "12")
+    assert fit(tmp_path, "grpo", *one_step) == 0
+    assert fit(tmp_path, "calibadv", "--config", "calibrators/calibadv", *one_step) == 0
+    grpo, calibadv = (
+        [record for record, _ in read_records(tmp_path / arm / "rollouts" / "train-step-000001.jsonl")]
+        for arm in ("grpo", "calibadv")
+    )
+    assert len(grpo) == 2 * 12
+    for record in grpo:
+        assert record["advantages"]["calibrated"] == record["advantages"]["estimated"]
+    differing = [
+        (a["advantages"].pop("calibrated"), b["advantages"].pop("calibrated"))
+        for a, b in zip(grpo, calibadv, strict=True)
+    ]
+    assert grpo == calibadv
+    assert any(before != after for before, after in differing)
