@@ -26,8 +26,6 @@ HARD_RELATIONS = frozenset({"composer", "publisher", "founder", "hometown", "may
 _TOP_K = 2
 _REST_WEIGHT = 0.1
 
-Agent = Generator[str, list[Document], None]
-
 
 @dataclass(frozen=True, slots=True)
 class Noise:
@@ -120,7 +118,9 @@ def demonstrate(tokenizer: AgentTokenizer, seed: int, noise: Noise) -> Iterator[
             yield play(agent.act(), path.question, search, tokenizer)
 
 
-def play(agent: Agent, question: str, search: WorldSearch, tokenizer: AgentTokenizer) -> Demonstration:
+def play(
+    agent: Generator[str, list[Document], None], question: str, search: WorldSearch, tokenizer: AgentTokenizer
+) -> Demonstration:
     """Let a scripted agent talk with the environment.
 
     Args:
@@ -168,7 +168,7 @@ class ScriptedAgent:
         self._noise = noise
         self._rng = rng
 
-    def act(self) -> Agent:
+    def act(self) -> Generator[str, list[Document], None]:
         """Search and answer.
 
         Yields:
