@@ -141,10 +141,13 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if added:
         log.warning(
-            "%s breaks the tags %s; added them as tokens and resized the embedding to %d rows (new rows are untrained)",
+            "%s breaks the tags %s; added them as tokens and resized the embedding to %d rows (new rows are %s)",
             type(tokenizer).__name__,
             " ".join(added),
             model.get_input_embeddings().num_embeddings,
+            "untrained"
+            if lora is None
+            else "random and stay so: adapters do not reach them, so train without model.lora",
         )
     end = model.generation_config.eos_token_id
     end_ids = [] if end is None else [end] if isinstance(end, int) else list(end)

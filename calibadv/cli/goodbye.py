@@ -42,4 +42,6 @@ def _training(folder: RunFolder) -> list[str]:
         lines.append(
             f"validation F1 {first['f1']:.3f} (step {first['step']}) -> {last['f1']:.3f} (step {last['step']})"
         )
-    return [*lines, f"curves      tensorboard --logdir {folder.path}", f"checkpoint  {folder.last}"]
+    if any(folder.path.glob("events.*")):
+        lines.append(f"curves      tensorboard --logdir {folder.path}")
+    return [*lines, f"checkpoint  {folder.last}"]
