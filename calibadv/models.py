@@ -147,7 +147,7 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
             model.get_input_embeddings().num_embeddings,
             "untrained"
             if lora is None
-            else "random and stay so: adapters do not reach them, so train without model.lora",
+            else "random and stay so, for adapters do not reach them: train without model.lora",
         )
     end = model.generation_config.eos_token_id
     end_ids = [] if end is None else [end] if isinstance(end, int) else list(end)
