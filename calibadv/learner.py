@@ -203,9 +203,12 @@ def _summarise(updates: list[Metrics]) -> Metrics:
     """Means over mini-batches; of the KL to the policy before the update, the last, where it is largest."""
     if not updates:
         return {}
-    names = updates[-1]
-    metrics = {f"stability/{name}": sum(update[name] for update in updates) / len(updates) for name in names}
+    values: dict[str, list[float]] = {}
+    for update in updates:
+        for name, value in update.items():
+            values.setdefault(name, []).append(value)
+    metrics = {f"stability/{name}": sum(column) / len(column) for name, column in values.items()}
     metrics["update/loss"] = metrics.pop("stability/loss")
-    metrics["stability/kl_old"] = updates[-1]["kl_old"]
-    metrics["stability/grad_norm_max"] = max(update["grad_norm"] for update in updates)
+    metrics["stability/kl_old"] = values["kl_old"][-1]
+    metrics["stability/grad_norm_max"] = max(values["grad_norm"])
     return metrics

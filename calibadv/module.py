@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 
 # A retriever that fails this often is down; going on would train on what is left by chance.
 _MAX_FAILED_SHARE = 0.5
-# The longest questions have the longest prompts, near enough; encoding all of a large file would take minutes.
-_PROMPTS_CHECKED = 64
+# Of a larger file only the longest questions are checked before the run: encoding all would take minutes.
+_PROMPTS_CHECKED = 5000
 
 
 class SearchAgentModule(pl.LightningModule):
@@ -61,7 +61,7 @@ class SearchAgentModule(pl.LightningModule):
         group_size: rollouts per question.
         temperature: of sampling in training; validation is greedy.
         learning_rate: peak learning rate of AdamW.
-        schedule: ``constant``, or ``cosine`` from the peak to zero over ``rollout_steps``.
+        schedule: ``constant``, or half a ``cosine`` from the peak to zero, which follows the last rollout step.
         warmup_steps: rollout steps over which the learning rate grows linearly from zero.
         betas: of AdamW.
         weight_decay: of AdamW.
@@ -106,13 +106,22 @@ class SearchAgentModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        for name, value in (
-            ("rollout_steps", rollout_steps),
-            ("group_size", group_size),
-            ("mini_batches", mini_batches),
-        ):
-            if value < 1:
-                raise ValueError(f"model.{name} is {value}; it must be at least 1")
+        at_least = {
+            "rollout_steps": (rollout_steps, 1),
+            "group_size": (group_size, 1),
+            "mini_batches": (mini_batches, 1),
+            "micro_batch_tokens": (micro_batch_tokens, 1),
+            "warmup_steps": (warmup_steps, 0),
+            "kl_coef": (kl_coef, 0),
+            "learning_rate": (learning_rate, 0),
+            "weight_decay": (weight_decay, 0),
+            "clip_norm": (clip_norm, 0),
+        }
+        for name, (value, bound) in at_least.items():
+            if value < bound:
+                raise ValueError(f"model.{name} is {value}; it must be at least {bound}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"model.betas are {betas}; both must be at least 0 and below 1")
         if temperature <= 0:
             raise ValueError(f"model.temperature is {temperature}; it must be above 0 (validation is greedy anyway)")
         self.policy = load_policy(policy, lora)
@@ -263,6 +272,9 @@ class SearchAgentModule(pl.LightningModule):
             asked = data.questions_for(stage)
             for question in sorted(asked, key=lambda question: -len(question.question))[:_PROMPTS_CHECKED]:
                 check_prompt(question, self.agent)
+
+    def on_fit_start(self) -> None:
+        """Move the reference to the device, on which the policy is by now."""
         if self.reference is not None:
             self.reference.to(self.device)
 
@@ -338,7 +350,13 @@ class SearchAgentModule(pl.LightningModule):
         self.validated_step = checkpoint["validated_step"]
         if self.trainer.state.fn == "fit":
             self._check_resume(checkpoint)
-        if self.reference is not None and checkpoint.get("reference_checksum") != self.reference.checksum():
+        if self.reference is None:
+            return
+        if "reference_checksum" not in checkpoint:
+            raise ValueError(
+                "model.kl_coef is above 0, and the checkpoint's run had no reference; resume with model.kl_coef 0"
+            )
+        if checkpoint["reference_checksum"] != self.reference.checksum():
             raise ValueError(
                 "model.policy does not hold the weights that the checkpoint's run started from, so the KL would be "
                 "measured against another reference; give the same folder"

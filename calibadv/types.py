@@ -172,7 +172,7 @@ class Rollout:
 
     @property
     def num_searches(self) -> int:
-        """Searches whose observation the policy saw."""
+        """Searches whose observation is part of the rollout."""
         return sum(segment.source == "environment" for segment in self.segments)
 
 

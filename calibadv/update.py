@@ -184,10 +184,12 @@ def stability_metrics(batch: RolloutBatch, before: BatchLogprobs, garbled_perple
     drift = (batch.sampled_logprobs[mask] - logprobs).abs()
     perplexities = message_perplexities(before.policy, batch.turn_ids, mask)
     garbled = (perplexities > garbled_perplexity).any(dim=1)  # nan is not larger
+    judged = perplexities[~perplexities.isnan()]
+    metrics = {} if judged.numel() == 0 else {"stability/perplexity_max": judged.max().item()}
     return {
+        **metrics,
         "stability/entropy": before.entropy[mask].mean().item(),
         "stability/perplexity": (-logprobs.mean()).exp().item(),
-        "stability/perplexity_max": perplexities.nan_to_num(nan=0.0).max().item(),
         "stability/garbled": garbled[mask.any(dim=1)].float().mean().item(),
         "stability/sampler_drift_mean": drift.mean().item(),
         "stability/sampler_drift_max": drift.max().item(),

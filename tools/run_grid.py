@@ -17,17 +17,17 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
+
+from calibadv.outcome import outcome
 
 ARMS = {
     "grpo": ["quickstart", "protocols/no_prepend"],
     "grpo_prepend": ["quickstart"],
     "calibadv": ["quickstart", "calibrators/calibadv"],
 }
-_COLLAPSE = 0.2
 
 
 def train(out: Path, arm: str, rate: str, seed: int, steps: int) -> None:
@@ -50,18 +50,6 @@ def train(out: Path, arm: str, rate: str, seed: int, steps: int) -> None:
         raise SystemExit(f"{name} ended with status {status}; see {log}")
 
 
-def outcome(results: dict[str, Any]) -> dict[str, float]:
-    """The outcome measures of a run.
-
-    Final F1 is the mean of the last three validations; a run has collapsed if that is at least 0.2 below its best
-    validation, or if less than half of the last answers have a valid format.
-    """
-    rows = results["validations"]
-    best, final = max(row["f1"] for row in rows), statistics.fmean(row["f1"] for row in rows[-3:])
-    collapsed = final <= best - _COLLAPSE or rows[-1]["format_valid"] < 0.5
-    return {"first": rows[0]["f1"], "best": best, "final": final, "collapsed": collapsed}
-
-
 def table(out: Path, rates: list[str], seeds: list[int]) -> str:
     """One line per rate and arm, as Markdown."""
     lines = [
@@ -70,9 +58,9 @@ def table(out: Path, rates: list[str], seeds: list[int]) -> str:
     ]
     for rate, arm in product(rates, ARMS):
         files = [out / f"{arm}-{rate}-{seed}" / "results.json" for seed in seeds]
-        runs = [outcome(json.loads(file.read_text())) for file in files]
-        finals = " ".join(f"{run['final']:.2f}" for run in runs)
-        mean, best = (statistics.fmean(run[key] for run in runs) for key in ("final", "best"))
+        runs = [outcome(json.loads(file.read_text())["validations"]) for file in files]
+        finals = " ".join(f"{run['final_f1']:.2f}" for run in runs)
+        mean, best = (statistics.fmean(run[key] for run in runs) for key in ("final_f1", "best_f1"))
         collapsed = sum(run["collapsed"] for run in runs)
         lines.append(f"| {rate} | {arm} | {finals} | {mean:.2f} | {best:.2f} | {collapsed:.0f} of {len(runs)} |")
     return "\n".join(lines)

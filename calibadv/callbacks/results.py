@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from calibadv.outcome import outcome
 from calibadv.run_folder import RunFolder, write_atomically
 
 _PACKAGES = ("calibadv", "torch", "transformers", "lightning")
-_FINAL_EVALUATIONS = 3
 
 
 class Results(Callback):
@@ -72,11 +72,9 @@ class Results(Callback):
         self._write(trainer, pl_module, self._training())
 
     def _training(self) -> dict[str, Any]:
-        f1 = [row["f1"] for row in self.validations if "f1" in row]
         return {
             "validations": self.validations,
-            "best_f1": max(f1, default=None),
-            "final_f1": sum(f1[-_FINAL_EVALUATIONS:]) / len(f1[-_FINAL_EVALUATIONS:]) if f1 else None,
+            **outcome(self.validations),
             "statuses": dict(sorted(self.statuses.items())),
             "wall_seconds": round(self.wall_seconds, 1),
         }

@@ -22,7 +22,7 @@ def draw_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[T
         Token ids [N] and their log-probabilities [N].
 
     Raises:
-        ValueError: a row of logits has no distribution (it holds nan or an infinity).
+        ValueError: a row of logits has no distribution (it holds nan, or plus infinity).
     """
     check_shapes("N V, N", logits, uniforms)
     logprobs = torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)

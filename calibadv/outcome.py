@@ -1,0 +1,37 @@
+"""The outcome of a run, defined once for every table, report and alarm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_FINAL_EVALUATIONS = 3
+_DROP = 0.2
+_LEAST_VALID = 0.5
+
+
+def outcome(validations: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Sum up the validations of a run.
+
+    Args:
+        validations: ``step``, ``f1`` (greedy, gated) and ``format_valid`` of each, in order; the first is that of the
+            policy before training.
+
+    Returns:
+        ``best_f1``; ``final_f1``, the mean of the last three; ``collapsed``, whether the final F1 is at least 0.2 below
+        the best, or less than half of the last answers are valid; and ``step_of_collapse``, the first step from which
+        F1 stays 0.2 below the best so far, or None. Empty without a validation.
+    """
+    rows = [row for row in validations if "f1" in row]
+    if not rows:
+        return {}
+    scores = [row["f1"] for row in rows]
+    final = sum(scores[-_FINAL_EVALUATIONS:]) / len(scores[-_FINAL_EVALUATIONS:])
+    fallen = [score <= max(scores[: place + 1]) - _DROP for place, score in enumerate(scores)]
+    still_up = max((place for place, down in enumerate(fallen) if not down), default=-1)
+    return {
+        "best_f1": max(scores),
+        "final_f1": final,
+        "collapsed": final <= max(scores) - _DROP or rows[-1]["format_valid"] < _LEAST_VALID,
+        "step_of_collapse": rows[still_up + 1]["step"] if still_up + 1 < len(rows) else None,
+    }

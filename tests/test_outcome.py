@@ -1,0 +1,38 @@
+"""Outcome measures against runs small enough to sum up by eye."""
+
+from __future__ import annotations
+
+import pytest
+
+from calibadv.outcome import outcome
+
+
+def run(*scores: float, valid: float = 1.0) -> list[dict[str, float]]:
+    return [{"step": 10 * place, "f1": score, "format_valid": valid} for place, score in enumerate(scores)]
+
+
+def test_a_healthy_run() -> None:
+    result = outcome(run(0.5, 0.8, 0.9, 0.8, 0.85))
+    assert result["final_f1"] == pytest.approx(0.85)  # (0.9 + 0.8 + 0.85) / 3
+    assert (result["best_f1"], result["collapsed"], result["step_of_collapse"]) == (0.9, False, None)
+
+
+def test_a_run_that_breaks_down_for_good() -> None:
+    # From step 20 on F1 stays 0.2 below the best so far, 0.9; final (0.3 + 0.4 + 0.2) / 3 = 0.3.
+    result = outcome(run(0.5, 0.9, 0.3, 0.4, 0.2))
+    assert result["final_f1"] == pytest.approx(0.3)
+    assert (result["collapsed"], result["step_of_collapse"]) == (True, 20)
+
+
+def test_a_dip_that_recovers_is_no_collapse() -> None:
+    result = outcome(run(0.5, 0.9, 0.3, 0.85, 0.9, 0.9))
+    assert (result["collapsed"], result["step_of_collapse"]) == (False, None)
+
+
+def test_broken_format_at_the_end_is_a_collapse() -> None:
+    assert outcome(run(0.5, 0.5, valid=0.4))["collapsed"] is True
+
+
+def test_without_a_validation() -> None:
+    assert outcome([]) == {}
+    assert outcome([{"step": 0, "search_failed": 3.0}]) == {}
