@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -31,6 +32,11 @@ class Lora:
     """Scale: adapters are multiplied by alpha / rank."""
     target_modules: str | list[str] = "all-linear"
     """Names of the modules to adapt, or ``all-linear``."""
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.lora.{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,19 +131,29 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
         The policy.
 
     Raises:
-        ValueError: no such folder, or a tokenizer that does not return the tags.
+        ValueError: no such folder, a model or tokenizer that does not load, a tokenizer that does not return the tags,
+            or adapters for modules that the model does not have.
     """
     folder = check_model_folder(name)
-    tokenizer = _load_tokenizer(folder)
+    with _explained(folder, "config.json", "give a causal language model that transformers knows"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with _explained(folder, "tokenizer", "save one into it"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     added = prepare_tags(tokenizer)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     # Dropout would make log-probabilities of one and the same policy differ between two passes.
     overrides: dict[str, Any] = {key: 0.0 for key in config.to_dict() if key.endswith(("dropout", "pdrop"))}
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **overrides)
+    with _explained(folder, "model", "save a causal language model into it, weights included"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **overrides
+        )
+    model, info = loaded
+    if info["missing_keys"]:  # transformers would make them up
+        raise ValueError(
+            f"model.policy '{folder}' lacks {len(info['missing_keys'])} weights, {min(info['missing_keys'])} "
+            "among them; save the whole model into it"
+        )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        # The new rows are drawn: the same ones for every seed of a run, since all start from one policy.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with _same_for_every_seed():
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if added:
         log.warning(
@@ -173,13 +189,22 @@ def make_reference(policy: Policy, lora: Lora | None) -> Reference:
     return Reference([copy.deepcopy(policy.model).requires_grad_(False)])
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+@contextmanager
+def _explained(folder: Path, what: str, remedy: str) -> Iterator[None]:
+    """Turn what transformers raises over a broken folder into one line."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.policy '{folder}' has no tokenizer that loads ({reason}); save one into it") from error
-    return tokenizer
+        yield
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"model.policy '{folder}' has no {what} that loads ({reason}); {remedy}") from error
+
+
+@contextmanager
+def _same_for_every_seed() -> Iterator[None]:
+    """Draw new parameters alike for every seed of a run, since all start from one policy."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def _with_adapters(model: Any, lora: Lora) -> Any:
@@ -192,4 +217,11 @@ def _with_adapters(model: Any, lora: Lora) -> Any:
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    try:
+        with _same_for_every_seed():
+            return get_peft_model(model, config)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.lora.target_modules is {lora.target_modules}; name modules to adapt ({reason})"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from calibadv import calibrators, estimators, rewards  # noqa: F401  (only impor
 from calibadv.agent.collate import collate, turn_values
 from calibadv.callbacks.calibration import AdvantageCalibration
 from calibadv.cli.configs import CALLBACKS, calibrations, configs_folder, read_config, resolve_config, scan_overlays
+from calibadv.cli.explain import explain
 from calibadv.interfaces import AdvantageEstimator, Calibrator, Reward
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
@@ -64,6 +66,9 @@ def load_method(paths: Sequence[Path]) -> Method:
 
     Returns:
         The reward, the estimator, and the calibrators of the AdvantageCalibration callback if there is one.
+
+    Raises:
+        ValueError: a config names a part that there is not, or gives one what it does not take.
     """
     configs = [read_config(path) for path in paths]
     installed = [entry for _, entry in calibrations(configs)]
@@ -73,12 +78,15 @@ def load_method(paths: Sequence[Path]) -> Method:
     if installed:
         parser.add_argument(f"--{CALLBACKS}", type=AdvantageCalibration)
     merged = None
-    for config in configs:
-        part = {key: value for key, value in config.values.items() if _decides_advantages(key)}
-        merged = parser.parse_object(part, namespace=merged)
-    if installed:
-        merged = parser.parse_object({CALLBACKS: installed[-1]}, namespace=merged)
-    parts = parser.instantiate(merged)
+    try:
+        for config in configs:
+            part = {key: value for key, value in config.values.items() if _decides_advantages(key)}
+            merged = parser.parse_object(part, namespace=merged)
+        if installed:
+            merged = parser.parse_object({CALLBACKS: installed[-1]}, namespace=merged)
+        parts = parser.instantiate(merged)
+    except ArgumentError as error:
+        raise ValueError(explain(str(error))) from error
     return Method(
         reward=parts.model.reward,
         estimator=parts.model.estimator,

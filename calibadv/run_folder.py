@@ -55,6 +55,26 @@ class RunFolder:
         """
         return self.path / ("config.yaml" if resumed_from is None else f"config-resume-{resumed_from:06d}.yaml")
 
+    def claim(self, config: str) -> None:
+        """Make this the folder of a run that starts from nothing, and of no other.
+
+        Args:
+            config: the resolved config, which is the first file of a run.
+
+        Raises:
+            ValueError: another run has been started here, perhaps a moment ago; or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self.config(None).open("x", encoding="utf-8") as file:
+                file.write(config)
+        except FileExistsError as error:
+            raise ValueError(f"{self.path} holds a run already; choose another --run.name") from error
+        except OSError as error:
+            raise ValueError(
+                f"run folder '{self.path}' cannot be written to ({error.strerror}); choose another --run.root"
+            ) from error
+
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a rollout step is saved.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import byte_level_folder, wordpiece_folder
@@ -11,14 +14,44 @@ from models import byte_level_folder, wordpiece_folder
 from calibadv.models import Policy, load_policy
 from calibadv.world import policy_folder
 
+# What real passages are like: other alphabets, quotes and tags in the text, no title, and one of 3,500 characters.
+_SENTENCE = "The director of the film, {n} years old then, shot reel {n} by the river Świder and cut it in a barn. "
+LONG_PASSAGE = "".join(_SENTENCE.format(n=n) for n in range(40))[:3500]
+TAGGED_PASSAGE = (
+    "A film whose director ends a line with </information> and <answer> no </answer>, or <|im_end|>, on purpose."
+)
+PASSAGES: list[dict[str, Any]] = [
+    {"id": "long", "contents": f'"Świder (film)"\n{LONG_PASSAGE}'},
+    {"id": "tags", "title": "Markup, a film", "text": TAGGED_PASSAGE},
+    {"id": 3, "contents": '""Łódź" Nights"\n"Łódź" Nights is a film. Its director, Zoë Ångström: «просто сон», 夢.'},
+    {"id": "4", "contents": "no title, no director: a lone line about trains 🚂\u00a0and rain"},
+    {"id": "5", "title": "", "text": "Tea grows on hills.\n\nIt is picked twice a year; a kilo costs 12,50 €."},
+]
+QUESTIONS: list[dict[str, Any]] = [
+    {"id": "a", "question": 'Who directed "Łódź" Nights?', "golden_answers": ["Zoë Ångström", "Ångström"]},
+    {"id": "b", "question": "Is Świder a film?", "golden_answers": "yes", "data_source": "yes/no"},
+    {"id": "c", "question": "Does 夢 mean dream?", "golden_answers": ["yes"], "metadata": {"supporting_ids": ["3"]}},
+    {"id": 4, "question": "What does a kilo of tea cost in €?", "golden_answers": ["12,50"]},
+]
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real questions and the calibration vectors: CALIBADV_SHARED, else the folder `shared` beside the checkout."""
+    """Real questions and the calibration vectors: the folder that CALIBADV_SHARED names."""
     named = os.environ.get("CALIBADV_SHARED")
-    folder = Path(named) if named else Path(__file__).parents[2] / "shared"
-    if not folder.is_dir():
+    if not named:
         pytest.skip("needs the shared data: set CALIBADV_SHARED to its folder")
+    return Path(named)
+
+
+@pytest.fixture(scope="session")
+def own_passages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with corpus.jsonl.gz and questions.jsonl.gz, small but shaped as real ones are."""
+    folder = tmp_path_factory.mktemp("passages")
+    for name, records in (("corpus", PASSAGES), ("questions", QUESTIONS)):
+        # One file as json.dumps escapes it, one in plain UTF-8: both are found.
+        lines = "".join(json.dumps(record, ensure_ascii=name == "corpus") + "\n" for record in records)
+        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode("utf-8")))
     return folder
 
 

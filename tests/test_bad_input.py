@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from records import answer, rollout, search
 from runs import SMALL, fit
 from tokenizers import Tokenizer, decoders
 
-from calibadv.cli.errors import is_ours
+from calibadv.cli.errors import is_ours, message_for_users
 from calibadv.cli.main import main
 from calibadv.questions import read_questions
+from calibadv.rollout_files import rollout_to_json
 from calibadv.run_folder import RunFolder
 
 QUICKSTART = ("fit", "--config", "quickstart", *SMALL)
@@ -37,6 +40,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "misspelt.yaml": "model: {polic: x}",
         "first.yaml": "model: {rollout_steps: 3}",
         "empty_model/readme": "",
+        "unknown/config.json": '{"model_type": "abacus"}',
+        "cut/config.json": '{"model_type": ',
+        "calibrator.yaml": "trainer: {callbacks+: [{class_path: AdvantageCalibration, init_args: "
+        "{calibrators: [Soft]}}]}",
+        "ratio.yaml": "trainer: {callbacks+: [{class_path: AdvantageCalibration, init_args: {calibrators: "
+        "[{class_path: AnswerRebalance, init_args: {target: 2}}]}}]}",
+        "reward.yaml": "model: {reward: calibadv.rewards.F2}",
+        "rollouts.jsonl": json.dumps(rollout_to_json(rollout(search("a"), answer("gold")))),
     }
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -49,6 +60,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 OPTIONS: dict[str, tuple[str, str]] = {
     "model folder missing": ("--model.policy nowhere", r"model.policy 'nowhere' is not a folder; give a Hugging Face"),
     "model folder empty": ("--model.policy empty_model", r"'empty_model' has no config.json; give a folder that"),
+    "model type unknown": ("--model.policy unknown", r"'unknown' has no config.json that loads \(.*abacus.*\); give a"),
+    "model config cut off": ("--model.policy cut", r"'cut' has no config.json that loads \(.*JSON.*\); give a causal"),
+    "adapters of rank 0": ("--model.lora.rank 0", r"model.lora.rank is 0; it must be at least 1"),
+    "adapters without scale": ("--model.lora.alpha 0", r"model.lora.alpha is 0; it must be at least 1"),
+    "adapters of no module": (
+        "--model.lora.target_modules nowhere",
+        r"model.lora.target_modules is nowhere; name modules to adapt \(",
+    ),
+    "rollouts shown": ("--rollouts.shown=-1", r"rollouts.shown is -1; it must be at least 0"),
     "questions missing": ("--data.train no.jsonl", r"question file 'no.jsonl' does not exist; give a .jsonl"),
     "questions empty": ("--data.validation empty.jsonl", r"question file 'empty.jsonl' is empty; it must hold"),
     "line of a question": ("--data.train list.jsonl", r"list.jsonl:3 is not a JSON object but list; write one object"),
@@ -129,6 +149,14 @@ OPTIONS: dict[str, tuple[str, str]] = {
         "--trainer.gradient_clip_val 1",
         r"trainer.gradient_clip_val is 1.0; it must stay null: model.clip_norm",
     ),
+    "devices": ("--trainer.devices 2", r"trainer.devices is 2; it must stay 1: several processes are not supported"),
+    "all devices": ("--trainer.devices auto", r"trainer.devices is auto; it must stay 1: several processes"),
+    "nodes": ("--trainer.num_nodes 2", r"trainer.num_nodes is 2; it must stay 1: several processes are not supported"),
+    "scaled gradients": (
+        "--trainer.precision 16-mixed",
+        r"trainer.precision is 16-mixed; float16 .*: give bf16-mixed or 32-true",
+    ),
+    "half precision": ("--trainer.precision 16-true", r"trainer.precision is 16-true; .*: give bf16-mixed or 32-true"),
     "interval": (
         "--trainer.val_check_interval 0.5",
         r"val_check_interval is 0.5; it counts rollout steps, and must be a",
@@ -185,6 +213,27 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "replay of no file": ("replay --rollouts no.jsonl --out o.jsonl", r"rollout file 'no.jsonl' does not exist; give"),
     "replay without out": ("replay --rollouts ok.jsonl", r"out is required; give --out VALUE$"),
     "replay abbreviated": ("replay --roll ok.jsonl --out o", r"--roll is not accepted; did you mean --rollouts\?"),
+    "replay with a calibrator misspelt": (
+        "replay --rollouts rollouts.jsonl --out o --config calibrator.yaml",
+        r"no class is called 'Soft'; give a known name \(AnswerRebalance, SoftPenalty\)",
+    ),
+    "replay with a reward misspelt": (
+        "replay --rollouts rollouts.jsonl --out o --config reward.yaml",
+        r"model.reward: 'F2' is not in calibadv.rewards; it has .*F1",
+    ),
+    "replay with an option of a calibrator": (
+        "replay --rollouts rollouts.jsonl --out o --config ratio.yaml",
+        r"option 'target' is not accepted by AnswerRebalance; it takes target_ratio",
+    ),
+    "replay into a folder": (
+        "replay --rollouts rollouts.jsonl --out empty_model",
+        r"out 'empty_model' cannot be written \(Is a directory\); give another --out",
+    ),
+    "replay below a file": (
+        "replay --rollouts rollouts.jsonl --out ok.jsonl/o",
+        r"out 'ok.jsonl/o' cannot be written \(.*\); give another --out",
+    ),
+    "world below a file": ("world export --out ok.jsonl/o", r"out 'ok.jsonl/o' cannot be written \(.*\); give another"),
     "replay with no config": ("replay --rollouts ok.jsonl --out o --config", r"--config has no value"),
     "world without command": ("world", r"say what to do: export or policy"),
     "world with another": ("world exprt", r"there is no command 'exprt'; choose one of 'export', 'policy'"),
@@ -242,6 +291,24 @@ def test_a_run_name_that_exists(here: Path, capsys: pytest.CaptureFixture[str]) 
     check(words, resume, here, capsys)
 
 
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_an_untrained_policy_in_the_folder_of_a_run(verb: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(here / "runs" / "mine")
+    folder.path.mkdir(parents=True)
+    folder.config(None).write_text("")
+    line = rf"runs/mine holds a run, and without a checkpoint {verb} evaluates .*; add --ckpt_path last, or choose"
+    check([verb, "--config", "quickstart", "--run.name", "mine"], line, here, capsys)
+
+
+def test_a_model_without_weights(llama_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(llama_folder, here / "model"))
+    weights = folder / "model.safetensors"
+    for text, reason in ((b"cut off", ".*"), (None, ".*no file named.*")):
+        weights.unlink() if text is None else weights.write_bytes(text)
+        line = rf"model.policy '.*model' has no model that loads \({reason}\); save a causal language model into it"
+        check([*QUICKSTART, "--model.policy", str(folder)], line, here, capsys)
+
+
 def test_a_group_of_one_is_warned_of_and_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert fit(tmp_path, "run", "--model.rollout_steps", "1", "--model.group_size", "1") == 0
     (warning,) = [record.getMessage() for record in caplog.records if "group_size" in record.getMessage()]
@@ -256,3 +323,5 @@ def test_only_what_our_code_raises_on_purpose_is_a_message_for_users() -> None:
     with pytest.raises(ValueError, match="invalid literal") as python:
         int("x")
     assert [is_ours(error.value) for error in (ours, bug, python)] == [True, False, False]
+    python.value.__cause__ = ours.value  # as jsonargparse does, where a value fits none of several types
+    assert [message_for_users(error.value) for error in (ours, bug, python)] == [str(ours.value), None, str(ours.value)]

@@ -189,7 +189,7 @@ def test_an_evaluation_without_a_checkpoint_has_a_folder_named_after_the_verb(
     words = [f"--data.{split}={questions}" for split in ("validation", "test")]
     assert main([verb, "--config", "quickstart", *words, "--run.root", str(tmp_path / "runs")]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(rf"{verb}-quickstart-\d{{8}}-\d{{6}}", folder.name)
+    assert re.fullmatch(rf"{verb}-quickstart-seed0-\d{{8}}-\d{{6}}", folder.name)
     short = {"validate": "val"}.get(verb, verb)
     (written,) = read_rollouts(folder / "rollouts" / f"{short}-step-000000.jsonl")
     assert written.question.id == "a"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from agents import ANSWER, SEARCH, agent_of, play, protocol, scripted_agent
 from models import byte_level_folder
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -154,6 +155,19 @@ def test_new_rows_do_not_depend_on_the_seed_of_the_run(wordpiece: Path) -> None:
     assert torch.equal(*weights)
 
 
+def test_adapters_do_not_depend_on_the_seed_of_the_run(llama_folder: Path) -> None:
+    weights = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = load_policy(str(llama_folder), LORA).model.state_dict()
+        weights.append(torch.cat([value.flatten() for name, value in state.items() if ".lora_A" in name]))
+        after = torch.rand(1)
+        torch.manual_seed(seed)
+        assert torch.equal(after, torch.rand(1))
+    assert weights[0].any()
+    assert torch.equal(*weights)
+
+
 def test_a_folder_whose_tokenizer_cannot_return_the_tags(folder: Path) -> None:
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("<", "(")])
@@ -257,3 +271,13 @@ def test_a_tokenizer_larger_than_the_embedding_gets_rows(tmp_path: Path) -> None
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(path)
     assert load_policy(str(path)).model.get_input_embeddings().num_embeddings == len(tokenizer)
+
+
+def test_a_folder_that_lacks_a_weight_is_refused(tmp_path: Path, llama_folder: Path) -> None:
+    folder = tmp_path / "partial"
+    shutil.copytree(llama_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights, model.norm.weight among them; save the whole model"):
+        load_policy(str(folder))

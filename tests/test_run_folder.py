@@ -37,6 +37,19 @@ def test_a_folder_holds_a_run_from_its_first_file_on(folder: RunFolder) -> None:
     assert folder.holds_run
 
 
+def test_a_folder_is_claimed_once(folder: RunFolder) -> None:
+    folder.claim("seed: 0")
+    with pytest.raises(ValueError, match=r"run holds a run already; choose another --run.name"):
+        folder.claim("seed: 1")
+    assert folder.config(None).read_text() == "seed: 0"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    touch(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"run folder '.*' cannot be written to \(.*\); choose another --run.root"):
+        RunFolder(tmp_path / "file" / "run").claim("")
+
+
 def test_the_newest_checkpoint_has_the_highest_step(folder: RunFolder) -> None:
     touch(folder.last)
     assert folder.newest_checkpoint() == folder.last

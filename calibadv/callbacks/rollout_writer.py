@@ -20,12 +20,14 @@ class RolloutWriter(Callback):
 
     Args:
         every_n_rollout_steps: Write the training rollouts of step 1 and of every so many steps.
-        shown: How many of them to show as text in TensorBoard, the worst scores first.
+        shown: How many of them to show as text in TensorBoard, the worst scores first; 0 for none.
     """
 
     def __init__(self, every_n_rollout_steps: int = 10, shown: int = 4) -> None:
         if every_n_rollout_steps < 1:
             raise ValueError(f"rollouts.every_n_rollout_steps is {every_n_rollout_steps}; it must be at least 1")
+        if shown < 0:
+            raise ValueError(f"rollouts.shown is {shown}; it must be at least 0 (0 shows none)")
         self.every_n_rollout_steps = every_n_rollout_steps
         self.shown = shown
         self._evaluated: list[Rollout] = []

@@ -29,6 +29,23 @@ def is_ours(error: BaseException) -> bool:
     return (frames[-1].line or "").startswith("raise")
 
 
+def message_for_users(error: BaseException) -> str | None:
+    """What to tell the user of an error.
+
+    jsonargparse wraps what a constructor raises where the value might be of several types, such as ``Lora | None``.
+
+    Args:
+        error: as caught.
+
+    Returns:
+        The message of the error, or of the first of its causes that is ours; None if none of them is.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not is_ours(cause):
+        cause = cause.__cause__
+    return None if cause is None else str(cause)
+
+
 def report(message: str) -> None:
     """Print an error on the standard error stream, in one line.
 

@@ -25,6 +25,8 @@ STAYS: dict[str, tuple[int | None, str]] = {
     "accumulate_grad_batches": (1, "model.micro_batch_tokens bounds memory, and model.mini_batches counts updates"),
     "gradient_clip_val": (None, "model.clip_norm clips"),
     "default_root_dir": (None, "--run.root and --run.name place the run folder"),
+    "devices": (1, "several processes are not supported yet"),
+    "num_nodes": (1, "several processes are not supported yet"),
 }
 HELP = {
     **{f"trainer.{name}": f"Must stay as it is: {reason}." for name, (_, reason) in STAYS.items()},

@@ -29,7 +29,7 @@ from calibadv.cli.curves import RunCurves
 from calibadv.cli.explain import explain
 from calibadv.cli.goodbye import goodbye
 from calibadv.cli.help import HELP, STAYS, VERBS, describe
-from calibadv.cli.plan import Run, Start, plan_start, refuse_second_run, resume_command
+from calibadv.cli.plan import Run, Start, plan_start, refuse_second_run, refuse_untrained, resume_command
 from calibadv.cli.quiet import quiet_libraries
 from calibadv.cli.signals import ended_by_sigterm
 from calibadv.data import QuestionData
@@ -122,7 +122,8 @@ class CalibadvCLI(LightningCLI):
         check_trainer(config.trainer)
         prefix = [] if self.verb == "fit" else [self.verb]
         names = [setting.path.stem for setting in self.settings if isinstance(setting, ConfigFile)]
-        default_name = "-".join([*prefix, *names, datetime.now().strftime("%Y%m%d-%H%M%S")])
+        seed = f"seed{config.seed_everything}"
+        default_name = "-".join([*prefix, *names, seed, datetime.now().strftime("%Y%m%d-%H%M%S")])
         self.start = plan_start(config.run.root, config.run.name, default_name, config.ckpt_path)
         if self.start.checkpoint is not None:
             config.ckpt_path = str(self.start.checkpoint)
@@ -130,6 +131,8 @@ class CalibadvCLI(LightningCLI):
             config.return_predictions = False  # RolloutWriter writes them; Lightning would keep them all in memory
         if self.verb == "fit":
             refuse_second_run(self.start, self.resume_command)
+        else:
+            refuse_untrained(self.start, self.verb)
 
     @property
     def resume_command(self) -> str:
@@ -207,7 +210,11 @@ class RunStart(pl.Callback):
             if start.checkpoint is not None and start.resumed_from is not None:
                 start.folder.drop_beyond(start.resumed_from)
                 start.folder.point_last_at(start.checkpoint)
-            write_atomically(start.folder.config(start.resumed_from), self.cli.resolved_config())
+            config = self.cli.resolved_config()
+            if start.resumed_from is None:
+                start.folder.claim(config)
+            else:
+                write_atomically(start.folder.config(start.resumed_from), config)
         for logger in trainer.loggers:
             if isinstance(logger, RunCurves):
                 logger.open()
@@ -274,9 +281,14 @@ def check_trainer(trainer: Any) -> None:
         ValueError: see the messages.
     """
     for name, (value, reason) in STAYS.items():
-        if trainer[name] != value:
+        if trainer[name] not in (value, str(value)):  # devices may be a text
             kept = "null" if value is None else value
             raise ValueError(f"trainer.{name} is {trainer[name]}; it must stay {kept}: {reason}")
+    if str(trainer.precision).startswith("16"):
+        raise ValueError(
+            f"trainer.precision is {trainer.precision}; float16 needs scaled gradients, which model.clip_norm "
+            "would clip as they are: give bf16-mixed or 32-true"
+        )
     interval = trainer.val_check_interval
     if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
         raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from calibadv.cli.errors import is_ours, report
+from calibadv.cli.errors import message_for_users, report
 from calibadv.cli.help import TOOLS, VERBS
 from calibadv.cli.quiet import quiet_environment
 
@@ -39,9 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run_tool(command, rest)
     except (ValueError, RuntimeError) as error:
-        if not is_ours(error):
+        message = message_for_users(error)
+        if message is None:
             raise
-        report(str(error))
+        report(message)
         return 2
     except KeyboardInterrupt:
         report("stopped at once; what was written before is kept")

@@ -25,7 +25,7 @@ class Run:
     root: str = _RUN_ROOT
     """Folder of all runs."""
     name: str | None = None
-    """Name of this run; by default made of the configs' names and the time."""
+    """Name of this run; by default made of the configs' names, the seed and the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +121,23 @@ def refuse_second_run(start: Start, command: str) -> None:
         return
     resume = f"resume it with '{command}'" if folder.last.exists() else "it has no checkpoint: remove the folder"
     raise ValueError(f"{folder.path} holds a run already; {resume}, or choose another --run.name")
+
+
+def refuse_untrained(start: Start, verb: str) -> None:
+    """Refuse to evaluate the policy as it was before training in the folder of a run.
+
+    Args:
+        start: as planned.
+        verb: ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        ValueError: the folder holds a run, and there is no checkpoint to evaluate.
+    """
+    if start.checkpoint is None and start.folder.holds_run:
+        raise ValueError(
+            f"{start.folder.path} holds a run, and without a checkpoint {verb} evaluates the policy before training; "
+            "add --ckpt_path last, or choose another --run.name"
+        )
 
 
 def resume_command(verb: str, settings: Sequence[ConfigFile | Option], folder: RunFolder) -> str:

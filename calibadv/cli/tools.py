@@ -28,7 +28,7 @@ def run_tool(command: str, arguments: Sequence[str]) -> int:
         The exit status.
 
     Raises:
-        ValueError: a mistake in the arguments, or in what they name.
+        ValueError: a mistake in the arguments, in what they name, or in where to write.
     """
     functions = tool_functions(command)
     parser = tool_parser(command)
@@ -39,7 +39,10 @@ def run_tool(command: str, arguments: Sequence[str]) -> int:
         raise ValueError(explain(str(error), _options(parser), verb)) from error
     chosen = parsed.pop("subcommand", None)
     options = parsed[chosen] if chosen else parsed
-    functions[chosen or command](**options.as_dict())
+    try:
+        functions[chosen or command](**options.as_dict())
+    except OSError as error:
+        raise ValueError(f"out '{options.out}' cannot be written ({error.strerror}); give another --out") from error
     Console(soft_wrap=True).print(f"wrote {options.out}", highlight=False, markup=False)
     return 0
 
