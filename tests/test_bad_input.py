@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fits import SMALL, fit
 from records import answer, rollout, search
-from runs import SMALL, fit
 from tokenizers import Tokenizer, decoders
 
 from calibadv.cli.errors import is_ours, message_for_users

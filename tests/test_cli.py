@@ -13,9 +13,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from fits import SMALL, files, fit, results
 from jsonargparse import ArgumentParser
 from records import answer, rollout, search
-from runs import SMALL, files, fit, results
 
 from calibadv import calibrators, callbacks, engines, estimators, losses, retrieval, rewards
 from calibadv.cli.configs import read_words

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runs import fit
+from fits import fit
 
 from calibadv.callbacks import AdvantageCalibration
 from calibadv.cli.configs import config_name, configs_folder, read_words

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LONG_PASSAGE, PASSAGES, TAGGED_PASSAGE
-from runs import curves, fit, results
+from fits import curves, fit, results
 
 from calibadv.retrieval import read_corpus
 from calibadv.rollout_files import read_rollouts

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import curves, files, fit, results
+from fits import curves, files, fit, results
 
 from calibadv.cli.main import main
 from calibadv.run_folder import RunFolder
