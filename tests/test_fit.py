@@ -65,7 +65,7 @@ def scripted(data: tuple[str, ...], tmp_path: Path) -> tuple[str, ...]:
     replies = [[SEARCH, answer] for answer in ANSWERS]
     overlay.write_text(
         f"model: {{engine: {{class_path: ScriptedEngine, init_args: {{default: {replies}}}}}, "
-        "reward: {class_path: runs.StartsWithY}}"
+        "reward: {class_path: fits.StartsWithY}}"
     )
     return ("--config", str(overlay), *data, *THREE_STEPS)
 

@@ -166,7 +166,7 @@ def test_a_signal_ends_the_step_and_the_printed_command_goes_on(
     step: int, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Step 4 has a validation due, which is made up for."""
-    interrupt = ("--trainer.callbacks+=runs.Interrupt", f"--trainer.callbacks.step={step}")
+    interrupt = ("--trainer.callbacks+=fits.Interrupt", f"--trainer.callbacks.step={step}")
     assert fit(tmp_path, "run", *EVERY, "--model.rollout_steps", "6", *interrupt) == 143
     output = capsys.readouterr()
     assert f"SIGTERM: finishing rollout step {step}" in output.err
@@ -188,7 +188,7 @@ def test_without_validation_checkpoints_are_written_when_they_are_due(tmp_path: 
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
-    words = ("--trainer.callbacks+=runs.Interrupt", "--trainer.callbacks.step=2", "--trainer.callbacks.times=2")
+    words = ("--trainer.callbacks+=fits.Interrupt", "--trainer.callbacks.step=2", "--trainer.callbacks.times=2")
     with pytest.raises(SystemExit) as stop:
         fit(tmp_path, "run", *EVERY, "--model.rollout_steps", "6", *words)
     assert stop.value.code == 143
