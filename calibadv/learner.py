@@ -15,6 +15,9 @@ from calibadv.interfaces import LossInputs, Metrics, PolicyLoss, Regularizer
 from calibadv.numerics.kl import k3
 from calibadv.update import ReadyBatch, loss_inputs, micro_batches, mini_batches
 
+# Curves of every update, which no part may report another value of.
+_OURS = ("loss", "kl_old", "kl_reference", "grad_norm", "grad_norm_max")
+
 
 @dataclass(frozen=True, slots=True)
 class Objective:
@@ -33,18 +36,18 @@ class Objective:
         Returns:
             A scalar with gradient; and metrics that add up over micro-batches.
         """
-        loss, metrics = self.loss.compute(inputs)
-        metrics = dict(metrics)
+        loss, reported = self.loss.compute(inputs)
+        metrics = _merge({}, reported, self.loss)
         metrics["kl_old"] = k3(inputs.logprobs.detach(), inputs.old_logprobs).sum().item() / inputs.denominator
         if inputs.reference_logprobs is not None:
             kl = k3(inputs.logprobs, inputs.reference_logprobs).sum() / inputs.denominator
             loss = loss + self.kl_coef * kl
             metrics["kl_reference"] = kl.item()
         for regularizer in self.regularizers:
-            term, more = regularizer.compute(inputs)
+            term, reported = regularizer.compute(inputs)
             loss = loss + term
-            metrics.update(more)
-        return loss, metrics
+            metrics = _merge(metrics, reported, regularizer)
+        return loss, {**metrics, "loss": loss.item()}
 
     def split(self, ready: ReadyBatch, rows: Sequence[int]) -> tuple[list[int], list[int]]:
         """Tell the rollouts that move the policy from those that only count, and so need no backward pass.
@@ -180,7 +183,7 @@ class Learner:
         """
         optimizer.zero_grad()
         denominator = float(ready.batch.loss_mask[rows].sum().item())
-        total: Metrics = {"loss": 0.0}
+        total: Metrics = {}
         moving, still = self.objective.split(ready, rows)
         parts = [micro_batches(ready.batch, some, self.micro_batch_tokens) for some in (moving, still)]
         for place, part in enumerate(chain(*parts)):
@@ -189,10 +192,17 @@ class Learner:
                 loss, metrics = self.objective.compute(loss_inputs(model, ready, part, self.temperature, denominator))
             if moves:
                 backward(loss)
-            for name, value in {"loss": loss.item(), **metrics}.items():
+            for name, value in metrics.items():
                 total[name] = total.get(name, 0.0) + value
         norm = torch.nn.utils.clip_grad_norm_(_trained(model), self.clip_norm or math.inf)
         return {**total, "grad_norm": norm.item()}
+
+
+def _merge(metrics: Metrics, reported: Metrics, part: PolicyLoss | Regularizer) -> Metrics:
+    taken = reported.keys() & {*metrics, *_OURS}
+    if taken:
+        raise ValueError(f"{type(part).__name__} reports the metric '{min(taken)}', which is taken; rename it there")
+    return {**metrics, **reported}
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

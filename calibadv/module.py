@@ -29,6 +29,7 @@ from calibadv.interfaces import (
 from calibadv.learner import Learner, LearningRate, Objective
 from calibadv.metrics import evaluation_metrics, rollout_metrics, speed_metrics
 from calibadv.models import Lora, Reference, load_policy, make_reference
+from calibadv.resume import check_identity, save_identity
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
 from calibadv.stopwatch import Stopwatch
@@ -190,6 +191,7 @@ class SearchAgentModule(pl.LightningModule):
             **stability_metrics(batch, before, self.garbled_perplexity),
             **update_metrics,
             **speed_metrics(batch, clock.seconds),
+            **{f"retrieval/{name}": value for name, value in self.agent.retriever.metrics().items()},
         }
         self.log_at_step(metrics)
         self.trainer.should_stop = self.trainer.should_stop or self.rollout_step >= self.rollout_steps
@@ -337,39 +339,11 @@ class SearchAgentModule(pl.LightningModule):
             logger.log_metrics(metrics, step=self.rollout_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the rollout step, and what identifies the reference, into a checkpoint."""
-        checkpoint["seed"] = self.seed
-        checkpoint["rollout_step"] = self.rollout_step
-        checkpoint["validated_step"] = self.validated_step
-        if self.reference is not None:
-            checkpoint["reference_checksum"] = self.reference.checksum()
+        """Put into a checkpoint what tells this run from another."""
+        save_identity(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from a checkpoint's rollout step."""
+        check_identity(checkpoint, self, self.trainer.state.fn)
         self.rollout_step = checkpoint["rollout_step"]
         self.validated_step = checkpoint["validated_step"]
-        if self.trainer.state.fn == "fit":
-            self._check_resume(checkpoint)
-        if self.reference is None:
-            return
-        if "reference_checksum" not in checkpoint:
-            raise ValueError(
-                "model.kl_coef is above 0, and the checkpoint's run had no reference; resume with model.kl_coef 0"
-            )
-        if checkpoint["reference_checksum"] != self.reference.checksum():
-            raise ValueError(
-                "model.policy does not hold the weights that the checkpoint's run started from, so the KL would be "
-                "measured against another reference; give the same folder"
-            )
-
-    def _check_resume(self, checkpoint: dict[str, Any]) -> None:
-        if self.rollout_step >= self.rollout_steps:
-            raise ValueError(
-                f"nothing is left to do: the checkpoint holds {self.rollout_step} rollout steps and "
-                f"model.rollout_steps is {self.rollout_steps}; raise it to go on"
-            )
-        if checkpoint["seed"] != self.seed:
-            raise ValueError(
-                f"--seed_everything is {self.seed} and the checkpoint's run has {checkpoint['seed']}; all draws of a "
-                "run depend on one seed, so resume with that"
-            )

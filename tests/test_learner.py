@@ -112,6 +112,17 @@ class LogprobMean(Regularizer):
         return term, {"term": term.item()}
 
 
+class _Overwriting(Regularizer):
+    def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
+        return inputs.logprobs.sum() * 0, {"kl_old": 0.0}
+
+
+def test_a_part_may_not_report_under_a_name_that_is_taken() -> None:
+    inputs = LossInputs(torch.zeros(1), torch.zeros(1), None, torch.ones(1), 1.0)
+    with pytest.raises(ValueError, match="_Overwriting reports the metric 'kl_old', which is taken"):
+        Objective(PPOClip(), 0.0, (_Overwriting(),)).compute(inputs)
+
+
 def test_kl_and_regularizers_are_added() -> None:
     # The reference has the three tokens at 1/4, 1/2, 1/2: k3 = 1/2 + ln 2 - 1 for the first, 0 for the others.
     model, batch = tiny(reference=torch.tensor([[0, -2 * LN2, -LN2], [0, -LN2, 0]]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fits import curves, files, fit, results
+from fits import SMALL, curves, files, fit, results
 
 from calibadv.cli.main import main
 from calibadv.run_folder import RunFolder
@@ -150,6 +150,32 @@ def test_another_seed_is_refused(copy: Path, capsys: pytest.CaptureFixture[str])
     assert error.count("\n") == 1
     assert "--seed_everything is 1 and the checkpoint's run has 0" in error
     assert files(copy) == before
+
+
+def test_another_protocol_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(copy)
+    more = ("--model.rollout_steps", "8", "--config", "protocols/no_prepend", "--ckpt_path", "last")
+    assert fit(copy.parent, "copy", *EVERY, *more) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "another protocol: model.protocol.prepend_think True (now False)" in error
+    assert files(copy) == before
+
+
+def test_an_evaluation_under_another_protocol_says_so(parts: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = [
+        "--config",
+        "quickstart",
+        *SMALL,
+        "--run.root",
+        str(parts.parent),
+        "--ckpt_path",
+        str(RunFolder(parts).last),
+    ]
+    assert main(["validate", *options, "--run.name", "same"]) == 0
+    assert not caplog.messages
+    assert main(["validate", *options, "--run.name", "more", "--model.protocol.max_searches", "4"]) == 0
+    assert "model.protocol.max_searches 3 (now 4)" in caplog.messages[0]
 
 
 def test_a_checkpoint_under_another_name_starts_a_new_run(parts: Path, root: Path) -> None:
