@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from calibadv.types import Completion, DrawKey, Question, RolloutBatch, Sampling, ScoredDocument
+from calibadv.types import Completion, Document, DrawKey, Question, RolloutBatch, Sampling, ScoredDocument
 
 if TYPE_CHECKING:
     from calibadv.models import Policy
@@ -57,16 +57,18 @@ class Retriever(ABC):
 
     Attributes:
         top_k: documents that an episode asks for per search.
+        corpus: the documents that it searches, in the order that breaks ties; None where they are out of reach.
     """
 
     top_k: int
+    corpus: Sequence[Document] | None = None
 
     @abstractmethod
     def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
         """Find the best documents of each query, best first, ties in the order of the corpus.
 
         Args:
-            queries: texts to search for.
+            queries: texts to search for. An empty one finds nothing.
             top_k: the most documents per query. Documents with score 0 are left out, so there may be fewer or none.
 
         Returns:
@@ -75,6 +77,14 @@ class Retriever(ABC):
         Raises:
             RetrievalError: the search could not be made. An empty list means that nothing matches, never a failure.
         """
+
+    def metrics(self) -> Metrics:
+        """What is worth plotting since the last call, such as the hit rate of a cache.
+
+        Returns:
+            Values by name; none by default.
+        """
+        return {}
 
 
 class Reward(ABC):

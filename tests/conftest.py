@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ QUESTIONS: list[dict[str, Any]] = [
     {"id": "c", "question": "Does 夢 mean dream?", "golden_answers": ["yes"], "metadata": {"supporting_ids": ["3"]}},
     {"id": 4, "question": "What does a kilo of tea cost in €?", "golden_answers": ["12,50"]},
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Converted corpora go to a folder of this session, not to the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CALIBADV_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
