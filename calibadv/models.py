@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from calibadv.agent.tokenizer import AgentTokenizer, prepare_tags
@@ -45,6 +46,27 @@ class Policy:
 
     model: nn.Module
     tokenizer: AgentTokenizer
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Give the weights as an engine with a copy of its own needs them: whole, and with the adapters merged in.
+
+        The model itself is left alone: merging in place and taking back would round its weights at every update.
+        Where parameters are sharded over processes, all processes must iterate together.
+
+        Yields:
+            Names as in the model's folder, and tensors without gradient. Tied weights come once.
+        """
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                owner, within, _ = name.partition(".base_layer.weight")
+                if ".lora_" in name:
+                    continue
+                value = parameter.detach()
+                if within:
+                    adapted: Any = self.model.get_submodule(owner)
+                    value = value + adapted.get_delta_weight("default")
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -251,6 +251,17 @@ def test_adapters_are_sampled_from(adapted: Policy) -> None:
     torch.testing.assert_close(batch.sampled_logprobs[mask], logprobs(adapted.model, batch)[mask], atol=1e-5, rtol=0)
 
 
+def test_weights_for_an_engine_have_the_adapters_in_them(adapted: Policy, llama_folder: Path) -> None:
+    take_steps(adapted, batch_of(adapted))
+    plain = load_policy(str(llama_folder)).model
+    missing, unexpected = plain.load_state_dict(dict(adapted.weights()), strict=False)
+    assert set(missing) <= {"lm_head.weight"}  # tied to the embedding
+    assert not unexpected
+    token_ids = torch.arange(6)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(token_ids).logits, adapted.model(token_ids).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_adapters_can_be_put_on_some_modules(llama_folder: Path) -> None:
     policy = load_policy(str(llama_folder), Lora(rank=2, alpha=2, target_modules=["q_proj"]))
     trained = [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
