@@ -19,7 +19,7 @@ _LARGE_FILE = 200_000_000
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-def read_jsonl(path: str | Path, what: str) -> Generator[tuple[int, dict[str, Any]], None, None]:
+def read_jsonl(path: str | Path, what: str, after: int = 0) -> Generator[tuple[int, dict[str, Any]], None, None]:
     """Read one JSON object per line, UTF-8, plain or gzip (told by the content, not by the name).
 
     Blank lines are skipped. Large files show a progress bar on standard error. The file is open until the last line is
@@ -28,6 +28,7 @@ def read_jsonl(path: str | Path, what: str) -> Generator[tuple[int, dict[str, An
     Args:
         path: the file.
         what: what the file is, for error messages: ``"corpus"``.
+        after: pass over the lines up to this number, unread.
 
     Yields:
         Line number, counted from 1, and object.
@@ -43,7 +44,7 @@ def read_jsonl(path: str | Path, what: str) -> Generator[tuple[int, dict[str, An
     try:
         with _open_bytes(path, what) as lines:
             for number, line in enumerate(lines, 1):
-                if not line.isspace():
+                if number > after and not line.isspace():
                     yield number, _parse_object(line, f"{path}:{number}")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{what} '{path}' is a damaged gzip file after line {number}; copy it again") from error

@@ -149,9 +149,6 @@ OPTIONS: dict[str, tuple[str, str]] = {
         "--trainer.gradient_clip_val 1",
         r"trainer.gradient_clip_val is 1.0; it must stay null: model.clip_norm",
     ),
-    "devices": ("--trainer.devices 2", r"trainer.devices is 2; it must stay 1: several processes are not supported"),
-    "all devices": ("--trainer.devices auto", r"trainer.devices is auto; it must stay 1: several processes"),
-    "nodes": ("--trainer.num_nodes 2", r"trainer.num_nodes is 2; it must stay 1: several processes are not supported"),
     "scaled gradients": (
         "--trainer.precision 16-mixed",
         r"trainer.precision is 16-mixed; float16 .*: give bf16-mixed or 32-true",
@@ -182,12 +179,12 @@ OPTIONS: dict[str, tuple[str, str]] = {
 COMMANDS: dict[str, tuple[str, str]] = {
     "no such command": (
         "fitt",
-        r"there is no command 'fitt'; choose one of fit, validate, test, predict, replay, world",
+        r"there is no command 'fitt'; choose one of fit, validate, test, predict, index, search, serve, audit, replay, world",
     ),
     "no config": ("fit", r"model.policy and model.retriever are required; give --model.policy VALUE --model.retriever"),
     "no corpus": (
         "fit --config local --model.policy embedded",
-        r"model.retriever.corpus is required; give --model.ret",
+        r"BM25 has nothing to search; give corpus",
     ),
     "no training questions": (
         "fit --config local --model.policy embedded --model.retriever.corpus corpus.jsonl",

@@ -10,7 +10,7 @@ import pytest
 from conftest import LONG_PASSAGE, PASSAGES, TAGGED_PASSAGE
 from fits import curves, fit, results
 
-from calibadv.retrieval import read_corpus
+from calibadv.retrieval.corpus import open_corpus
 from calibadv.rollout_files import read_rollouts
 
 THREE_STEPS = ("--model.rollout_steps", "3", "--rollouts.every_n_rollout_steps", "1")
@@ -86,7 +86,7 @@ def test_a_difference_in_reward_gives_a_gradient(
     assert set(shown["reward/score"].values()) == {0.5}
     rollouts = list(read_rollouts(tmp_path / "run" / "rollouts" / "train-step-000003.jsonl"))
     assert {str(rollout.status) for rollout in rollouts} == {"answered"}
-    passages = {document.id: document for document in read_corpus(corpus)}
+    passages = {document.id: document for document in open_corpus(corpus)}
     for rollout in rollouts:
         found = rollout.turn_documents[0]
         assert len(found) == 3
@@ -96,7 +96,7 @@ def test_a_difference_in_reward_gives_a_gradient(
 
 
 def test_long_and_tagged_passages_are_read_as_they_are(own_passages: Path) -> None:
-    documents = {document.id: document for document in read_corpus(own_passages / "corpus.jsonl.gz")}
+    documents = {document.id: document for document in open_corpus(own_passages / "corpus.jsonl.gz")}
     assert list(documents) == ["long", "tags", "3", "4", "5"]
     assert len(LONG_PASSAGE) == 3500
     assert documents["long"].text == LONG_PASSAGE

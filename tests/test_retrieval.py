@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
+import io
 import json
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from hypothesis import strategies as st
 
 from calibadv.interfaces import RetrievalError
 from calibadv.questions import read_questions
-from calibadv.retrieval import BM25, MemoryRetriever, read_corpus
-from calibadv.retrieval.bm25 import best_rows
+from calibadv.retrieval import BM25, MemoryRetriever
+from calibadv.retrieval.corpus import open_corpus
+from calibadv.retrieval.indexing import index
+from calibadv.retrieval.manifest import write_manifest
+from calibadv.retrieval.postings import Postings
+from calibadv.retrieval.ranking import best_rows
 from calibadv.types import Document
 
 
@@ -28,54 +33,6 @@ def write_lines(path: Path, *records: Any) -> str:
 
 def write_texts(path: Path, texts: list[str]) -> str:
     return write_lines(path, *({"id": row, "title": f"title{row}", "text": text} for row, text in enumerate(texts)))
-
-
-def test_both_corpus_formats(tmp_path: Path) -> None:
-    path = write_lines(
-        tmp_path / "corpus.jsonl",
-        {"id": 0, "contents": '"Alû"\nA demon,\nin two lines.\u2028Still the second.'},
-        {"id": "x", "title": "Lilu", "text": "A spirit."},
-        {"id": "q", "contents": '""Heroes" (album)"\nBy David Bowie.'},
-        {"id": "u", "contents": "Unquoted\nText."},
-        {"id": "n", "contents": "No title at all."},
-    )
-    assert read_corpus(path) == [
-        Document("0", "Alû", "A demon,\nin two lines.\u2028Still the second."),
-        Document("x", "Lilu", "A spirit."),
-        Document("q", '"Heroes" (album)', "By David Bowie."),
-        Document("u", "Unquoted", "Text."),
-        Document("n", "", "No title at all."),
-    ]
-
-
-def test_gzip_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
-    path = tmp_path / "corpus.jsonl.gz"
-    path.write_bytes(gzip.compress('\ufeff{"id": 1, "title": "Łódź", "text": "Ż"}\r\n\n \n'.encode()))
-    assert read_corpus(path) == [Document("1", "Łódź", "Ż")]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "corpus '{path}' is empty"),
-        (b'{"id": 1, "contents": "a"}\n[1]\n', "{path}:2 is not a JSON object but list"),
-        (b'{"id": 1, "contents": "a"}\n\n{"id": 2,\n', "{path}:3 is not a JSON object"),
-        (b'{"id": 1, "contents": "\xff"}\n', "{path}:1 is not a JSON object"),
-        (b'{"id": 1, "contents": "a"}\n{"id": "1", "contents": "b"}\n', "{path}:2 repeats the id '1' of line 1"),
-        (b'{"contents": "a"}\n', "{path}:1 has the id None"),
-        (b'{"id": true, "contents": "a"}\n', "{path}:1 has the id True"),
-        (b'{"id": 1, "title": "a"}\n', "{path}:1 has only the keys id, title"),
-        (b'{"id": 1, "title": "a", "text": null}\n', "{path}:1 has None as 'text'"),
-        (gzip.compress(b'{"id": 1, "contents": "a"}\n' * 9)[:-12], "corpus '{path}' is a damaged gzip file"),
-    ],
-)
-def test_bad_corpora_are_named(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "corpus.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="corpus") as caught:
-        read_corpus(path)
-    assert str(caught.value).startswith(message.format(path=path))
-    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_corpus_stops_the_constructor(tmp_path: Path) -> None:
@@ -91,7 +48,7 @@ def test_a_corpus_without_words_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_embedded_corpus() -> None:
-    documents = read_corpus("embedded")
+    documents = open_corpus("embedded")
     assert len(documents) == 600
     [[found]] = BM25("embedded").search([documents[17].title], 1)
     assert found.document == documents[17]
@@ -128,6 +85,24 @@ def test_bm25_equals_its_formula(
     np.testing.assert_allclose(scores, np.sort(expected)[::-1][: len(found)], rtol=1e-5)
 
 
+@given(corpus=st.lists(WORDS, min_size=2, max_size=12), first=st.integers(1, 11))
+def test_an_index_built_in_blocks_is_that_of_bm25s(corpus: list[list[str]], first: int) -> None:
+    import bm25s
+
+    theirs = bm25s.BM25()
+    theirs.index(corpus, show_progress=False)
+    ours = Postings()
+    ours.add(corpus[:first])
+    ours.add(corpus[first:])
+    scores = ours.scores(k1=1.5, b=0.75)
+    assert scores["num_docs"] == len(corpus)
+    for word, number in ours.vocabulary.items():
+        here = slice(scores["indptr"][number], scores["indptr"][number + 1])
+        found = np.zeros(len(corpus), np.float32)
+        found[scores["indices"][here]] = scores["data"][here]
+        np.testing.assert_array_equal(found, theirs.get_scores([word]))
+
+
 def test_ties_come_in_the_order_of_the_corpus(tmp_path: Path) -> None:
     # Fifty equal documents with better ones at rows 10 and 30, which tie with each other.
     texts = ["apple pear"] * 50
@@ -160,6 +135,119 @@ def test_stopwords_can_be_searched(tmp_path: Path) -> None:
     assert BM25(path).search(["to be"], 3) == [[]]
     [[hit]] = BM25(path, stopwords="none").search(["to be"], 3)
     assert hit.document.id == "0"
+
+
+def test_other_stopwords(tmp_path: Path) -> None:
+    path = write_texts(tmp_path / "corpus.jsonl", ["Der blaue Fluss", "the blue river"])
+    german = BM25(path, stopwords="german").search(["der", "the"], 3)
+    assert [len(hits) for hits in german] == [0, 1]
+    own = BM25(path, stopwords=["River", "fluss"]).search(["river", "the", "Fluss"], 3)
+    assert [len(hits) for hits in own] == [0, 1, 0]
+    with pytest.raises(ValueError, match=r"stopwords is 'klingon'; it must be none, a language \(english, german"):
+        BM25(path, stopwords="klingon")
+
+
+def test_stemming_meets_other_forms(tmp_path: Path) -> None:
+    path = write_texts(tmp_path / "corpus.jsonl", ["directed a film", "blue"])
+    assert BM25(path).search(["films directing"], 3) == [[]]
+    [[hit]] = BM25(path, stemmer="english").search(["films directing"], 3)
+    assert hit.document.id == "0"
+    with pytest.raises(ValueError, match=r"stemmer is 'klingon'; it must be one of .*english"):
+        BM25(path, stemmer="klingon")
+
+
+def test_stemming_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "Stemmer", None)  # as if it was not installed
+    with pytest.raises(
+        ValueError, match=r"needs the package PyStemmer; install it with pip install 'calibadv\[stem\]'"
+    ):
+        BM25(write_texts(tmp_path / "corpus.jsonl", ["red"]), stemmer="english")
+
+
+COLOURS = ["red fox foxes", "a red, red rose", "blue", "red fox foxes", "grey foxes", "the rose"]
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    """An index folder with settings that are not the default, and what it was built of beside it."""
+    corpus = write_texts(tmp_path / "corpus.jsonl", COLOURS)
+    index(corpus, tmp_path / "built", "bm25", stopwords="none", stemmer="english")
+    return tmp_path / "built"
+
+
+def test_an_index_finds_what_its_corpus_finds(built: Path) -> None:
+    retriever = BM25(index=str(built))
+    in_memory = BM25(str(built.parent / "corpus.jsonl"), stopwords="none", stemmer="english")
+    queries = ["red", "foxes", "the", "fox rose", "", "unheard", "blue title4"]
+    found = retriever.search(queries, 4)
+    assert found == in_memory.search(queries, 4)
+    assert [hit.document.id for hit in found[1]] == ["0", "3", "4"]
+    # Neither what is searched beside it nor how often changes a result.
+    assert [retriever.search([query], 4)[0] for query in queries] == found
+    assert BM25(index=str(built), stopwords="none", stemmer="english").search(queries, 4) == found
+
+
+def test_an_index_keeps_its_settings(built: Path) -> None:
+    with pytest.raises(ValueError, match=r"stopwords is 'english', and index '.*' was built with 'none'; leave stop"):
+        BM25(index=str(built), stopwords="english")
+    with pytest.raises(
+        ValueError, match=r"stemmer is 'german', and index '.*' was built with 'english'; leave stemmer"
+    ):
+        BM25(index=str(built), stemmer="german")
+
+
+def test_what_is_searched_is_said_once(built: Path) -> None:
+    with pytest.raises(ValueError, match=r"BM25 has nothing to search; give corpus \(a JSON-lines file\) or index"):
+        BM25()
+    with pytest.raises(ValueError, match=r"index '.*' brings its own corpus; leave out corpus 'embedded' \(set it to"):
+        BM25("embedded", index=str(built))
+
+
+def replace_file(built: Path, name: str, content: bytes) -> None:
+    """Put another file into an index, and take it into the manifest, which would tell by its size."""
+    corpus, settings = open_corpus(built), {"stopwords": "none", "stemmer": "english"}
+    (built / "bm25" / name).write_bytes(content)
+    write_manifest(built, "bm25", corpus, settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [("data.csc.index.npy", 150), ("indptr.csc.index.npy", 0), ("vocab.index.json", 9), ("params.index.json", 0)],
+)
+def test_a_damaged_index_is_named(built: Path, name: str, keep: int) -> None:
+    replace_file(built, name, (built / "bm25" / name).read_bytes()[:keep])
+    with pytest.raises(
+        ValueError, match=r"index '.*built' does not load \(.*\); copy it again, or build it anew"
+    ) as caught:
+        BM25(index=str(built))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_of_two_indexes_are_told(built: Path) -> None:
+    index(str(built.parent / "corpus.jsonl"), built.parent / "other", "bm25", stopwords="none")
+    replace_file(built, "vocab.index.json", (built.parent / "other" / "bm25" / "vocab.index.json").read_bytes())
+    with pytest.raises(ValueError, match="its files do not belong together"):
+        BM25(index=str(built))
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_loading_unpickles_nothing(built: Path) -> None:
+    made = built.parent / "made"
+    file = io.BytesIO()
+    np.save(file, np.array([Payload(made)], dtype=object), allow_pickle=True)
+    replace_file(built, "data.csc.index.npy", file.getvalue())
+    with pytest.raises(ValueError, match="does not load"):
+        BM25(index=str(built))
+    assert not made.exists()
 
 
 def test_top_k_below_one_is_refused(tmp_path: Path) -> None:

@@ -131,6 +131,21 @@ def read_config(path: Path) -> ConfigFile:
     Raises:
         ValueError: it is not YAML, or no mapping.
     """
+    return ConfigFile(config_name(path), path, dict(_flatten(read_yaml(path), "")))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Args:
+        path: an existing file.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        ValueError: it is not YAML, or no mapping.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -138,7 +153,7 @@ def read_config(path: Path) -> ConfigFile:
         raise ValueError(f"config '{config_name(path)}' is not YAML: {reason}") from error
     if not isinstance(content, dict | None):
         raise ValueError(f"config '{config_name(path)}' holds {type(content).__name__}; write 'key: value' lines")
-    return ConfigFile(config_name(path), path, dict(_flatten(content or {}, "")))
+    return content or {}
 
 
 def _flatten(mapping: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

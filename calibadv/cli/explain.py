@@ -127,7 +127,7 @@ _CAUSES: list[tuple[str, Callable[[re.Match[str], str], str]]] = [
     (r'Linked "([^"]+)" must be given via "([^"]+)"', _linked),
     (r'expected "subcommand" to be one of \{(.+)\}', _no_command),
     (r"subcommand: invalid choice: '(.+)' \(choose from (.+)\)", _wrong_command),
-    (r"argument (--[\w.+]+)(?:, --[\w.+]+)*: expected (?:one|at least one) argument", _no_value),
+    (r"argument (--[\w.+]+)(?:(?:, |/)--[\w.+]+)*: expected (?:one|at least one) argument", _no_value),
 ]
 
 

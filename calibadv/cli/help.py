@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from argparse import Action
 from typing import TYPE_CHECKING
+
+from jsonargparse import DefaultHelpFormatter
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -14,8 +18,25 @@ VERBS = {
     "predict": "Answer the test questions greedily and write the rollouts.",
 }
 TOOLS = {
+    "index": "Build an index of a corpus, to be searched by words or by meaning.",
+    "search": "Search an index for one query and print what is found.",
+    "serve": "Answer searches of an index over HTTP.",
+    "audit": "Measure whether a corpus holds the answers to questions, and whether a search finds them.",
     "replay": "Recompute score, evidence and advantages of recorded rollouts, without a model.",
     "world": "Export the embedded world, or make its policy again from nothing.",
+}
+# What stands for the value of a tool's option, where the name of its type would not help.
+PLACEHOLDERS = {
+    "config": "NAME_OR_FILE",
+    "corpus": "FILE",
+    "index": "DIR",
+    "out": "PATH",
+    "query": "TEXT",
+    "questions": "FILE",
+    "retriever": "NAME_OR_FILE",
+    "rollouts": "FILE",
+    "stopwords": "WORD",
+    "top_k": "N",
 }
 # Settings of the trainer that may not be changed, and why.
 STAYS: dict[str, tuple[int | None, str]] = {
@@ -25,8 +46,6 @@ STAYS: dict[str, tuple[int | None, str]] = {
     "accumulate_grad_batches": (1, "model.micro_batch_tokens bounds memory, and model.mini_batches counts updates"),
     "gradient_clip_val": (None, "model.clip_norm clips"),
     "default_root_dir": (None, "--run.root and --run.name place the run folder"),
-    "devices": (1, "several processes are not supported yet"),
-    "num_nodes": (1, "several processes are not supported yet"),
 }
 HELP = {
     **{f"trainer.{name}": f"Must stay as it is: {reason}." for name, (_, reason) in STAYS.items()},
@@ -53,3 +72,30 @@ def describe(parser: ArgumentParser) -> None:
     for group in parser._action_groups:
         if any(action.dest == "ckpt_path" for action in group._group_actions):
             group.title = "Checkpoint to start from"
+
+
+class ToolHelp(DefaultHelpFormatter):
+    """Help of a tool command: placeholders in the place of types, no second spelling of lists, no null."""
+
+    def _get_type_str(self, action: Action) -> str | None:
+        return None if action.dest in PLACEHOLDERS else super()._get_type_str(action)
+
+    def _expand_help(self, action: Action) -> str:
+        takes_no_value = action.nargs == 0 and action.const is True
+        text: str = (action.help or "") if takes_no_value else super()._expand_help(action)
+        return re.sub(r" \(default: null\)|, default: null| \| null", "", text)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        return re.sub(r", --\S+\+ .*", "", super()._format_action_invocation(action))
+
+
+def describe_tool(parser: ArgumentParser) -> None:
+    """Put our placeholders into a parser.
+
+    Args:
+        parser: of one tool command.
+    """
+    for action in parser._actions:
+        if action.dest in PLACEHOLDERS:
+            several = f"--{action.dest}+" in action.option_strings
+            action.metavar = PLACEHOLDERS[action.dest] + (" ..." if several else "")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
 
 from calibadv.cli.configs import ConfigFile, read_words
 from calibadv.cli.explain import explain
-from calibadv.cli.help import TOOLS
+from calibadv.cli.help import TOOLS, ToolHelp, describe_tool
 
 Functions = dict[str, Callable[..., Any]]
 
@@ -21,7 +21,7 @@ def run_tool(command: str, arguments: Sequence[str]) -> int:
     """Run one tool command.
 
     Args:
-        command: ``replay`` or ``world``.
+        command: one of ``TOOLS``.
         arguments: the words behind it.
 
     Returns:
@@ -33,52 +33,76 @@ def run_tool(command: str, arguments: Sequence[str]) -> int:
     functions = tool_functions(command)
     parser = tool_parser(command)
     try:
-        parsed = parser.instantiate(parser.parse_args(_one_config_option(arguments)))
+        parsed = parser.instantiate(parser.parse_args(_joined_lists(arguments, functions)))
     except ArgumentError as error:
         verb = next((word for word in arguments if word in functions), "")
         raise ValueError(explain(str(error), _options(parser), verb)) from error
     chosen = parsed.pop("subcommand", None)
-    options = parsed[chosen] if chosen else parsed
-    try:
-        functions[chosen or command](**options.as_dict())
-    except OSError as error:
-        raise ValueError(f"out '{options.out}' cannot be written ({error.strerror}); give another --out") from error
-    Console(soft_wrap=True).print(f"wrote {options.out}", highlight=False, markup=False)
+    options = (parsed[chosen] if chosen else parsed).as_dict()
+    function = functions[chosen or command]
+    if "out" in options:
+        _run_and_report(function, options)
+    else:
+        function(**options)
     return 0
+
+
+def _run_and_report(function: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Run a function that writes to ``out``, and say so."""
+    out = options["out"]
+    try:
+        function(**options)
+    except OSError as error:
+        raise ValueError(f"out '{out}' cannot be written ({error.strerror}); give another --out") from error
+    Console(soft_wrap=True).print(f"wrote {out}", highlight=False, markup=False)
 
 
 def tool_parser(command: str) -> ArgumentParser:
     """Build the parser of a tool command.
 
     Args:
-        command: ``replay`` or ``world``.
+        command: one of ``TOOLS``.
 
     Returns:
         A parser, with a subcommand for each function where there are several.
     """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     functions = tool_functions(command)
-    parser = _new_parser(f"calibadv {command}", TOOLS[command])
     if command in functions:
-        parser.add_function_arguments(functions[command], as_group=False)
-        return parser
+        return _function_parser(f"calibadv {command}", TOOLS[command], functions[command])
+    parser = _new_parser(f"calibadv {command}", TOOLS[command])
     subcommands = parser.add_subcommands(title="what to do", help="One of these:")
     for name, function in functions.items():
         summary = (function.__doc__ or "").partition("\n")[0]
-        own = _new_parser(f"calibadv {command} {name}", summary)
-        own.add_function_arguments(function, as_group=False)
+        own = _function_parser(f"calibadv {command} {name}", summary, function)
         subcommands.add_subcommand(name, own, help=summary)
     return parser
 
 
+def _function_parser(prog: str, description: str, function: Callable[..., Any]) -> ArgumentParser:
+    flags = [name for name, kind in get_type_hints(function).items() if kind is bool]
+    typed = _new_parser(prog, description)
+    typed.add_function_arguments(function, as_group=False)
+    parser = _new_parser(prog, description)
+    parser.add_function_arguments(function, as_group=False, skip=set(flags))
+    for flag in flags:  # by its type it would want the word true behind it
+        text = next(action.help for action in typed._actions if action.dest == flag)
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+    describe_tool(parser)
+    return parser
+
+
 def _new_parser(prog: str, description: str) -> ArgumentParser:
-    return ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    return ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, allow_abbrev=False, formatter_class=ToolHelp
+    )
 
 
 def tool_functions(command: str) -> Functions:
-    """The functions behind a tool command; each has a parameter ``out``, which is what it writes.
+    """The functions behind a tool command. One that writes something has a parameter ``out``: where.
 
     Args:
-        command: ``replay`` or ``world``.
+        command: one of ``TOOLS``.
 
     Returns:
         Functions by the name of the subcommand, or of the command itself.
@@ -87,17 +111,37 @@ def tool_functions(command: str) -> Functions:
         from calibadv.replay import replay
 
         return {"replay": replay}
-    from calibadv.world import command as world
+    if command == "world":
+        from calibadv.world import command as world
 
-    return {"export": world.export, "policy": world.policy}
+        return {"export": world.export, "policy": world.policy}
+    if command == "index":
+        from calibadv.retrieval.indexing import index
+
+        return {"index": index}
+    from calibadv.cli import retrieval
+
+    return {command: getattr(retrieval, command)}
 
 
-def _one_config_option(arguments: Sequence[str]) -> list[str]:
-    """``--config a --config b`` and ``--config a b`` become one option, which holds a list."""
-    settings = read_words(arguments)
-    names = [str(setting.path) for setting in settings if isinstance(setting, ConfigFile)]
-    words = [word for setting in settings if not isinstance(setting, ConfigFile) for word in setting.words]
+def _joined_lists(arguments: Sequence[str], functions: Functions) -> list[str]:
+    """``--config a --config b``, ``--config a b`` and ``--top_k 2 5`` become one option each, which holds a list."""
+    kinds = {f"--{name}": kind for function in functions.values() for name, kind in get_type_hints(function).items()}
+    names: list[str] = []
+    words: list[str] = []
+    for setting in read_words(arguments):
+        if isinstance(setting, ConfigFile):
+            names.append(str(setting.path))
+        else:
+            words += _joined(setting.words, kinds.get(setting.words[0]))
     return [*words, "--config", json.dumps(names)] if names else words
+
+
+def _joined(words: Sequence[str], kind: Any) -> Sequence[str]:
+    name, *values = words
+    # One word is a list only where nothing else is accepted, and a list that is typed as JSON is one already.
+    several = "list[" in str(kind) and (len(values) > 1 or (get_origin(kind) is list and values != []))
+    return (name, json.dumps(values)) if several and not values[0].startswith("[") else words
 
 
 def _options(parser: ArgumentParser) -> list[str]:

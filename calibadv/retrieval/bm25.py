@@ -3,40 +3,78 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
 
 from calibadv.interfaces import Retriever
-from calibadv.retrieval.corpus import read_corpus
-from calibadv.types import ScoredDocument
+from calibadv.retrieval.corpus import Corpus, open_corpus
+from calibadv.retrieval.manifest import INDEX_NAMES, read_manifest
+from calibadv.retrieval.postings import Postings
+from calibadv.retrieval.ranking import best_rows, check_top_k
+from calibadv.types import Document, ScoredDocument
 
-# From this many documents on, indexing takes longer than about two seconds, so bm25s shows its progress bars.
+# From this many documents on, indexing takes longer than about two seconds, so a progress bar is shown.
 _LARGE_CORPUS = 20_000
+# Documents whose words are held as text at a time.
+_BLOCK = 1 << 13
+_LANGUAGES = (
+    "english, german, dutch, french, spanish, portuguese, italian, russian, swedish, norwegian, chinese, turkish, "
+    "korean, danish"
+)
 
 
 class BM25(Retriever):
     """Search by words, with BM25 (bm25s; Lucene's variant, k1 1.5, b 0.75) over title and text.
 
-    Words are lower-cased and have at least two characters; there is no stemming. The index is built in memory.
+    Words are lower-cased and have at least two characters. The index is built in memory from ``corpus``, or is read
+    from ``index``, which brings its corpus along; it is memory-mapped, so that only its vocabulary takes memory.
 
     Args:
-        corpus: JSON-lines file, plain or gzip, or ``embedded``.
+        corpus: JSON-lines file, plain or gzip, or ``embedded``. Leave it out with ``index``.
         top_k: Documents that an episode asks for per search.
-        stopwords: Words that are not searched for.
+        stopwords: Words that are not searched for: ``english``, ``none``, another language (german, dutch, french,
+            spanish, portuguese, italian, russian, swedish, norwegian, chinese, turkish, korean, danish), or a list of
+            words. By default what the index was built with, and English for a corpus.
+        stemmer: Language of a Snowball stemmer, such as ``english`` or ``porter``, which makes ``films`` find ``film``
+            (needs the extra ``stem``). By default what the index was built with, and no stemming for a corpus.
+        index: Folder of ``calibadv index --backend bm25``.
 
     Raises:
-        ValueError: the corpus cannot be read or has no words, or ``top_k`` is below 1.
+        ValueError: there is neither ``corpus`` nor ``index`` or there are both, one of them cannot be read or has no
+            words, ``stopwords`` or ``stemmer`` is unknown or differs from the index, or ``top_k`` is below 1.
     """
 
-    def __init__(self, corpus: str, top_k: int = 3, stopwords: Literal["english", "none"] = "english") -> None:
+    corpus: Corpus
+
+    def __init__(
+        self,
+        corpus: str | None = None,
+        top_k: int = 3,
+        stopwords: str | list[str] | None = None,
+        stemmer: str | None = None,
+        index: str | None = None,
+    ) -> None:
         check_top_k(top_k)
         self.top_k = top_k
-        self._documents = read_corpus(corpus)
-        self._stopwords: str | list[str] = "english" if stopwords == "english" else []
-        self._index = self._build_index(corpus)
+        if index is not None and corpus is not None:
+            raise ValueError(f"index '{index}' brings its own corpus; leave out corpus '{corpus}' (set it to null)")
+        if index is not None:
+            self._stopwords, self._stemmer = _settings_of(Path(index), stopwords, stemmer)
+            self.corpus = open_corpus(index)
+            self._index = _load_bm25(Path(index), len(self.corpus))
+        elif corpus is not None:
+            self._stopwords, self._stemmer = "english" if stopwords is None else stopwords, stemmer
+            self.corpus = open_corpus(corpus)
+            large = len(self.corpus) >= _LARGE_CORPUS
+            self._index = build_bm25(self.corpus, self._stopwords, self._stemmer, show_progress=large)
+        else:
+            raise ValueError("BM25 has nothing to search; give corpus (a JSON-lines file) or index (a folder)")
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
         """Find the best documents of each query.
@@ -52,64 +90,141 @@ class BM25(Retriever):
             ValueError: ``top_k`` is below 1.
         """
         check_top_k(top_k)
-        return [self._search_words(words, top_k) for words in self._tokenize(list(queries))]
-
-    def _build_index(self, corpus: str) -> Any:
-        import bm25s  # type: ignore[import-untyped]
-
-        # bm25s sets its own logger to DEBUG when it is imported.
-        logging.getLogger("bm25s").setLevel(logging.WARNING)
-        large = len(self._documents) >= _LARGE_CORPUS
-        words = self._tokenize([f"{d.title}\n{d.text}" for d in self._documents], show_progress=large)
-        if not any(words):
-            raise ValueError(f"corpus '{corpus}' has no word to search for; words have at least two characters")
-        index = bm25s.BM25()
-        index.index(words, show_progress=large)
-        return index
-
-    def _tokenize(self, texts: list[str], show_progress: bool = False) -> list[list[str]]:
-        import bm25s
-
-        words: list[list[str]] = bm25s.tokenize(
-            texts, stopwords=self._stopwords, return_ids=False, show_progress=show_progress
-        )
-        return words
+        return [self._search_words(words, top_k) for words in _tokenize(list(queries), self._stopwords, self._stemmer)]
 
     def _search_words(self, words: list[str], top_k: int) -> list[ScoredDocument]:
         known = self._index.get_tokens_ids(words)
         if not known:
             return []
         scores: NDArray[np.float32] = self._index.get_scores_from_ids(known)
-        return [ScoredDocument(self._documents[row], float(scores[row])) for row in best_rows(scores, top_k)]
+        return [ScoredDocument(self.corpus[row], float(scores[row])) for row in best_rows(scores, top_k)]
 
 
-def check_top_k(top_k: int) -> None:
-    """Refuse a number of documents below 1.
-
-    Args:
-        top_k: documents per query.
-
-    Raises:
-        ValueError: ``top_k`` is below 1.
-    """
-    if top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1")
-
-
-def best_rows(scores: NDArray[np.float32], top_k: int) -> list[int]:
-    """Rows with the largest positive scores, best first, ties in the order of the rows.
+def build_bm25(
+    documents: Sequence[Document], stopwords: str | list[str], stemmer: str | None, show_progress: bool
+) -> Any:
+    """Index documents. Texts are read in blocks; at its peak this needs about 20 bytes per word and document.
 
     Args:
-        scores: [N] one per document.
-        top_k: the most rows.
+        documents: title and text of each are indexed.
+        stopwords: a language, ``none``, or a list of words.
+        stemmer: a Snowball language, or None.
+        show_progress: whether to show a progress bar.
 
     Returns:
-        At most ``top_k`` row numbers.
+        A ``bm25s.BM25``.
+
+    Raises:
+        ValueError: ``stopwords`` or ``stemmer`` is unknown, or no document has a word.
     """
-    rows = np.flatnonzero(scores > 0)
-    if len(rows) > top_k:
-        # bm25s' own selection breaks ties arbitrarily: keep every row that ties with the last one, then sort stably.
-        threshold = np.partition(scores[rows], -top_k)[-top_k]
-        rows = rows[scores[rows] >= threshold]
-    order = np.argsort(-scores[rows], kind="stable")[:top_k]
-    return [int(row) for row in rows[order]]
+    bm25s = _import_bm25s()
+    _tokenize([], stopwords, stemmer)  # refuses unknown names before anything is read
+    postings = Postings()
+    for texts in _blocks(documents, show_progress):
+        postings.add(_tokenize(texts, stopwords, stemmer))
+    if not postings.vocabulary:
+        raise ValueError("the corpus has no word to search for; words have at least two characters and no stop-words")
+    index = bm25s.BM25()
+    index.scores = postings.scores(index.k1, index.b)
+    index.vocab_dict = postings.vocabulary
+    index.nonoccurrence_array = None  # of other variants
+    return index
+
+
+def save_bm25(index: Any, folder: Path) -> None:
+    """Write an index: three arrays of numpy, and two JSON files.
+
+    Args:
+        index: of ``build_bm25``.
+        folder: made if it is not there.
+    """
+    index.save(folder, allow_pickle=False, show_progress=False)
+
+
+def _blocks(documents: Sequence[Document], show_progress: bool) -> Iterator[list[str]]:
+    """What is searched of each document, in blocks; slices, so that a corpus on disk is read as it lies there."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not show_progress) as progress:
+        task = progress.add_task("Indexing the corpus", total=len(documents))
+        for start in range(0, len(documents), _BLOCK):
+            block = documents[start : start + _BLOCK]
+            yield [f"{document.title}\n{document.text}" for document in block]
+            progress.update(task, advance=len(block))
+
+
+def _settings_of(
+    folder: Path, stopwords: str | list[str] | None, stemmer: str | None
+) -> tuple[str | list[str], str | None]:
+    """What an index was built with, which the caller may only repeat."""
+    manifest = read_manifest(folder)
+    if manifest.backend != "bm25":
+        raise ValueError(
+            f"index '{folder}' was built with --backend {manifest.backend}; give it to Dense, or build one"
+        )
+    built = manifest.settings
+    for name, given in (("stopwords", stopwords), ("stemmer", stemmer)):
+        if given is not None and given != built[name]:
+            raise ValueError(
+                f"{name} is {given!r}, and index '{folder}' was built with {built[name]!r}; leave {name} out, or build "
+                "the index again"
+            )
+    return built["stopwords"], built["stemmer"]
+
+
+def _load_bm25(folder: Path, documents: int) -> Any:
+    bm25s = _import_bm25s()
+    try:
+        index = bm25s.BM25.load(folder / INDEX_NAMES["bm25"], mmap=True, allow_pickle=False)
+        stored = index.scores
+        whole = len(stored["data"]) == len(stored["indices"]) == stored["indptr"][-1]
+        if not whole or stored["num_docs"] != documents or len(index.vocab_dict) != len(stored["indptr"]) - 1:
+            raise ValueError("its files do not belong together")
+    except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"index '{folder}' does not load ({reason}); copy it again, or build it anew with 'calibadv index'"
+        ) from error
+    # Views of the same memory without the class of numpy that makes every slice slower.
+    index.scores = {name: np.asarray(value) if name != "num_docs" else value for name, value in stored.items()}
+    return index
+
+
+def _import_bm25s() -> Any:
+    import bm25s  # type: ignore[import-untyped]
+
+    # bm25s sets its own logger to DEBUG when it is imported.
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    return bm25s
+
+
+def _tokenize(texts: list[str], stopwords: str | list[str], stemmer: str | None) -> list[list[str]]:
+    bm25s = _import_bm25s()
+    if isinstance(stopwords, str):
+        left_out: str | list[str] = [] if stopwords == "none" else stopwords
+    else:
+        left_out = [word.lower() for word in stopwords]
+    # One per call: a stemmer must not be used by two threads at once.
+    stem = None if stemmer is None else _make_stemmer(stemmer)
+    try:
+        words: list[list[str]] = bm25s.tokenize(
+            texts, stopwords=left_out, stemmer=stem, return_ids=False, show_progress=False
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"stopwords is '{stopwords}'; it must be none, a language ({_LANGUAGES}), or a list of words"
+        ) from error
+    return words
+
+
+def _make_stemmer(language: str) -> Any:
+    try:
+        import Stemmer  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ValueError(
+            f"stemmer '{language}' needs the package PyStemmer; install it with pip install 'calibadv[stem]'"
+        ) from error
+    try:
+        return Stemmer.Stemmer(language)
+    except KeyError as error:
+        known = ", ".join(Stemmer.algorithms())
+        raise ValueError(f"stemmer is '{language}'; it must be one of {known}") from error

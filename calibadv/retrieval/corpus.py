@@ -1,73 +1,200 @@
-"""Reading corpora in the field's formats."""
+"""The documents that a retriever searches: by row, by id, or one after the other."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import overload
 
-from calibadv.jsonl import read_jsonl
+from calibadv.retrieval.corpus_files import read_documents
 from calibadv.types import Document
 
+# Up to this size a file is read into memory, in about a second; larger ones are converted once and memory-mapped.
+IN_MEMORY_BYTES = 32_000_000
 
-def read_corpus(path: str | Path) -> list[Document]:
-    r"""Read a corpus: one document per line, in one of two formats.
 
-    ``{"id", "contents": "\"Title\"\ntext"}`` (Search-R1, FlashRAG) or ``{"id", "title", "text"}``; ids may be strings
-    or integers.
+class Corpus(Sequence[Document]):
+    """Documents with unique ids. A slice is a list; iterating reads one after the other and keeps none.
+
+    ``open_corpus`` and ``Corpus.from_documents`` make one.
+    """
+
+    @staticmethod
+    def from_documents(documents: Iterable[Document]) -> Corpus:
+        """Hold documents in memory.
+
+        Args:
+            documents: in the order of the rows.
+
+        Returns:
+            The corpus.
+
+        Raises:
+            ValueError: there is no document, or an id occurs twice.
+        """
+        return _MemoryCorpus(enumerate(documents, 1), "documents")
+
+    @overload
+    def __getitem__(self, row: int) -> Document: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Document]: ...
+    def __getitem__(self, row: int | slice) -> Document | list[Document]:
+        if isinstance(row, slice):
+            return self._read(range(len(self))[row])
+        wanted = range(len(self))[row]
+        return self._read(range(wanted, wanted + 1))[0]
+
+    @abstractmethod
+    def _read(self, rows: range) -> list[Document]:
+        """Documents of rows that exist."""
+
+    @abstractmethod
+    def row(self, doc_id: str) -> int:
+        """Find a document.
+
+        Args:
+            doc_id: its id.
+
+        Returns:
+            Its row.
+
+        Raises:
+            ValueError: no document has this id.
+        """
+
+    @property
+    @abstractmethod
+    def checksum(self) -> str:
+        """Of all ids, titles and texts in order, the same whatever file they came from: 32 hexadecimal digits."""
+
+
+class _MemoryCorpus(Corpus):
+    def __init__(self, numbered: Iterable[tuple[int, Document]], name: str) -> None:
+        self._documents: list[Document] = []
+        self._rows: dict[str, int] = {}
+        self._checksum = ""
+        numbers: list[int] = []
+        for number, document in numbered:
+            first = self._rows.setdefault(document.id, len(numbers))
+            if first != len(numbers):
+                raise repeated_id(f"{name}:{number}", document.id, numbers[first])
+            self._documents.append(document)
+            numbers.append(number)
+        if not self._documents:
+            raise empty_corpus(name)
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __iter__(self) -> Iterator[Document]:
+        return iter(self._documents)
+
+    def _read(self, rows: range) -> list[Document]:
+        return [self._documents[row] for row in rows]
+
+    def row(self, doc_id: str) -> int:
+        if doc_id not in self._rows:
+            raise unknown_id(doc_id, len(self))
+        return self._rows[doc_id]
+
+    @property
+    def checksum(self) -> str:
+        if not self._checksum:
+            state = b""
+            for document in self._documents:
+                state = extend_checksum(state, document)
+            self._checksum = state.hex()
+        return self._checksum
+
+
+def open_corpus(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Corpus:
+    """Open a corpus.
+
+    A large file is converted once to memory-mapped Arrow files, in the folder that the environment variable
+    CALIBADV_CACHE names, or else in ~/.cache/calibadv.
 
     Args:
-        path: JSON-lines file, plain or gzip; or ``embedded``, the passages of the embedded world.
+        path: JSON-lines file, plain or gzip (``read_documents`` has the formats); a folder of ``calibadv index``; or
+            ``embedded``, the passages of the embedded world.
+        in_memory_bytes: files above this size are converted, others are held in memory.
 
     Returns:
         The documents, in the order of the file.
 
     Raises:
-        ValueError: the file is missing or empty, a line is not such an object, or an id occurs twice.
+        ValueError: the file is missing or empty, a line is not a document, an id occurs twice, or the folder is not a
+            whole index.
     """
     if str(path) == "embedded":
         from calibadv.world import embedded_world
 
-        return list(embedded_world().documents)
-    documents: list[Document] = []
-    first_lines: dict[str, int] = {}
-    with closing(read_jsonl(path, "corpus")) as lines:
-        for number, record in lines:
-            document = _parse_document(record, f"{path}:{number}")
-            first = first_lines.setdefault(document.id, number)
-            if first != number:
-                raise ValueError(f"{path}:{number} repeats the id '{document.id}' of line {first}; ids must be unique")
-            documents.append(document)
-    if not documents:
-        raise ValueError(f"corpus '{path}' is empty; it must hold at least one document")
-    return documents
+        return Corpus.from_documents(embedded_world().documents)
+    path = Path(path)
+    if path.is_dir():
+        from calibadv.retrieval.manifest import open_index_corpus
+
+        return open_index_corpus(path)
+    if path.is_file() and path.stat().st_size > in_memory_bytes:
+        from calibadv.retrieval.corpus_cache import cached_corpus
+
+        return cached_corpus(path)
+    with closing(read_documents(path)) as numbered:
+        return _MemoryCorpus(numbered, str(path))
 
 
-def _parse_document(record: dict[str, Any], place: str) -> Document:
-    row_id = record.get("id")
-    if isinstance(row_id, bool) or not isinstance(row_id, str | int):
-        raise ValueError(f"{place} has the id {row_id!r}; it must be a string or an integer")
-    if "title" in record and "text" in record:
-        title, text = _string(record, "title", place), _string(record, "text", place)
-    elif "contents" in record:
-        title, text = _split_contents(_string(record, "contents", place))
-    else:
-        keys = ", ".join(record)
-        raise ValueError(f"{place} has only the keys {keys}; a document needs 'contents', or 'title' and 'text'")
-    return Document(id=str(row_id), title=title, text=text)
+def extend_checksum(state: bytes, document: Document) -> bytes:
+    """Chain one more document to the checksum of those before it.
+
+    Args:
+        state: checksum so far; empty at the start.
+        document: the next.
+
+    Returns:
+        16 bytes.
+    """
+    # With the lengths of the first two texts, no other three texts give the same bytes.
+    lengths = f"{len(document.id)} {len(document.title)} "
+    return blake2b(state + f"{lengths}{document.id}{document.title}{document.text}".encode(), digest_size=16).digest()
 
 
-def _string(record: dict[str, Any], key: str, place: str) -> str:
-    value = record[key]
-    if not isinstance(value, str):
-        raise ValueError(f"{place} has {value!r:.60} as '{key}'; it must be a string")
-    return value
+def empty_corpus(name: str) -> ValueError:
+    """The error for a corpus without a document.
+
+    Args:
+        name: of the corpus.
+
+    Returns:
+        What to raise.
+    """
+    return ValueError(f"corpus '{name}' is empty; it must hold at least one document")
 
 
-def _split_contents(contents: str) -> tuple[str, str]:
-    title, newline, text = contents.partition("\n")
-    if not newline:
-        return "", contents
-    quoted = len(title) >= 2 and title[0] == title[-1] == '"'
-    # One pair of quotes belongs to the format; further ones belong to the title.
-    return (title[1:-1] if quoted else title), text
+def repeated_id(place: str, doc_id: str, first: int) -> ValueError:
+    """The error for an id that occurs twice.
+
+    Args:
+        place: file and line of the second.
+        doc_id: the id.
+        first: line of the first.
+
+    Returns:
+        What to raise.
+    """
+    return ValueError(f"{place} repeats the id '{doc_id}' of line {first}; ids must be unique")
+
+
+def unknown_id(doc_id: str, documents: int) -> ValueError:
+    """The error for an id that no document has.
+
+    Args:
+        doc_id: the id.
+        documents: size of the corpus.
+
+    Returns:
+        What to raise.
+    """
+    return ValueError(f"none of the {documents} documents has the id '{doc_id}'; give an id of this corpus")
+

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from calibadv.interfaces import RetrievalError, Retriever
-from calibadv.retrieval.bm25 import check_top_k
+from calibadv.retrieval.ranking import check_top_k
 from calibadv.types import Document, ScoredDocument
 
 

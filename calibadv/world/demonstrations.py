@@ -87,7 +87,7 @@ class WorldSearch:
         Returns:
             Best first, ties in the order of the documents; those without a word of the query are left out.
         """
-        from calibadv.retrieval.bm25 import best_rows
+        from calibadv.retrieval.ranking import best_rows
 
         known = self._index.get_tokens_ids(_search_words(query))
         if not known:

@@ -1,0 +1,142 @@
+"""Micro-batching: requests that arrive together become one search."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+from calibadv.interfaces import RetrievalError, Retriever
+from calibadv.retrieval.wire import Results
+
+# Seconds to wait for others after a request has arrived: too short to notice, long enough for clients that were
+# answered together to ask again.
+_WAIT = 0.002
+
+
+class BusyError(RuntimeError):
+    """More queries wait than may."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    queries: Sequence[str]
+    top_k: int
+    answer: asyncio.Future[Results]
+
+
+class Batcher:
+    """Searches for many requests at once, in one thread, so that the retriever need not be thread-safe.
+
+    Used as an asynchronous context: the thread works inside it, and leaving it drops what still waits.
+
+    Args:
+        retriever: what searches.
+        max_batch: the most queries per search, but for a single request that has more.
+        max_pending: the most queries that may wait or be searched for, but for a single request that has more.
+    """
+
+    def __init__(self, retriever: Retriever, max_batch: int, max_pending: int) -> None:
+        self._retriever = retriever
+        self._max_batch = max_batch
+        self._max_pending = max_pending
+        self._pending = 0
+        self._waiting: deque[_Request] = deque()
+        self._arrived = asyncio.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retriever")
+
+    async def __aenter__(self) -> Batcher:
+        self._loop = asyncio.create_task(self._work())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.cancel()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def search(self, queries: Sequence[str], top_k: int) -> Results:
+        """Search together with whoever asks at the same time.
+
+        Args:
+            queries: texts to search for.
+            top_k: the most documents per query.
+
+        Returns:
+            One list per query, in the same order: what ``Retriever.search`` finds.
+
+        Raises:
+            BusyError: too many queries wait.
+        """
+        if self._pending and self._pending + len(queries) > self._max_pending:
+            raise BusyError(f"{self._pending} queries wait already, of {self._max_pending} at most; try again later")
+        request = _Request(queries, top_k, asyncio.get_running_loop().create_future())
+        self._pending += len(queries)
+        self._waiting.append(request)
+        self._arrived.set()
+        try:
+            return await request.answer
+        finally:
+            self._pending -= len(queries)
+
+    async def _work(self) -> None:
+        while True:
+            await self._arrived.wait()
+            await asyncio.sleep(_WAIT)
+            # A search for more documents may rank them otherwise (fusion, reranking), so it cannot be cut for those
+            # who want fewer.
+            by_top_k: defaultdict[int, list[_Request]] = defaultdict(list)
+            for request in self._take():
+                by_top_k[request.top_k].append(request)
+            for requests in by_top_k.values():
+                await self._answer(requests)
+
+    def _take(self) -> list[_Request]:
+        """The first requests that wait, as many as fit into one search."""
+        taken = [self._waiting.popleft()]
+        size = len(taken[0].queries)
+        while self._waiting and size + len(self._waiting[0].queries) <= self._max_batch:
+            taken.append(self._waiting.popleft())
+            size += len(taken[-1].queries)
+        if not self._waiting:
+            self._arrived.clear()
+        return taken
+
+    async def _answer(self, requests: list[_Request]) -> None:
+        queries = [query for request in requests for query in request.queries]
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._search, queries, requests[0].top_k
+            )
+        except RetrievalError as error:
+            # What the retriever depends on is out of order: asking again for each would multiply the wait.
+            _fail(requests, error)
+        except Exception as error:
+            if len(requests) == 1:
+                _fail(requests, error)
+            else:
+                # One request may be at fault: it alone shall fail.
+                for request in requests:
+                    await self._answer([request])
+        else:
+            for request in requests:
+                if not request.answer.done():
+                    request.answer.set_result(found[: len(request.queries)])
+                del found[: len(request.queries)]
+
+    def _search(self, queries: list[str], top_k: int) -> Results:
+        found = self._retriever.search(queries, top_k)
+        if len(found) != len(queries):
+            name = type(self._retriever).__name__
+            raise RuntimeError(f"{name} answered {len(queries)} queries with {len(found)} results")
+        return list(found)
+
+
+def _fail(requests: list[_Request], error: Exception) -> None:
+    for request in requests:
+        # An answer is done already where the one who waited was cancelled.
+        if not request.answer.done():
+            request.answer.set_exception(error)

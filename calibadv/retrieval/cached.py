@@ -1,0 +1,96 @@
+"""Answers of a retriever, kept for when a query comes again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from threading import Lock
+
+from calibadv.interfaces import Metrics, Retriever
+from calibadv.retrieval.ranking import check_top_k
+from calibadv.types import ScoredDocument
+
+_Key = tuple[str, int]
+
+
+class Cached(Retriever):
+    """Search for each query once, and keep what was found while it is used.
+
+    Beyond ``max_queries``, what was not asked for the longest is forgotten. A failed search is not kept. Threads may
+    search at the same time. The share of queries that needed no search is plotted as ``cache_hit_rate``.
+
+    Args:
+        retriever: What searches, by class_path.
+        top_k: Documents that an episode asks for per search; by default as many as the retriever's own.
+        max_queries: Queries whose documents are kept; at three passages of 600 bytes each, 100,000 take about 200 MB.
+
+    Raises:
+        ValueError: ``top_k`` or ``max_queries`` is below 1.
+    """
+
+    def __init__(self, retriever: Retriever, top_k: int | None = None, max_queries: int = 100_000) -> None:
+        if max_queries < 1:
+            raise ValueError(f"max_queries is {max_queries}; it must be at least 1")
+        self.top_k = retriever.top_k if top_k is None else top_k
+        check_top_k(self.top_k)
+        self.corpus = retriever.corpus
+        self._retriever = retriever
+        self._max_queries = max_queries
+        self._kept: OrderedDict[_Key, tuple[ScoredDocument, ...]] = OrderedDict()
+        self._lock = Lock()
+        self._lookups = 0
+        self._searches = 0
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
+        """Look the queries up, and search for those that are not known, in one call and each once.
+
+        Args:
+            queries: texts to search for.
+            top_k: the most documents per query.
+
+        Returns:
+            What the retriever finds.
+
+        Raises:
+            RetrievalError: the search for an unknown query failed.
+        """
+        found = self._look_up(queries, top_k)
+        unknown = list(dict.fromkeys(query for query in queries if query not in found))
+        with self._lock:
+            self._lookups += len(queries)
+            self._searches += len(unknown)
+        if unknown:
+            # Other threads may go on meanwhile: two that miss the same query both search for it.
+            searched = self._retriever.search(unknown, top_k)
+            found.update((query, tuple(hits)) for query, hits in zip(unknown, searched, strict=True))
+            self._keep(unknown, top_k, found)
+        return [list(found[query]) for query in queries]
+
+    def _look_up(self, queries: Sequence[str], top_k: int) -> dict[str, tuple[ScoredDocument, ...]]:
+        found = {}
+        with self._lock:
+            for query in queries:
+                if (query, top_k) in self._kept:
+                    self._kept.move_to_end((query, top_k))
+                    found[query] = self._kept[query, top_k]
+        return found
+
+    def _keep(self, queries: Sequence[str], top_k: int, found: dict[str, tuple[ScoredDocument, ...]]) -> None:
+        with self._lock:
+            for query in queries:
+                self._kept[query, top_k] = found[query]
+                self._kept.move_to_end((query, top_k))
+            while len(self._kept) > self._max_queries:
+                self._kept.popitem(last=False)
+
+    def metrics(self) -> Metrics:
+        """What the retriever reports, and the share of queries since the last call that needed no search.
+
+        Returns:
+            ``cache_hit_rate`` in [0, 1], if there was a query, beside the retriever's own values.
+        """
+        with self._lock:
+            lookups, searches = self._lookups, self._searches
+            self._lookups = self._searches = 0
+        hit_rate = {"cache_hit_rate": 1 - searches / lookups} if lookups else {}
+        return {**self._retriever.metrics(), **hit_rate}

@@ -1,0 +1,62 @@
+"""Large corpus files, converted once and kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from hashlib import blake2b
+from pathlib import Path
+
+from rich.console import Console
+
+from calibadv.retrieval.arrow_store import FORMAT, ArrowCorpus
+from calibadv.retrieval.convert import convert, file_source
+from calibadv.retrieval.estimate import check_disk, free_disk, sample_file
+
+
+def cached_corpus(path: Path) -> ArrowCorpus:
+    """Open the converted form of a corpus file, converting it at the first call.
+
+    It lies in ``corpora`` below the folder that CALIBADV_CACHE names, or else ~/.cache/calibadv, under a name that
+    follows the absolute path, the size and the time of the file. Of several processes that ask at once, one converts.
+
+    Args:
+        path: JSON-lines file, plain or gzip.
+
+    Returns:
+        The corpus.
+
+    Raises:
+        ValueError: the file holds a mistake, or the folder cannot be written or is on a disk that is too small.
+    """
+    root = Path(os.environ.get("CALIBADV_CACHE") or Path.home() / ".cache" / "calibadv") / "corpora"
+    key = blake2b(f"{FORMAT} {file_source(path).identity}".encode(), digest_size=8).hexdigest()
+    folder = root / f"{path.name.partition('.')[0]}-{key}"
+    try:
+        if not folder.exists():
+            root.mkdir(parents=True, exist_ok=True)
+            _convert_once(path, folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(
+            f"corpus '{path}' cannot be converted into '{root}' ({reason}); set CALIBADV_CACHE to another folder"
+        ) from error
+    return ArrowCorpus(folder)
+
+
+def _convert_once(path: Path, folder: Path) -> None:
+    from filelock import FileLock
+
+    unfinished = folder.with_suffix(".unfinished")
+    with FileLock(folder.with_suffix(".lock")):
+        if folder.exists():  # another process has just done it
+            return
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print(f"converting '{path}' once, into '{folder}'", markup=False)
+        check_disk(sample_file(path).corpus_bytes, free_disk(unfinished), unfinished)
+        try:
+            convert(file_source(path), unfinished)
+        except ValueError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        unfinished.rename(folder)

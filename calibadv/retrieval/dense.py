@@ -1,0 +1,178 @@
+"""Search by meaning: vectors of an encoder, in a FAISS index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from calibadv.interfaces import Retriever
+from calibadv.retrieval.corpus import Corpus, open_corpus
+from calibadv.retrieval.encoder import Encoder
+from calibadv.retrieval.faiss_index import build_faiss, check_factory, load_faiss, nearest_rows, set_effort
+from calibadv.retrieval.manifest import INDEX_NAMES, read_manifest
+from calibadv.retrieval.ranking import check_top_k
+from calibadv.types import ScoredDocument
+
+# Passages that are encoded between two steps of the progress bar, and from how many on there is one.
+_STEP, _LARGE_CORPUS = 128, 32
+
+
+class Dense(Retriever):
+    """Search by meaning: the passages whose vectors have the largest inner product with the query's.
+
+    Every passage has some similarity to every query, so a search finds ``top_k`` passages unless the corpus is smaller
+    or an approximate index looks at fewer. With Flat the search is exact, with ties in the order of the corpus. The
+    vector of a query may differ in its last bits with the queries that are encoded beside it.
+
+    Give ``corpus`` alone to encode it at every start; ``index``, a folder of ``calibadv index --backend faiss``, which
+    brings corpus, encoder and prompts along; or a bare FAISS file as ``index`` with its ``corpus`` and ``encoder``,
+    such as Search-R1's e5_Flat.index, wiki-18.jsonl and intfloat/e5-base-v2. Indexes are memory-mapped.
+
+    Args:
+        corpus: JSON-lines file, plain or gzip, or ``embedded``. Leave it out with a folder as ``index``.
+        top_k: Documents that an episode asks for per search.
+        encoder: Folder of sentence-transformers or transformers, name on the Hugging Face hub, or ``minilm`` (extra
+            ``minilm``), which is the default for a corpus. In the place of an index's own, one of the same dimension.
+        factory: Index type for a corpus, as ``faiss.index_factory`` reads it, such as Flat (the default),
+            ``IVF1024,Flat`` or HNSW32.
+        index: Folder of ``calibadv index --backend faiss``, or a bare FAISS file over inner products.
+        nprobe: Lists that an IVF index looks through; by default what the index says, 1 in FAISS.
+        ef_search: Candidates that an HNSW index keeps; by default what the index says, 16 in FAISS.
+        query_prompt: Put before queries; by default what the index was built with, or the encoder's own.
+        passage_prompt: Put before passages; by default the encoder's own. An index has its passages encoded already.
+        batch_size: Texts that are encoded together.
+        device: Where the encoder runs, such as ``cpu`` or ``cuda:1``; by default an accelerator if there is one.
+
+    Raises:
+        ValueError: what is to be searched is not said or said twice, cannot be read, or does not fit together (number
+            of documents, dimension, passage prompt); faiss does not make ``factory`` or the corpus is too small for
+            it; the index has no ``nprobe`` or ``ef_search``; or ``top_k``, ``nprobe``, ``ef_search`` or ``batch_size``
+            is below 1.
+    """
+
+    corpus: Corpus
+
+    def __init__(  # noqa: PLR0913  # the schema of a config
+        self,
+        corpus: str | None = None,
+        top_k: int = 3,
+        encoder: str | None = None,
+        factory: str | None = None,
+        index: str | None = None,
+        nprobe: int | None = None,
+        ef_search: int | None = None,
+        query_prompt: str | None = None,
+        passage_prompt: str | None = None,
+        batch_size: int = 64,
+        device: str | None = None,
+    ) -> None:
+        check_top_k(top_k)
+        self.top_k = top_k
+        if index is not None and factory is not None:
+            raise ValueError(f"factory is '{factory}', but index '{index}' is built already; leave factory out")
+        parts = _complete(index, corpus, encoder, query_prompt, passage_prompt)
+        self.corpus = open_corpus(parts.corpus)
+        stored = None if parts.file is None else load_faiss(parts.file, len(self.corpus))
+        self._encoder = Encoder(parts.encoder, parts.query_prompt, parts.passage_prompt, batch_size, device)
+        if stored is None:
+            stored = _index_corpus(self.corpus, self._encoder, factory or "Flat")
+        elif stored.d != self._encoder.dimension:
+            raise ValueError(
+                f"encoder '{parts.encoder}' makes vectors of {self._encoder.dimension} dimensions, and index '{index}' "
+                f"holds vectors of {stored.d}; name the encoder that it was built with"
+            )
+        set_effort(stored, nprobe, ef_search)
+        self._index = stored
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
+        """Find the nearest passages of each query.
+
+        Args:
+            queries: texts to search for. What is longer than the encoder reads is cut off.
+            top_k: the most documents per query.
+
+        Returns:
+            One list per query, best first, ties in the order of the corpus. An empty query finds nothing.
+
+        Raises:
+            ValueError: ``top_k`` is below 1.
+        """
+        check_top_k(top_k)
+        found: list[list[ScoredDocument]] = [[] for _ in queries]
+        asked = [place for place, query in enumerate(queries) if query.strip()]
+        if asked:
+            vectors = self._encoder.encode_queries([queries[place] for place in asked])
+            for place, rows in zip(asked, nearest_rows(self._index, vectors, top_k), strict=True):
+                found[place] = [ScoredDocument(self.corpus[row], score) for row, score in rows]
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a search is made of; ``file`` is None where the corpus is yet to be encoded."""
+
+    corpus: str | Path
+    encoder: str
+    query_prompt: str | None
+    passage_prompt: str | None
+    file: Path | None = None
+
+
+def _complete(
+    index: str | None, corpus: str | None, encoder: str | None, query_prompt: str | None, passage_prompt: str | None
+) -> _Parts:
+    """Fill in what the index or our defaults say, and refuse what contradicts."""
+    if index is None:
+        if corpus is None:
+            raise ValueError("Dense has nothing to search; give corpus (a JSON-lines file) or index (a folder or file)")
+        return _Parts(corpus, encoder or "minilm", query_prompt, passage_prompt)
+    path = Path(index)
+    if path.is_dir():
+        if corpus is not None:
+            raise ValueError(f"index '{index}' brings its own corpus; leave out corpus '{corpus}' (set it to null)")
+        return _read_folder(path, encoder, query_prompt, passage_prompt)
+    if not path.is_file():
+        raise ValueError(f"index '{index}' does not exist; give a folder of 'calibadv index', or a FAISS file")
+    if corpus is None or encoder is None:
+        missing = "corpus" if corpus is None else "encoder"
+        raise ValueError(
+            f"index '{index}' is a bare FAISS file, which does not tell its {missing}; give {missing} (for Search-R1's "
+            "e5_Flat.index: wiki-18.jsonl and intfloat/e5-base-v2)"
+        )
+    return _Parts(corpus, encoder, query_prompt, passage_prompt, path)
+
+
+def _read_folder(folder: Path, encoder: str | None, query_prompt: str | None, passage_prompt: str | None) -> _Parts:
+    manifest = read_manifest(folder)
+    if manifest.backend != "faiss":
+        raise ValueError(f"index '{folder}' was built with --backend {manifest.backend}; give it to BM25, or build one")
+    built = manifest.settings
+    if passage_prompt not in (None, built["passage_prompt"]):
+        raise ValueError(
+            f"passage_prompt is {passage_prompt!r}, and the passages of index '{folder}' were encoded with "
+            f"{built['passage_prompt']!r}; leave it out, or build the index again"
+        )
+    return _Parts(
+        corpus=folder,
+        encoder=encoder or built["encoder"],
+        query_prompt=built["query_prompt"] if query_prompt is None else query_prompt,
+        passage_prompt=built["passage_prompt"],
+        file=folder / INDEX_NAMES["faiss"],
+    )
+
+
+def _index_corpus(corpus: Corpus, encoder: Encoder, factory: str) -> Any:
+    check_factory(factory, encoder.dimension, len(corpus))
+    vectors = []
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=len(corpus) < _LARGE_CORPUS) as progress:
+        task = progress.add_task("Encoding the corpus", total=len(corpus))
+        for start in range(0, len(corpus), _STEP):
+            vectors.append(encoder.encode_passages(corpus[start : start + _STEP]))
+            progress.update(task, advance=len(vectors[-1]))
+    return build_faiss(vectors, len(corpus), encoder.dimension, factory)

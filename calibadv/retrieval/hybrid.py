@@ -1,0 +1,115 @@
+"""Several retrievers as one: reciprocal rank fusion."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from math import fsum
+
+from calibadv.interfaces import Metrics, Retriever
+from calibadv.retrieval.ranking import check_top_k
+from calibadv.types import Document, ScoredDocument
+
+
+class Hybrid(Retriever):
+    """Fuse the lists of several retrievers by rank: the score of a document is the sum of 1 / (rrf_k + its rank).
+
+    Reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009) looks at ranks only, so that scores of different
+    kinds need no common scale. A document is recognised by its id: all retrievers search the same corpus.
+
+    Args:
+        retrievers: What to fuse, by class_path. Where scores tie, the documents of the first come first.
+        top_k: Documents that an episode asks for per search.
+        fetch_k: Documents that each retriever is asked for; a search for more of them asks for as many.
+        rrf_k: Added to each rank: the larger, the less the first ranks stand out.
+
+    Raises:
+        ValueError: no retriever, ``top_k`` below 1, ``fetch_k`` below ``top_k``, ``rrf_k`` below 0, or corpora of
+            different size.
+    """
+
+    def __init__(self, retrievers: list[Retriever], top_k: int = 3, fetch_k: int = 20, rrf_k: int = 60) -> None:
+        check_fetch_k(top_k, fetch_k)
+        if not retrievers:
+            raise ValueError("retrievers is empty; name at least one retriever to fuse")
+        if rrf_k < 0:
+            raise ValueError(f"rrf_k is {rrf_k}; it must be at least 0")
+        corpora = [retriever.corpus for retriever in retrievers if retriever.corpus is not None]
+        sizes = sorted({len(corpus) for corpus in corpora})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"the retrievers search corpora of {sizes[0]} and {sizes[-1]} documents; documents are fused by id: "
+                "give all of them the same corpus"
+            )
+        self.top_k = top_k
+        self.corpus = corpora[0] if corpora else None
+        self._retrievers = retrievers
+        self._fetch_k = fetch_k
+        self._rrf_k = rrf_k
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
+        """Search with every retriever, and fuse.
+
+        Args:
+            queries: texts to search for.
+            top_k: the most documents per query.
+
+        Returns:
+            One list per query, best first; ties in the order in which the retrievers' lists name the documents.
+
+        Raises:
+            RetrievalError: one of the retrievers failed.
+            ValueError: ``top_k`` is below 1.
+        """
+        check_top_k(top_k)
+        fetch_k = max(self._fetch_k, top_k)
+        found = [retriever.search(queries, fetch_k) for retriever in self._retrievers]
+        return [fuse(lists, self._rrf_k)[:top_k] for lists in zip(*found, strict=True)]
+
+    def metrics(self) -> Metrics:
+        """What the fused retrievers report.
+
+        Returns:
+            Values by name; the mean where several report the same.
+        """
+        reported: dict[str, list[float]] = defaultdict(list)
+        for retriever in self._retrievers:
+            for name, value in retriever.metrics().items():
+                reported[name].append(value)
+        return {name: sum(values) / len(values) for name, values in reported.items()}
+
+
+def fuse(lists: Sequence[Sequence[ScoredDocument]], rrf_k: int) -> list[ScoredDocument]:
+    """Reciprocal rank fusion of the lists of one query.
+
+    Args:
+        lists: of each retriever, best first.
+        rrf_k: added to each rank, which counts from 1.
+
+    Returns:
+        Every document once, with its fused score, best first; ties in the order of first appearance.
+    """
+    documents: dict[str, Document] = {}
+    shares: dict[str, list[float]] = defaultdict(list)
+    for hits in lists:
+        for rank, hit in enumerate(hits, 1):
+            documents.setdefault(hit.document.id, hit.document)
+            shares[hit.document.id].append(1 / (rrf_k + rank))
+    # fsum rounds once, so that the same ranks in another order make the same score.
+    fused = [ScoredDocument(document, fsum(shares[doc_id])) for doc_id, document in documents.items()]
+    return sorted(fused, key=lambda hit: -hit.score)
+
+
+def check_fetch_k(top_k: int, fetch_k: int) -> None:
+    """Refuse to return more documents than are fetched.
+
+    Args:
+        top_k: documents that are returned.
+        fetch_k: documents that are fetched to choose from.
+
+    Raises:
+        ValueError: ``top_k`` is below 1, or ``fetch_k`` below ``top_k``.
+    """
+    check_top_k(top_k)
+    if fetch_k < top_k:
+        raise ValueError(f"fetch_k is {fetch_k}; it must be at least top_k, which is {top_k}")

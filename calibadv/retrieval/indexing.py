@@ -1,0 +1,196 @@
+"""What ``calibadv index`` does: a corpus becomes a folder that retrievers open, resumably."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from calibadv.retrieval.arrow_store import ArrowCorpus
+from calibadv.retrieval.backends import BM25Index, Cost, FaissIndex, IndexBackend
+from calibadv.retrieval.convert import Source, convert, open_source
+from calibadv.retrieval.estimate import Sample, check_disk, free_disk, sample_corpus
+from calibadv.retrieval.manifest import CORPUS_FOLDER, INDEX_NAMES, MANIFEST, UNFINISHED, Backend, write_manifest
+
+# Folder of what is not whole yet. All of it, and the plan in UNFINISHED, is removed at the end.
+_WORK = "partial"
+_KINDS: dict[Backend, Callable[..., IndexBackend]] = {"bm25": BM25Index, "faiss": FaissIndex}
+_DEFAULTS: dict[Backend, dict[str, Any]] = {
+    "bm25": {"stopwords": "english", "stemmer": None},
+    "faiss": {
+        "encoder": "minilm",
+        "factory": "Flat",
+        "query_prompt": None,
+        "passage_prompt": None,
+        "batch_size": 64,
+        "device": None,
+    },
+}
+# What may be another after a kill, as the result is the same up to rounding.
+_FREE = ("batch_size", "device")
+
+
+def index(  # noqa: PLR0913 - its parameters are the options of the command
+    corpus: str,
+    out: Path,
+    backend: Backend,
+    encoder: str | None = None,
+    factory: str | None = None,
+    stopwords: str | list[str] | None = None,
+    stemmer: str | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    query_prompt: str | None = None,
+    passage_prompt: str | None = None,
+) -> None:
+    """Build an index, which BM25 or Dense opens. After a kill, the same command goes on where it stopped.
+
+    Args:
+        corpus: JSON-lines file, plain or gzip; a folder of an index, whose corpus is taken; or 'embedded'.
+        out: Folder to write; it must be empty, not there, or begun by the same command.
+        backend: 'bm25' searches by words, 'faiss' by meaning.
+        encoder: Of faiss: 'minilm' (the default), or a folder or hub name of sentence-transformers.
+        factory: Of faiss: index type as faiss.index_factory reads it, such as 'IVF4096,Flat' or 'HNSW32'; 'Flat' by
+            default.
+        stopwords: Of bm25: a language that bm25s knows ('english' by default), 'none', or a list of words.
+        stemmer: Of bm25: a language of PyStemmer; no stemming by default.
+        batch_size: Of faiss: passages that are encoded together, 64 by default.
+        device: Of faiss: where the encoder runs, such as 'cuda'; the best one that there is by default.
+        query_prompt: Of faiss: put before queries; what the encoder declares by default.
+        passage_prompt: Of faiss: put before passages; what the encoder declares by default.
+
+    Raises:
+        ValueError: the corpus holds a mistake, the folder holds something else, the disk is too small, or an option
+            is wrong or belongs to the other backend.
+    """
+    options = {
+        "encoder": encoder,
+        "factory": factory,
+        "stopwords": stopwords,
+        "stemmer": stemmer,
+        "batch_size": batch_size,
+        "device": device,
+        "query_prompt": query_prompt,
+        "passage_prompt": passage_prompt,
+    }
+    options = _own_options(backend, {name: value for name, value in options.items() if value is not None})
+    source = open_source(corpus)
+    plan = {"corpus": source.identity, "backend": backend, **options}
+    for name in _FREE:
+        plan.pop(name, None)
+    if not _is_finished(out, plan):
+        kind = _KINDS[backend](**options)
+        sample = sample_corpus(corpus)
+        if sample.exact:
+            kind.check(sample.total)
+        _announce(sample, kind.cost(sample), out)
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    with _locked(out):
+        if not _is_finished(out, plan):
+            documents = _convert(source, kind, out, plan, missing)
+            _build(kind, documents, out)
+            write_manifest(out, backend, documents, kind.settings)
+        shutil.rmtree(out / _WORK)
+        (out / UNFINISHED).unlink()
+
+
+def _own_options(backend: Backend, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a backend, those that were not given at their defaults."""
+    own = _DEFAULTS[backend]
+    for name in given:
+        if name not in own:
+            other = next(other for other, names in _DEFAULTS.items() if name in names)
+            raise ValueError(
+                f"--{name} is an option of --backend {other}, and this is {backend}; leave one of them out"
+            )
+    options = {**own, **given}
+    folder = Path(options.get("encoder", "minilm")).expanduser()
+    if folder.is_dir() and str(folder) != "minilm":
+        # Whoever opens the index may do so from another folder.
+        options["encoder"] = str(folder.absolute())
+    return options
+
+
+def _is_finished(out: Path, plan: dict[str, Any]) -> bool:
+    """Whether only the sweeping is left; refuses a folder that holds anything else than this plan's work."""
+    begun = json.loads((out / UNFINISHED).read_text("utf-8")) if (out / UNFINISHED).exists() else None
+    if (out / MANIFEST).exists():
+        if begun == plan:
+            return True
+        raise ValueError(f"out '{out}' holds a finished index; name another folder, or remove it")
+    if begun is None:
+        if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {_WORK}):
+            raise ValueError(f"out '{out}' is not an empty folder; name another folder, or remove it")
+    elif begun != plan:
+        names = [name for name in {**begun, **plan} if begun.get(name) != plan.get(name)]
+        was, now = (", ".join(f"{name} {content.get(name)}" for name in names) for content in (begun, plan))
+        raise ValueError(f"out '{out}' was begun with {was}, and this is {now}; give what it was, or remove the folder")
+    return False
+
+
+def _announce(sample: Sample, cost: Cost, out: Path) -> None:
+    """Print the estimate, and refuse a disk that is too small for it."""
+    kept = sample.corpus_bytes + cost.index_bytes
+    peak = kept + cost.temporary_bytes
+    seconds = round(sample.seconds + cost.seconds)
+    table = Table(title=f"What the index in '{escape(str(out))}' needs, roughly", show_header=False)
+    table.add_row("documents", f"{'' if sample.exact else 'about '}{sample.total:,}")
+    table.add_row("disk", decimal(kept) + (f", and {decimal(peak)} while it is built" if peak > kept else ""))
+    table.add_row("memory", decimal(cost.memory_bytes))
+    table.add_row("time", f"{timedelta(seconds=seconds)} (h:mm:ss)" if seconds else "about a second")
+    if cost.unknown:
+        table.add_row("not counted", cost.unknown)
+    Console(stderr=True).print(table)
+    there = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    check_disk(peak - there, free_disk(out), out)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    (out / _WORK).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / _WORK / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process is writing to out '{out}'; wait for it, or name another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _convert(source: Source, kind: IndexBackend, out: Path, plan: dict[str, Any], missing: list[Path]) -> ArrowCorpus:
+    """Convert the corpus. If it will not do, nothing of the index remains, nor the folders that were missing."""
+    (out / _WORK / UNFINISHED).write_text(json.dumps(plan), encoding="utf-8")
+    (out / _WORK / UNFINISHED).replace(out / UNFINISHED)
+    try:
+        documents = convert(source, out / CORPUS_FOLDER)
+        kind.check(len(documents))
+    except ValueError:
+        shutil.rmtree(out / CORPUS_FOLDER)
+        (out / UNFINISHED).unlink()
+        shutil.rmtree(out / _WORK)
+        for folder in missing:
+            folder.rmdir()
+        raise
+    return documents
+
+
+def _build(kind: IndexBackend, documents: ArrowCorpus, out: Path) -> None:
+    name = INDEX_NAMES[kind.name]
+    target, work = out / name, out / _WORK
+    if not target.exists():
+        shutil.rmtree(work / name, ignore_errors=True)
+        kind.build(documents, work / name, work)
+        (work / name).replace(target)

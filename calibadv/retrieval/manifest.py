@@ -1,0 +1,134 @@
+"""What a folder of ``calibadv index`` says of itself: ``manifest.json``, which is written last.
+
+Beside it lie ``corpus/`` (Arrow files) and ``bm25/`` or ``faiss.index``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from calibadv.retrieval.arrow_store import ArrowCorpus, check_sizes
+from calibadv.retrieval.corpus import Corpus
+from calibadv.run_folder import write_atomically
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"
+"""There as long as the folder is to be finished by the command that began it."""
+
+Backend = Literal["bm25", "faiss"]
+CORPUS_FOLDER = "corpus"
+INDEX_NAMES: dict[Backend, str] = {"bm25": "bm25", "faiss": "faiss.index"}
+_REMEDY = "copy the folder again, or build the index anew with 'calibadv index'"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an index was built of, and how.
+
+    Attributes:
+        backend: which kind of index.
+        documents: size of the corpus.
+        corpus_checksum: of the corpus.
+        settings: of the backend.
+        files: bytes of every file, by its path within the folder.
+    """
+
+    backend: Backend
+    documents: int
+    corpus_checksum: str
+    settings: dict[str, Any]
+    files: dict[str, int]
+
+
+def write_manifest(folder: Path, backend: Backend, corpus: Corpus, settings: dict[str, Any]) -> Manifest:
+    """Write the manifest of a folder that holds everything else.
+
+    Args:
+        folder: the index.
+        backend: its kind.
+        corpus: what it was built of.
+        settings: how it was built.
+
+    Returns:
+        The manifest.
+    """
+    index = folder / INDEX_NAMES[backend]
+    paths = [*(folder / CORPUS_FOLDER).iterdir(), *(index.iterdir() if index.is_dir() else [index])]
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(paths)}
+    manifest = Manifest(backend, len(corpus), corpus.checksum, settings, files)
+    write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2) + "\n")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of an index, and check that the folder is whole.
+
+    Args:
+        folder: the index.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: the folder is not a finished index of this format, a file is missing or has another size, or its
+            corpus is another than the index was built of.
+    """
+    manifest = _parse(folder, _read(folder))
+    check_sizes(folder, manifest.files, _REMEDY)
+    corpus = ArrowCorpus(folder / CORPUS_FOLDER)
+    found, built = (len(corpus), corpus.checksum), (manifest.documents, manifest.corpus_checksum)
+    if found != built:
+        raise ValueError(
+            f"the corpus in '{folder}' has {found[0]} documents with checksum {found[1]}, and the index was built of "
+            f"{built[0]} with {built[1]}; {_REMEDY}"
+        )
+    return manifest
+
+
+def open_index_corpus(folder: Path) -> Corpus:
+    """Open the corpus inside an index.
+
+    Args:
+        folder: the index.
+
+    Returns:
+        Its documents, memory-mapped.
+
+    Raises:
+        ValueError: the folder is not a whole index.
+    """
+    read_manifest(folder)
+    return ArrowCorpus(folder / CORPUS_FOLDER)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ValueError(f"index '{folder}' is not a folder; give a folder that 'calibadv index' wrote")
+    path = folder / MANIFEST
+    if not path.exists():
+        if (folder / UNFINISHED).exists():
+            raise ValueError(f"index '{folder}' is unfinished; run the same 'calibadv index' command again to go on")
+        raise ValueError(
+            f"'{folder}' is a folder without {MANIFEST}, and so not an index; give a folder that 'calibadv index' wrote"
+        )
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged ({error}); {_REMEDY}") from error
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise ValueError(f"'{path}' is not a manifest of format {FORMAT}, which this release reads; {_REMEDY}")
+    return content
+
+
+def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
+    try:
+        manifest = Manifest(**content)
+    except TypeError as error:
+        raise ValueError(f"'{folder / MANIFEST}' is damaged ({error}); {_REMEDY}") from error
+    if manifest.backend not in get_args(Backend):
+        raise ValueError(f"'{folder / MANIFEST}' has the backend {manifest.backend!r}; {_REMEDY}")
+    return manifest

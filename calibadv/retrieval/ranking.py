@@ -1,0 +1,39 @@
+"""What all retrievers rank by: larger scores first, ties in the order of the rows."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def check_top_k(top_k: int) -> None:
+    """Refuse a number of documents below 1.
+
+    Args:
+        top_k: documents per query.
+
+    Raises:
+        ValueError: ``top_k`` is below 1.
+    """
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+
+
+def best_rows(scores: NDArray[np.float32], top_k: int) -> list[int]:
+    """Rows with the largest positive scores, best first, ties in the order of the rows.
+
+    Args:
+        scores: [N] one per document.
+        top_k: the most rows.
+
+    Returns:
+        At most ``top_k`` row numbers.
+    """
+    # Few documents share a word with a query: selecting among those is many times faster than among all.
+    rows = np.flatnonzero(scores > 0)
+    if len(rows) > top_k:
+        # Keep every row that ties with the last one, then sort stably.
+        threshold = np.partition(scores[rows], -top_k)[-top_k]
+        rows = rows[scores[rows] >= threshold]
+    order = np.argsort(-scores[rows], kind="stable")[:top_k]
+    return [int(row) for row in rows[order]]

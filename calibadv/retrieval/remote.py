@@ -1,0 +1,213 @@
+"""Search on another machine, over Search-R1's HTTP protocol."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from calibadv.interfaces import RetrievalError, Retriever
+from calibadv.retrieval.ranking import check_top_k
+from calibadv.retrieval.wire import Results, parse_results
+from calibadv.types import ScoredDocument
+
+if TYPE_CHECKING:
+    import urllib3
+
+# Seconds: no pause between two tries is longer, whatever the server asks for.
+_LONGEST_PAUSE = 30.0
+# Connections to one server that are kept open: as many as threads are likely to search at once.
+_CONNECTIONS = 256
+_REMEDIES = {404: "correct the path of url", 413: "lower batch_size", 422: "correct what it names"}
+
+
+class Remote(Retriever):
+    """Ask a retrieval server: ``calibadv serve``, or one of Search-R1, verl or SkyRL.
+
+    Queries are sent in batches, round the servers in turn. A batch that gets no answer, or 429 or 5xx, goes to the next
+    server, and after the last one round again, with pauses that double and vary. It never turns into an empty result.
+    No proxy is used, whatever the environment says.
+
+    Args:
+        url: Address of the server, or of several with the same index; ``/retrieve`` is added if there is no path.
+        top_k: Documents that an episode asks for per search.
+        timeout: Seconds that a server may take for one batch.
+        retries: Further tries of a batch; each server is tried at least once.
+        batch_size: The most queries per request.
+        backoff: Seconds before the second try of a server, at most; doubled for each further one.
+
+    Raises:
+        ValueError: an address is malformed, or a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        url: str | list[str],
+        top_k: int = 3,
+        timeout: float = 30.0,
+        retries: int = 3,
+        batch_size: int = 256,
+        backoff: float = 0.5,
+    ) -> None:
+        import urllib3
+
+        check_top_k(top_k)
+        for name, value, least in (("retries", retries, 0), ("batch_size", batch_size, 1), ("backoff", backoff, 0)):
+            if not least <= value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be a number of at least {least}")
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout is {timeout}; it must be a number of seconds above 0")
+        self.top_k = top_k
+        self._urls = [_check_url(address) for address in ([url] if isinstance(url, str) else url)]
+        if not self._urls:
+            raise ValueError("url is an empty list; give the address of at least one retrieval server")
+        self._timeout = timeout
+        self._tries = max(retries + 1, len(self._urls))
+        self._batch_size = batch_size
+        self._backoff = backoff
+        self._turns = itertools.count()
+        self._pool = urllib3.PoolManager(maxsize=_CONNECTIONS)
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
+        """Ask the server.
+
+        Args:
+            queries: texts to search for. Empty ones are not sent.
+            top_k: the most documents per query; what a server sends beyond them is cut.
+
+        Returns:
+            One list per query, as the server orders it.
+
+        Raises:
+            RetrievalError: no server answered, or one answered with something else than results.
+            ValueError: ``top_k`` is below 1.
+        """
+        check_top_k(top_k)
+        asked = [query for query in queries if query.strip()]
+        batches = [asked[first : first + self._batch_size] for first in range(0, len(asked), self._batch_size)]
+        threads = min(len(self._urls), len(batches))
+        if threads > 1:
+            with ThreadPoolExecutor(threads) as pool:
+                answers = list(pool.map(lambda batch: self._ask(batch, top_k), batches))
+        else:
+            answers = [self._ask(batch, top_k) for batch in batches]
+        hits = itertools.chain.from_iterable(answers)
+        return [next(hits) if query.strip() else [] for query in queries]
+
+    def _ask(self, queries: list[str], top_k: int) -> Results:
+        """Send one batch, until a server answers or the tries are used up."""
+        body = json.dumps({"queries": queries, "topk": top_k, "return_scores": True}).encode()
+        turn = next(self._turns)
+        for attempt in range(self._tries):
+            url = self._urls[(turn + attempt) % len(self._urls)]
+            try:
+                answer = self._post(url, body)
+            except _TryAgainError as error:
+                failure = error
+            else:
+                return _read(url, answer, len(queries), top_k)
+            self._pause(attempt + 1, failure.seconds)
+        tries = "1 try" if self._tries == 1 else f"{self._tries} tries"
+        raise RetrievalError(f"the retrieval server {url} {failure} ({tries}); {failure.remedy}") from failure
+
+    def _pause(self, tried: int, asked: float) -> None:
+        """Wait before the next try, unless there is none, or there is a server that has not been tried."""
+        again = tried - len(self._urls)
+        if again >= 0 and tried < self._tries:
+            # A generator of its own: drawing from the global one would change the draws of the training.
+            jitter = random.Random().uniform(0.5, 1.0)
+            time.sleep(min(max(self._backoff * 2.0 ** min(again, 30) * jitter, asked), _LONGEST_PAUSE))
+
+    def _post(self, url: str, body: bytes) -> bytes:
+        """Send one request and return the body of its answer."""
+        from urllib3 import exceptions
+
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        deadline = time.monotonic() + self._timeout
+        try:
+            response = self._pool.request(
+                "POST", url, body=body, headers=headers, timeout=self._timeout, retries=False, preload_content=False
+            )
+            data = _read_all(response, deadline)
+        except exceptions.NewConnectionError as error:
+            reason = getattr(error.__cause__, "strerror", None) or error
+            raise _TryAgainError(f"is down ({reason})", "start it, or correct url") from error
+        except (exceptions.TimeoutError, TimeoutError) as error:
+            what = f"gave no answer within {self._timeout:g} s"
+            raise _TryAgainError(what, "raise timeout, lower batch_size or add servers") from error
+        except exceptions.HTTPError as error:
+            raise _TryAgainError(f"broke off ({_one_line(str(error))})", "see its log") from error
+        if response.status == 200:
+            return data
+        what = f"answered {response.status} ({_reason(data)})"
+        if response.status == 429 or response.status >= 500:
+            seconds = response.headers.get("Retry-After", "")
+            raise _TryAgainError(what, "see its log", float(seconds) if seconds.isdecimal() else 0.0)
+        remedy = _REMEDIES.get(response.status, "is this url that of a retrieval server?")
+        raise RetrievalError(f"the retrieval server {url} {what}; {remedy}")
+
+
+class _TryAgainError(Exception):
+    """A try that failed in a way that another one, or another server, may not."""
+
+    def __init__(self, what: str, remedy: str, seconds: float = 0.0) -> None:
+        super().__init__(what)
+        self.remedy = remedy
+        self.seconds = seconds
+
+
+def _read_all(response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
+    """Read a body in the pieces in which it arrives: a server that drips may not hold the caller for ever."""
+    pieces = []
+    try:
+        while piece := response.read1(2**16):
+            pieces.append(piece)
+            if time.monotonic() > deadline:
+                raise TimeoutError
+    except BaseException:
+        response.close()
+        raise
+    return b"".join(pieces)
+
+
+def _read(url: str, answer: bytes, queries: int, top_k: int) -> Results:
+    try:
+        return parse_results(answer, queries, top_k)
+    except ValueError as error:
+        raise RetrievalError(
+            f"the retrieval server {url} answered {_one_line(str(error))}; is this url that of a retrieval server?"
+        ) from error
+
+
+def _reason(data: bytes) -> str:
+    """What a refusal says: ours under ``error``, FastAPI's own under ``detail``, another's in its first words."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        record = None
+    if isinstance(record, dict):
+        return _one_line(str(record.get("error") or record.get("detail") or "no reason given"))
+    return _one_line(data.decode(errors="replace")) or "no reason given"
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else f"{line[:200]} ..."
+
+
+def _check_url(url: str) -> str:
+    from urllib3.exceptions import LocationParseError
+    from urllib3.util import parse_url
+
+    try:
+        parts = parse_url(url.strip())
+    except LocationParseError:
+        parts = None
+    if parts is None or parts.scheme not in ("http", "https") or not parts.host:
+        raise ValueError(f"url is '{url}'; give an address such as http://127.0.0.1:8000/retrieve")
+    return (parts if parts.path not in (None, "", "/") else parts._replace(path="/retrieve")).url

@@ -1,0 +1,176 @@
+"""A second look at what a retriever found: a cross-encoder reads query and document together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from calibadv.interfaces import Metrics, Retriever
+from calibadv.retrieval.hybrid import check_fetch_k
+from calibadv.retrieval.ranking import check_top_k
+from calibadv.types import ScoredDocument
+
+# What the parts of sentence-transformers that load a model may raise over its files.
+_LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, AssertionError, SafetensorError)
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+class Reranked(Retriever):
+    """Order what another retriever found by a cross-encoder, and keep the best: the paper fetches 20 and keeps 3.
+
+    The score of a document is the model's, without the sigmoid at its end, which would round good ones to a tie; it may
+    be negative, and may differ in its last bits with the documents that are scored beside it. Weights are read from
+    safetensors only.
+
+    Args:
+        retriever: What fetches, by class_path; its own top_k is not looked at.
+        model: sentence-transformers cross-encoder: a folder, or a name on the Hugging Face hub such as
+            cross-encoder/ms-marco-MiniLM-L6-v2.
+        top_k: Documents that an episode asks for per search.
+        fetch_k: Documents to choose from; a search for more of them fetches as many.
+        batch_size: Documents that the model reads at a time.
+        device: Where the model runs, such as cpu or cuda:1; the first accelerator by default, else the CPU.
+        max_length: Tokens of query and document together, the rest is cut off; as the model has it by default.
+
+    Raises:
+        ValueError: the model does not load or is no cross-encoder with one score, ``fetch_k`` is below ``top_k``,
+            ``max_length`` is more than the model reads, or a number is below 1.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        model: str,
+        top_k: int = 3,
+        fetch_k: int = 20,
+        batch_size: int = 32,
+        device: str | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        check_fetch_k(top_k, fetch_k)
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.top_k = top_k
+        self.corpus = retriever.corpus
+        self._retriever = retriever
+        self._fetch_k = fetch_k
+        self._batch_size = batch_size
+        self._model = _load_cross_encoder(model, device)
+        most = self._model.max_seq_length
+        if max_length is not None:
+            if max_length > most:
+                raise ValueError(f"max_length is {max_length}; model '{model}' reads at most {most} tokens")
+            self._model.max_seq_length = max_length
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
+        """Fetch, score every pair of query and document, and keep the best.
+
+        Args:
+            queries: texts to search for.
+            top_k: the most documents per query.
+
+        Returns:
+            One list per query, best first; ties in the order of the retriever.
+
+        Raises:
+            RetrievalError: the retriever failed.
+            ValueError: ``top_k`` is below 1.
+        """
+        check_top_k(top_k)
+        fetched = self._retriever.search(queries, max(self._fetch_k, top_k))
+        pairs = [
+            [(query, f"{hit.document.title}\n{hit.document.text}") for hit in hits]
+            for query, hits in zip(queries, fetched, strict=True)
+        ]
+        scores = self._score({pair for row in pairs for pair in row})
+        rescored = (
+            [ScoredDocument(hit.document, scores[pair]) for hit, pair in zip(hits, row, strict=True)]
+            for hits, row in zip(fetched, pairs, strict=True)
+        )
+        return [sorted(hits, key=lambda hit: -hit.score)[:top_k] for hits in rescored]
+
+    def _score(self, pairs: set[tuple[str, str]]) -> dict[tuple[str, str], float]:
+        """Score each pair once: two that are equal would differ by rounding, with their place in the batch."""
+        from torch.nn import Identity
+
+        if not pairs:
+            return {}
+        ordered = sorted(pairs)
+        scores = self._model.predict(
+            ordered, batch_size=self._batch_size, show_progress_bar=False, activation_fn=Identity()
+        )
+        return dict(zip(ordered, scores.tolist(), strict=True))
+
+    def metrics(self) -> Metrics:
+        """What the retriever reports.
+
+        Returns:
+            Values by name.
+        """
+        return self._retriever.metrics()
+
+
+def _load_cross_encoder(name: str, device: str | None) -> Any:
+    from sentence_transformers import CrossEncoder
+
+    folder = Path(name).expanduser()
+    # A folder that is not there would be asked for over the network, many times.
+    if not folder.is_dir() and not _HUB_NAME.fullmatch(name):
+        raise ValueError(f"model '{name}' is not a folder; give a cross-encoder's folder, or its name on the hub")
+    try:
+        with _quietly():
+            model = CrossEncoder(
+                str(folder) if folder.is_dir() else name,
+                device=device,
+                local_files_only=folder.is_dir(),
+                model_kwargs={"use_safetensors": True},
+            )
+    except _LOADING_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"model '{name}' does not load ({reason}); give a sentence-transformers cross-encoder with "
+            "model.safetensors, by its folder or its name on the hub"
+        ) from error
+    _check_cross_encoder(name, model)
+    return model
+
+
+def _check_cross_encoder(name: str, model: Any) -> None:
+    """Refuse what sentence-transformers loads, but could only rank at random."""
+    first = model[0]
+    architectures = getattr(first.model.config, "architectures", None) or []
+    classifies = getattr(first, "transformer_task", "") == "sequence-classification"
+    if classifies and architectures and not any(a.endswith("ForSequenceClassification") for a in architectures):
+        raise ValueError(
+            f"model '{name}' is a {architectures[0]}, whose classifier would be made up; give a cross-encoder, such as "
+            "cross-encoder/ms-marco-MiniLM-L6-v2"
+        )
+    if model.num_labels != 1:
+        raise ValueError(
+            f"model '{name}' gives {model.num_labels} scores to a pair; give a cross-encoder that gives one"
+        )
+    if len(model.tokenizer) <= len(model.tokenizer.all_special_ids):
+        raise ValueError(f"model '{name}' has a tokenizer without words; save the model's own tokenizer beside it")
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' bars and reports of loading; what is wrong with a model is said by our own errors."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
