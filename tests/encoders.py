@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 
 UNKNOWN = "[UNK]"
 
@@ -41,10 +41,10 @@ def word_folder(
     return path
 
 
-def bert_folder(path: Path, words: Sequence[str], *, pickled: bool = False) -> Path:
+def bert_folder(path: Path, words: Sequence[str], *, pickled: bool = False, scores: bool = False) -> Path:
     """Save a plain transformers folder, not one of sentence-transformers: a tiny BERT with random weights.
 
-    ``pickled`` leaves its weights in pytorch_model.bin, as old folders have them.
+    ``pickled`` leaves its weights in pytorch_model.bin, as old folders have them; ``scores`` makes it a cross-encoder.
     """
     tokenizer = BertTokenizerFast(
         vocab={word: number for number, word in enumerate(["[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]", *words])},
@@ -58,10 +58,11 @@ def bert_folder(path: Path, words: Sequence[str], *, pickled: bool = False) -> P
         intermediate_size=32,
         max_position_embeddings=64,
         initializer_range=0.5,
+        num_labels=1,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = BertModel(config)
+        model = BertForSequenceClassification(config) if scores else BertModel(config)
     tokenizer.save_pretrained(path)
     model.save_pretrained(path)
     if pickled:

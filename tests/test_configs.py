@@ -2,7 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import faiss
+import numpy as np
 import pytest
+from encoders import bert_folder, word_folder
 from fits import fit
 
 from calibadv.callbacks import AdvantageCalibration
@@ -21,6 +24,16 @@ CALIBRATORS: dict[str, list[tuple[str, dict[str, float]]]] = {
     "calibrators/answer_rebalance": [("AnswerRebalance", {"target_ratio": 1.0})],
     "calibrators/calibadv": [("SoftPenalty", {}), ("AnswerRebalance", {"target_ratio": 1.0})],
     "calibrators/calibadv_lambda_1_5": [("SoftPenalty", {}), ("AnswerRebalance", {"target_ratio": 1.5})],
+}
+# What an overlay needs that a test does not have (a model of the hub, files, a service) is set beside it.
+RETRIEVERS: dict[str, tuple[str, dict[str, str]]] = {
+    "retrievers/bm25": ("BM25", {}),
+    "retrievers/cached": ("Cached", {}),
+    "retrievers/dense": ("Dense", {"encoder": "encoder"}),
+    "retrievers/hybrid": ("Hybrid", {}),
+    "retrievers/remote": ("Remote", {}),
+    "retrievers/reranked": ("Reranked", {"model": "cross-encoder"}),
+    "retrievers/search_r1": ("Dense", {"index": "flat.index", "corpus": "corpus.jsonl", "encoder": "encoder"}),
 }
 OURS = ["RunStart", "RolloutWriter", "Results", "RolloutCheckpoint", "Progress"]
 PATHS = sorted(configs_folder().rglob("*.yaml"))
@@ -42,7 +55,7 @@ def data(tmp_path: Path) -> list[str]:
 
 
 def test_every_config_is_expected_here() -> None:
-    assert sorted(CALIBRATORS) == sorted(config_name(path) for path in PATHS)
+    assert sorted([*CALIBRATORS, *RETRIEVERS]) == sorted(config_name(path) for path in PATHS)
 
 
 @pytest.mark.parametrize("name", CALIBRATORS)
@@ -58,6 +71,31 @@ def test_a_recipe_is_built_with_its_callbacks_and_no_others(name: str, data: lis
     calibrators = [calibrator for callback in installed for calibrator in callback.calibrators]
     assert [(type(calibrator).__name__, vars(calibrator)) for calibrator in calibrators] == CALIBRATORS[name]
     assert cli.model.agent.protocol.prepend_think is (name != "protocols/no_prepend")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an encoder, a cross-encoder, a corpus of one document, and its vector as a bare FAISS file."""
+    folder = tmp_path_factory.mktemp("parts")
+    word_folder(folder / "encoder", {"Prague": (1.0, 0.0), "city": (0.0, 1.0)})
+    bert_folder(folder / "cross-encoder", ["prague", "city"], scores=True)
+    (folder / "corpus.jsonl").write_text('{"id": "0", "contents": "\\"Prague\\"\\nPrague is a city."}\n')
+    index = faiss.index_factory(2, "Flat", faiss.METRIC_INNER_PRODUCT)
+    index.add(np.ones((1, 2), np.float32))
+    faiss.write_index(index, str(folder / "flat.index"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if "hybrid" in name else ()) for name in RETRIEVERS]
+)
+def test_a_retriever_takes_the_place_of_the_recipes_own(name: str, parts: Path) -> None:
+    kind, needs = RETRIEVERS[name]
+    options = [f"--model.retriever.{option}={parts / file}" for option, file in needs.items()]
+    cli = build("--config", "quickstart", "--config", name, *options)
+    retriever = cli.model.agent.retriever
+    assert type(retriever).__name__ == kind
+    assert retriever.top_k == (3 if "search_r1" in name else 2)  # that of the recipe, unless the overlay says another
 
 
 def test_calibrators_can_be_installed_on_the_command_line() -> None:
