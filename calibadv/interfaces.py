@@ -22,7 +22,13 @@ Metrics = dict[str, float]
 
 
 class Engine(ABC):
-    """Samples tokens from the policy."""
+    """Samples tokens from the policy.
+
+    Attributes:
+        max_model_len: the most tokens of a prompt and its continuation together; None where there is no limit.
+    """
+
+    max_model_len: int | None = None
 
     @abstractmethod
     def generate(
@@ -46,6 +52,56 @@ class Engine(ABC):
         Args:
             policy: model and tokenizer.
         """
+
+    def rest(self) -> None:  # noqa: B027  # most engines have nothing to free
+        """Sampling is over for now, also after an error: drop what is under way, and free what only sampling needs."""
+
+
+class StreamingEngine(Engine):
+    """An engine that batches continuously: requests join and leave while others are under way.
+
+    Rollouts then go on one by one, as soon as their searches come back, and none waits for the slowest.
+    """
+
+    @abstractmethod
+    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]) -> list[int]:
+        """Ask for a continuation of each prompt, as ``generate`` does, without waiting for it.
+
+        Args:
+            prompts: token ids of each prompt.
+            sampling: temperature and the most tokens to draw.
+            keys: what the draws of each prompt depend on.
+
+        Returns:
+            One number per prompt, by which ``collect`` names it.
+        """
+
+    @abstractmethod
+    def collect(self) -> dict[int, Completion]:
+        """Sample on for a moment.
+
+        Returns:
+            The requests that ended meanwhile, by number; often none.
+        """
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]
+    ) -> list[Completion]:
+        """Continue all prompts, and wait for them; no other request may be under way.
+
+        Args:
+            prompts: token ids of each prompt.
+            sampling: temperature and the most tokens to draw.
+            keys: what the draws of each prompt depend on.
+
+        Returns:
+            One completion per prompt, in the same order.
+        """
+        numbers = self.submit(prompts, sampling, keys)
+        done: dict[int, Completion] = {}
+        while len(done) < len(numbers):
+            done.update(self.collect())
+        return [done[number] for number in numbers]
 
 
 class RetrievalError(RuntimeError):

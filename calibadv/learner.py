@@ -1,73 +1,20 @@
-"""Optimizer steps: the objective, the learning rate, and the passes over a rollout batch."""
+"""Optimizer steps: the learning rate, and the passes over a rollout batch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from calibadv.interfaces import LossInputs, Metrics, PolicyLoss, Regularizer
-from calibadv.numerics.kl import k3
-from calibadv.update import ReadyBatch, loss_inputs, micro_batches, mini_batches
-
-# Curves of every update, which no part may report another value of.
-_OURS = ("loss", "kl_old", "kl_reference", "grad_norm", "grad_norm_max")
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """What is minimised: the policy loss, the KL to the reference, and further terms."""
-
-    loss: PolicyLoss
-    kl_coef: float
-    regularizers: tuple[Regularizer, ...]
-
-    def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
-        """Add up the terms for one micro-batch.
-
-        Args:
-            inputs: N trained tokens.
-
-        Returns:
-            A scalar with gradient; and metrics that add up over micro-batches.
-        """
-        loss, reported = self.loss.compute(inputs)
-        metrics = _merge({}, reported, self.loss)
-        metrics["kl_old"] = k3(inputs.logprobs.detach(), inputs.old_logprobs).sum().item() / inputs.denominator
-        if inputs.reference_logprobs is not None:
-            kl = k3(inputs.logprobs, inputs.reference_logprobs).sum() / inputs.denominator
-            loss = loss + self.kl_coef * kl
-            metrics["kl_reference"] = kl.item()
-        for regularizer in self.regularizers:
-            term, reported = regularizer.compute(inputs)
-            loss = loss + term
-            metrics = _merge(metrics, reported, regularizer)
-        return loss, {**metrics, "loss": loss.item()}
-
-    def split(self, ready: ReadyBatch, rows: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Tell the rollouts that move the policy from those that only count, and so need no backward pass.
-
-        Where the advantages of a rollout are all 0, as in a group with equal rewards, the gradient of the policy loss
-        is exactly 0; a KL or another term still pulls on it.
-
-        Args:
-            ready: the rollout batch.
-            rows: a mini-batch.
-
-        Returns:
-            The two parts of ``rows``. Where nothing would move all are in the first, so that the gradient is 0 and not
-            missing: to AdamW that is a difference.
-        """
-        has_advantage = ready.advantages.any(dim=1).tolist()
-        moving = [row for row in rows if has_advantage[row]]
-        if self.kl_coef or self.regularizers or not moving:
-            return list(rows), []
-        return moving, [row for row in rows if not has_advantage[row]]
+from calibadv.interfaces import Metrics
+from calibadv.numerics.correction import truncated_weights
+from calibadv.objective import Objective
+from calibadv.processes import ALONE, Processes, drop_gathered, whole
+from calibadv.update import ReadyBatch, deal_micro_batches, loss_inputs, mini_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +43,62 @@ class LearningRate:
         return self.peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
+@dataclass
+class SamplerCorrection:
+    """Weigh tokens by the trainer's over the engine's probability, cut at a cap: their numerics may differ."""
+
+    level: Literal["token", "sequence"] = "token"
+    """One weight per token, or one per rollout."""
+    cap: float = 2.0
+    """The largest weight."""
+
+    def __post_init__(self) -> None:
+        """Check the cap.
+
+        Raises:
+            ValueError: it is below 1.
+        """
+        if self.cap < 1:
+            raise ValueError(f"model.sampler_correction.cap is {self.cap}; it must be at least 1")
+
+    def apply(self, ready: ReadyBatch) -> tuple[ReadyBatch, Metrics]:
+        """Weigh the advantages: a surrogate that is a multiple of them is weighed as a whole.
+
+        Args:
+            ready: rollouts, calibrated advantages, and log-probabilities before the update.
+
+        Returns:
+            The same with other advantages; and the mean weight, and the share of tokens whose weight was cut.
+        """
+        mask = ready.batch.loss_mask
+        if not mask.any():
+            return ready, {}
+        weights = truncated_weights(ready.before.policy, ready.batch.sampled_logprobs, mask, self.level, self.cap)
+        metrics = {
+            "stability/sampler_weight": weights[mask].mean().item(),
+            "stability/sampler_weight_cut": (weights[mask] == self.cap).float().mean().item(),
+        }
+        return replace(ready, advantages=ready.advantages * weights), metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Trainee:
+    """What is trained, and how gradients come to be.
+
+    Attributes:
+        model: the policy.
+        optimizer: of ``Learner.make_optimizer``.
+        backward: computes gradients of a loss; Lightning's ``manual_backward`` in training. It is told whether this is
+            the last backward pass of a mini-batch, after which processes add their gradients up.
+        processes: those that train together.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    backward: Callable[[Tensor, bool], None]
+    processes: Processes = ALONE
+
+
 @dataclass(frozen=True, slots=True)
 class Learner:
     """One pass of optimizer steps over a rollout batch; the parameters are those of SearchAgentModule."""
@@ -109,8 +112,38 @@ class Learner:
     micro_batch_tokens: int
     temperature: float
     old_logprobs: Literal["trainer", "engine"]
+    sampler_correction: SamplerCorrection | None
     skip_tied: bool
     seed: int
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: a number is out of its range, or two settings contradict each other.
+        """
+        at_least = {
+            "mini_batches": (self.mini_batches, 1),
+            "micro_batch_tokens": (self.micro_batch_tokens, 1),
+            "warmup_steps": (self.learning_rate.warmup_steps, 0),
+            "kl_coef": (self.objective.kl_coef, 0),
+            "learning_rate": (self.learning_rate.peak, 0),
+            "weight_decay": (self.weight_decay, 0),
+            "clip_norm": (self.clip_norm, 0),
+        }
+        for name, (value, bound) in at_least.items():
+            check_at_least(name, value, bound)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"model.betas are {self.betas}; both must be at least 0 and below 1")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"model.temperature is {self.temperature}; it must be above 0 (validation is greedy anyway)"
+            )
+        if self.old_logprobs == "engine" and self.sampler_correction is not None:
+            raise ValueError(
+                "model.sampler_correction is set and model.old_logprobs is engine, whose ratio holds that correction "
+                "already; leave one of them out"
+            )
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Make AdamW over the parameters that are trained.
@@ -125,30 +158,24 @@ class Learner:
             _trained(model), lr=self.learning_rate.peak, betas=self.betas, weight_decay=self.weight_decay
         )
 
-    def update(
-        self,
-        model: nn.Module,
-        ready: ReadyBatch,
-        step: int,
-        optimizer: torch.optim.Optimizer,
-        backward: Callable[[Tensor], None],
-    ) -> Metrics:
+    def update(self, trainee: Trainee, ready: ReadyBatch, step: int) -> Metrics:
         """Make one optimizer step per mini-batch.
 
         Args:
-            model: the policy.
+            trainee: what is trained, and how gradients come to be.
             ready: rollouts, calibrated advantages, and log-probabilities before the update.
             step: rollout step, from 1.
-            optimizer: of ``make_optimizer``.
-            backward: computes gradients; Lightning's ``manual_backward`` in training.
 
         Returns:
             Metrics of the update.
         """
+        correction: Metrics = {}
+        if self.sampler_correction is not None:
+            ready, correction = self.sampler_correction.apply(ready)
         if self.old_logprobs == "engine":
             ready = replace(ready, before=replace(ready.before, policy=ready.batch.sampled_logprobs))
         rate = self.learning_rate.at(step)
-        for group in optimizer.param_groups:
+        for group in trainee.optimizer.param_groups:
             group["lr"] = rate
         tied = 0
         updates: list[Metrics] = []
@@ -156,53 +183,57 @@ class Learner:
             is_tied = not bool(ready.advantages[rows].any())
             tied += is_tied
             if not (is_tied and self.skip_tied):
-                gradient = self.accumulate(model, ready, rows, optimizer, backward)
-                optimizer.step()
+                gradient = self.accumulate(trainee, ready, rows)
+                trainee.optimizer.step()
                 updates.append(gradient)
-        return {"update/learning_rate": rate, "credit/tied_updates": float(tied), **_summarise(updates)}
+        return {"update/learning_rate": rate, "credit/tied_updates": float(tied), **correction, **_summarise(updates)}
 
-    def accumulate(
-        self,
-        model: nn.Module,
-        ready: ReadyBatch,
-        rows: Sequence[int],
-        optimizer: torch.optim.Optimizer,
-        backward: Callable[[Tensor], None],
-    ) -> Metrics:
+    def accumulate(self, trainee: Trainee, ready: ReadyBatch, rows: Sequence[int]) -> Metrics:
         """Compute the clipped gradient of one mini-batch.
 
         Args:
-            model: the policy; its gradients are set.
+            trainee: its gradients are set.
             ready: rollouts, calibrated advantages, and log-probabilities before the update.
             rows: the mini-batch.
-            optimizer: clears the gradients of before.
-            backward: computes gradients.
 
         Returns:
             Loss, norm of the gradient before clipping, and what the loss reports.
         """
-        optimizer.zero_grad()
+        trainee.optimizer.zero_grad()
         denominator = float(ready.batch.loss_mask[rows].sum().item())
+        moving, still = (
+            deal_micro_batches(ready.batch, some, self.micro_batch_tokens, trainee.processes)
+            for some in self.objective.split(ready, rows)
+        )
         total: Metrics = {}
-        moving, still = self.objective.split(ready, rows)
-        parts = [micro_batches(ready.batch, some, self.micro_batch_tokens) for some in (moving, still)]
-        for place, part in enumerate(chain(*parts)):
-            moves = place < len(parts[0])
+        for place, (part, counts) in enumerate([*moving, *still]):
+            moves = place < len(moving)
             with torch.set_grad_enabled(moves):
-                loss, metrics = self.objective.compute(loss_inputs(model, ready, part, self.temperature, denominator))
+                inputs = loss_inputs(trainee.model, ready, part, self.temperature, denominator)
+                loss, metrics = self.objective.compute(inputs)
             if moves:
-                backward(loss)
+                # Processes take the mean of their gradients, where ours are parts of one sum.
+                trainee.backward(loss * (trainee.processes.size if counts else 0.0), place == len(moving) - 1)
             for name, value in metrics.items():
-                total[name] = total.get(name, 0.0) + value
-        norm = torch.nn.utils.clip_grad_norm_(_trained(model), self.clip_norm or math.inf)
-        return {**total, "grad_norm": norm.item()}
+                total[name] = total.get(name, 0.0) + value * counts
+        drop_gathered(trainee.model)
+        norm = torch.nn.utils.clip_grad_norm_(_trained(trainee.model), self.clip_norm or math.inf)
+        return {**trainee.processes.total(total), "grad_norm": whole(norm).item()}
 
 
-def _merge(metrics: Metrics, reported: Metrics, part: PolicyLoss | Regularizer) -> Metrics:
-    taken = reported.keys() & {*metrics, *_OURS}
-    if taken:
-        raise ValueError(f"{type(part).__name__} reports the metric '{min(taken)}', which is taken; rename it there")
-    return {**metrics, **reported}
+def check_at_least(name: str, value: float, bound: float) -> None:
+    """Refuse a setting of the model section that is too small.
+
+    Args:
+        name: of the setting.
+        value: as given.
+        bound: the smallest that makes sense.
+
+    Raises:
+        ValueError: it is smaller.
+    """
+    if value < bound:
+        raise ValueError(f"model.{name} is {value}; it must be at least {bound}")
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

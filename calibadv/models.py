@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from calibadv.agent.tokenizer import AgentTokenizer, prepare_tags
+from calibadv.processes import whole
 from calibadv.world import EMBEDDED, policy_folder
 
 log = logging.getLogger(__name__)
@@ -65,8 +65,7 @@ class Policy:
                 if within:
                     adapted: Any = self.model.get_submodule(owner)
                     value = value + adapted.get_delta_weight("default")
-                whole = value.full_tensor() if isinstance(value, DTensor) else value
-                yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), whole
+                yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), whole(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +114,7 @@ class Reference:
         for model in self.frozen:
             for name, tensor in sorted(model.state_dict().items()):
                 digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(whole(tensor.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest() if self.frozen else ""
 
 
@@ -194,6 +193,21 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
         model = _with_adapters(model, lora)
     model.train()  # without dropout the same as eval(), and what Lightning expects of a module in training
     return Policy(model, AgentTokenizer(tokenizer, end_ids))
+
+
+def enable_checkpointing(policy: Policy) -> None:
+    """Compute activations again in the backward pass instead of keeping them.
+
+    Args:
+        policy: as loaded.
+
+    Raises:
+        ValueError: its model cannot.
+    """
+    model: Any = policy.model
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        raise ValueError(f"{type(model).__name__} cannot compute activations again; unset model.gradient_checkpointing")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def make_reference(policy: Policy, lora: Lora | None) -> Reference:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from calibadv.agent.collate import collate, to_device
 from calibadv.agent.protocol import Protocol
-from calibadv.agent.rollout import Agent, Draws, check_prompt, run_rollouts
+from calibadv.agent.rollout import Agent, Draws, check_engine, check_prompt, run_rollouts
 from calibadv.data import QuestionData
 from calibadv.interfaces import (
     AdvantageEstimator,
@@ -26,9 +28,11 @@ from calibadv.interfaces import (
     Retriever,
     Reward,
 )
-from calibadv.learner import Learner, LearningRate, Objective
+from calibadv.learner import Learner, LearningRate, SamplerCorrection, Trainee, check_at_least
 from calibadv.metrics import evaluation_metrics, rollout_metrics, speed_metrics
-from calibadv.models import Lora, Reference, load_policy, make_reference
+from calibadv.models import Lora, Reference, enable_checkpointing, load_policy, make_reference
+from calibadv.objective import Objective
+from calibadv.processes import Processes, shard
 from calibadv.resume import check_identity, save_identity
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
@@ -70,6 +74,8 @@ class SearchAgentModule(pl.LightningModule):
         mini_batches: optimizer steps per rollout step; each takes a block of whole questions.
         micro_batch_tokens: the most tokens, padding included, of one forward pass; bounds memory, changes no result.
         old_logprobs: the ratio's denominator: recomputed by the ``trainer``, or those of the ``engine``.
+        sampler_correction: weigh tokens by how much likelier the trainer's model draws them than the engine did.
+        gradient_checkpointing: compute activations again on the way back: less memory, more time.
         skip_tied: leave out the optimizer step of mini-batches whose advantages are all 0.
         garbled_perplexity: a rollout counts as garbled if a message's perplexity is above this.
         seed: of questions, sampling and mini-batches; set by ``--seed_everything``.
@@ -101,42 +107,16 @@ class SearchAgentModule(pl.LightningModule):
         mini_batches: int = 1,
         micro_batch_tokens: int = 16384,
         old_logprobs: Literal["trainer", "engine"] = "trainer",
+        sampler_correction: SamplerCorrection | None = None,
+        gradient_checkpointing: bool = False,
         skip_tied: bool = False,
         garbled_perplexity: float = 50.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        at_least = {
-            "rollout_steps": (rollout_steps, 1),
-            "group_size": (group_size, 1),
-            "mini_batches": (mini_batches, 1),
-            "micro_batch_tokens": (micro_batch_tokens, 1),
-            "warmup_steps": (warmup_steps, 0),
-            "kl_coef": (kl_coef, 0),
-            "learning_rate": (learning_rate, 0),
-            "weight_decay": (weight_decay, 0),
-            "clip_norm": (clip_norm, 0),
-        }
-        for name, (value, bound) in at_least.items():
-            if value < bound:
-                raise ValueError(f"model.{name} is {value}; it must be at least {bound}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"model.betas are {betas}; both must be at least 0 and below 1")
-        if temperature <= 0:
-            raise ValueError(f"model.temperature is {temperature}; it must be above 0 (validation is greedy anyway)")
-        self.policy = load_policy(policy, lora)
-        self.model = self.policy.model
-        self.reference: Reference | None = make_reference(self.policy, lora) if kl_coef else None
-        self.agent = Agent(engine, retriever, protocol, self.policy.tokenizer)
-        self.reward = reward
-        self.estimator = estimator
-        self.calibrators = ()
-        self.rollout_steps = rollout_steps
-        self.group_size = group_size
-        self.temperature = temperature
-        self.micro_batch_tokens = micro_batch_tokens
-        self.garbled_perplexity = garbled_perplexity
+        check_at_least("rollout_steps", rollout_steps, 1)
+        check_at_least("group_size", group_size, 1)
         self.learner = Learner(
             objective=Objective(loss, kl_coef, tuple(regularizers or ())),
             learning_rate=LearningRate(learning_rate, schedule, warmup_steps, rollout_steps),
@@ -147,14 +127,31 @@ class SearchAgentModule(pl.LightningModule):
             micro_batch_tokens=micro_batch_tokens,
             temperature=temperature,
             old_logprobs=old_logprobs,
+            sampler_correction=sampler_correction,
             skip_tied=skip_tied,
             seed=seed,
         )
+        self.policy = load_policy(policy, lora)
+        self.model = self.policy.model
+        if gradient_checkpointing:
+            enable_checkpointing(self.policy)
+        self.reference: Reference | None = make_reference(self.policy, lora) if kl_coef else None
+        self.agent = Agent(engine, retriever, protocol, self.policy.tokenizer)
+        self.reward = reward
+        self.estimator = estimator
+        self.calibrators = ()
+        self.rollout_steps = rollout_steps
+        self.group_size = group_size
+        self.temperature = temperature
+        self.micro_batch_tokens = micro_batch_tokens
+        self.garbled_perplexity = garbled_perplexity
         self.seed = seed
         self.rollout_step = 0
         self.validated_step = -1
         self.evaluation: Metrics = {}
         self._evaluated: list[Rollout] = []
+        self._sharded = False
+        self._engine_is_stale = True
 
     def training_step(self, questions: list[Question], batch_idx: int) -> dict[str, StepOutput]:
         """Walk from questions to the gradient.
@@ -179,10 +176,10 @@ class SearchAgentModule(pl.LightningModule):
             before = self.compare(batch)
         with clock.measure("update"):
             ready = ReadyBatch(batch, calibrated, before)
-            optimizer: Any = self.optimizers()
-            update_metrics = self.learner.update(
-                self.model, ready, self.rollout_step + 1, optimizer, self.manual_backward
+            trainee = Trainee(
+                self.model, cast("torch.optim.Optimizer", self.optimizers()), self.descend, self.processes
             )
+            update_metrics = self.learner.update(trainee, ready, self.rollout_step + 1)
             self.agent.engine.sync(self.policy)
         self.rollout_step += 1
         metrics = {
@@ -198,7 +195,7 @@ class SearchAgentModule(pl.LightningModule):
         return {"output": StepOutput(self.rollout_step, batch, estimated, calibrated, metrics, clock.seconds)}
 
     def sample(self, questions: Sequence[Question], step: int, samples: int, temperature: float) -> list[Rollout]:
-        """Sample rollouts; refuse to go on when the retriever is down.
+        """Sample rollouts, each process those of its own questions; refuse to go on when the retriever is down.
 
         Args:
             questions: what to ask.
@@ -207,12 +204,17 @@ class SearchAgentModule(pl.LightningModule):
             temperature: 0 is greedy.
 
         Returns:
-            ``samples`` rollouts per question, neighbours in the list.
+            On every process, ``samples`` rollouts of each question, neighbours in the list.
 
         Raises:
             RetrievalError: more than half of the rollouts ended in a failed search.
         """
-        rollouts = run_rollouts(questions, self.agent, Draws(self.seed, step, samples, temperature))
+        if self._engine_is_stale:
+            self.agent.engine.sync(self.policy)
+            self._engine_is_stale = False
+        own = run_rollouts(questions, self.agent, Draws(self.seed, step, samples, temperature), self.processes)
+        blocks = [own[start : start + samples] for start in range(0, len(own), samples)]
+        rollouts = [rollout for block in self.processes.interleave(blocks) for rollout in block]
         failed = sum(rollout.status is RolloutStatus.SEARCH_FAILED for rollout in rollouts)
         if failed > _MAX_FAILED_SHARE * len(rollouts):
             raise RetrievalError(
@@ -246,12 +248,37 @@ class SearchAgentModule(pl.LightningModule):
         Returns:
             Old and, where the KL coefficient is set, reference log-probabilities.
         """
-        before = compute_logprobs(self.model, batch, self.micro_batch_tokens, self.temperature)
+        settings = (batch, self.micro_batch_tokens, self.temperature, self.processes)
+        before = compute_logprobs(self.model, *settings)
         if self.reference is None:
             return before
         with self.reference.model(self.model) as model:
-            reference = compute_logprobs(model, batch, self.micro_batch_tokens, self.temperature)
+            reference = compute_logprobs(model, *settings)
         return replace(before, reference=reference.policy)
+
+    def descend(self, loss: Tensor, last: bool) -> None:
+        """Compute gradients; after the last loss of a mini-batch, processes add theirs up.
+
+        Args:
+            loss: of one micro-batch.
+            last: whether it is the last one of its mini-batch.
+        """
+        wait = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        with nullcontext() if last else wait():
+            self.manual_backward(loss)
+
+    @property
+    def processes(self) -> Processes:
+        """Those that train together."""
+        return Processes.current()
+
+    def configure_model(self) -> None:
+        """Shard the parameters, where the strategy asks for it."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._sharded:
+            assert self.device_mesh is not None, "the strategy has made it"
+            for model in [self.model, *(self.reference.frozen if self.reference else [])]:
+                shard(model, self.device_mesh)
+            self._sharded = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Make the optimizer."""
@@ -268,9 +295,15 @@ class SearchAgentModule(pl.LightningModule):
             log.warning(
                 "model.group_size is 1: GRPO compares the rollouts of a question, and there is nothing to compare"
             )
-        self.agent.engine.sync(self.policy)
+        check_engine(self.agent)
+        self._engine_is_stale = True  # a checkpoint may be loaded after this, and parameters be sharded
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, QuestionData):
+            if stage == "fit" and data.questions_per_step % self.trainer.world_size:
+                raise ValueError(
+                    f"data.questions_per_step is {data.questions_per_step} and there are {self.trainer.world_size} "
+                    "processes, which must share the questions evenly; give a multiple"
+                )
             asked = data.questions_for(stage)
             for question in sorted(asked, key=lambda question: -len(question.question))[:_PROMPTS_CHECKED]:
                 check_prompt(question, self.agent)
@@ -326,7 +359,7 @@ class SearchAgentModule(pl.LightningModule):
         self.evaluation = evaluation_metrics(self._evaluated)
         self._evaluated.clear()
         metrics = {f"{prefix}/{name}": value for name, value in self.evaluation.items()}
-        self.log_dict(metrics, logger=False)  # for callbacks that monitor a metric
+        self.log_dict(metrics, logger=False, sync_dist=True)  # for callbacks that monitor a metric; equal on all processes
         self.log_at_step(metrics)
 
     def log_at_step(self, metrics: Metrics) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from calibadv.forward import forward_logprobs
 from calibadv.interfaces import LossInputs, Metrics
 from calibadv.numerics.draws import uniforms
-from calibadv.numerics.logprobs import entropy, token_logprobs
 from calibadv.numerics.perplexity import message_perplexities
+from calibadv.processes import ALONE, Processes
 from calibadv.types import DrawKey, RolloutBatch
 
 
@@ -72,6 +73,27 @@ def micro_batches(batch: RolloutBatch, rows: Iterable[int], token_budget: int) -
     return parts
 
 
+def deal_micro_batches(
+    batch: RolloutBatch, rows: Iterable[int], token_budget: int, processes: Processes
+) -> list[tuple[list[int], bool]]:
+    """Cut rows into micro-batches and deal them out, smaller ones where there would be too few for all processes.
+
+    Args:
+        batch: B rollouts.
+        rows: those to cut.
+        token_budget: the most tokens of a micro-batch.
+        processes: share the work.
+
+    Returns:
+        Micro-batches of this process, and whether each counts (see ``Processes.deal``).
+    """
+    rows = list(rows)
+    if processes.size > 1:
+        tokens = int(batch.attention_mask[rows].sum().item())
+        token_budget = min(token_budget, -(-tokens // processes.size))
+    return processes.deal(micro_batches(batch, rows, token_budget))
+
+
 def mini_batches(batch: RolloutBatch, count: int, seed: int, step: int) -> list[list[int]]:
     """Cut a rollout batch into blocks of whole groups, in an order drawn from (seed, step).
 
@@ -93,29 +115,13 @@ def mini_batches(batch: RolloutBatch, count: int, seed: int, step: int) -> list[
     return [block for block in blocks if any(trained[row] for row in block)]
 
 
-def forward_logits(
-    model: nn.Module, batch: RolloutBatch, rows: Sequence[int], temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Run the model over some rollouts.
-
-    Args:
-        model: a causal language model.
-        batch: B rollouts.
-        rows: those to run.
-        temperature: the logits are divided by it, as when the tokens were sampled.
-
-    Returns:
-        Logits [N, V] of the trained tokens of these rollouts, row by row, and the tokens [N] themselves.
-    """
-    length = int(batch.attention_mask[rows].sum(dim=1).max().item())
-    token_ids = batch.token_ids[rows, :length]
-    mask = batch.loss_mask[rows, 1:length]
-    # Padding is on the right, where a causal model does not look: without a mask, attention takes its fast path.
-    output = model(input_ids=token_ids, use_cache=False)
-    return output.logits[:, :-1][mask] / temperature, token_ids[:, 1:][mask]
-
-
-def compute_logprobs(model: nn.Module, batch: RolloutBatch, token_budget: int, temperature: float) -> BatchLogprobs:
+def compute_logprobs(
+    model: nn.Module,
+    batch: RolloutBatch,
+    token_budget: int,
+    temperature: float,
+    processes: Processes = ALONE,
+) -> BatchLogprobs:
     """Log-probabilities and entropies of all trained tokens, without gradient.
 
     Args:
@@ -123,6 +129,7 @@ def compute_logprobs(model: nn.Module, batch: RolloutBatch, token_budget: int, t
         batch: B rollouts.
         token_budget: the most tokens of a micro-batch.
         temperature: of sampling.
+        processes: share the work.
 
     Returns:
         Two tensors [B, T].
@@ -130,12 +137,12 @@ def compute_logprobs(model: nn.Module, batch: RolloutBatch, token_budget: int, t
     logprobs = torch.zeros_like(batch.sampled_logprobs)
     entropies = torch.zeros_like(batch.sampled_logprobs)
     with torch.no_grad():
-        for rows in micro_batches(batch, range(len(batch.rollouts)), token_budget):
-            logits, tokens = forward_logits(model, batch, rows, temperature)
-            places = _places(batch, rows)
-            logprobs[places] = token_logprobs(logits, tokens)
-            entropies[places] = entropy(logits)
-    return BatchLogprobs(logprobs, entropies)
+        for rows, counts in deal_micro_batches(batch, range(len(batch.rollouts)), token_budget, processes):
+            found = forward_logprobs(model, batch, rows, temperature)
+            if counts:
+                places = _places(batch, rows)
+                logprobs[places], entropies[places] = found
+    return BatchLogprobs(processes.add_up(logprobs), processes.add_up(entropies))
 
 
 def loss_inputs(
@@ -153,11 +160,11 @@ def loss_inputs(
     Returns:
         The N trained tokens of these rollouts.
     """
-    logits, tokens = forward_logits(model, ready.batch, rows, temperature)
+    logprobs, _ = forward_logprobs(model, ready.batch, rows, temperature)
     places = _places(ready.batch, rows)
     reference = ready.before.reference
     return LossInputs(
-        logprobs=token_logprobs(logits, tokens),
+        logprobs=logprobs,
         old_logprobs=ready.before.policy[places],
         reference_logprobs=None if reference is None else reference[places],
         advantages=ready.advantages[places],
@@ -197,6 +204,6 @@ def stability_metrics(batch: RolloutBatch, before: BatchLogprobs, garbled_perple
 
 
 def _places(batch: RolloutBatch, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Indices (row, token) of the trained tokens of some rows, in the order of ``forward_logits``."""
+    """Indices (row, token) of the trained tokens of some rows, in the order of ``forward_logprobs``."""
     within, columns = batch.loss_mask[rows].nonzero(as_tuple=True)
     return torch.as_tensor(rows, device=within.device)[within], columns

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from models import byte_level_folder, wordpiece_folder
 
 from calibadv.models import Policy, load_policy
 from calibadv.world import policy_folder
+
+settings.register_profile("calibadv", deadline=None)  # no test depends on how busy the machine is
+settings.load_profile("calibadv")
 
 # What real passages are like: other alphabets, quotes and tags in the text, no title, and one of 3,500 characters.
 _SENTENCE = "The director of the film, {n} years old then, shot reel {n} by the river Świder and cut it in a barn. "

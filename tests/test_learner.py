@@ -16,9 +16,10 @@ from calibadv.agent.collate import collate
 from calibadv.calibrators import AnswerRebalance, SoftPenalty
 from calibadv.estimators import GRPO
 from calibadv.interfaces import LossInputs, Metrics, Regularizer
-from calibadv.learner import Learner, LearningRate, Objective
+from calibadv.learner import Learner, LearningRate, SamplerCorrection, Trainee
 from calibadv.losses import PPOClip
-from calibadv.models import Policy, load_policy
+from calibadv.models import Policy, enable_checkpointing, load_policy
+from calibadv.objective import Objective
 from calibadv.rewards.answer import F1
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
@@ -39,6 +40,7 @@ def learner(*regularizers: Regularizer, kl_coef: float = 0.0, rate: float = 0.1,
         "micro_batch_tokens": 10_000,
         "temperature": 1.0,
         "old_logprobs": "trainer",
+        "sampler_correction": None,
         "skip_tied": False,
         "seed": 0,
     }
@@ -53,17 +55,21 @@ def ready(
     return ReadyBatch(batch, GRPO().estimate(batch) if advantages is None else advantages, before)
 
 
+def backward(loss: Tensor, last: bool) -> None:
+    loss.backward()
+
+
 def accumulate(learner: Learner, model: nn.Module, batch: ReadyBatch, rows: Sequence[int]) -> tuple[Metrics, Tensor]:
     """Metrics, and all gradients as one vector."""
     optimizer = learner.make_optimizer(model)
-    metrics = learner.accumulate(model, batch, rows, optimizer, lambda loss: loss.backward())
+    metrics = learner.accumulate(Trainee(model, optimizer, backward), batch, rows)
     gradients = [p.grad.flatten().clone() for p in model.parameters() if p.grad is not None]
     return metrics, torch.cat(gradients)
 
 
 def update(learner: Learner, model: nn.Module, batch: ReadyBatch, step: int = 1, optimizer: Any = None) -> Metrics:
     optimizer = optimizer or learner.make_optimizer(model)
-    return learner.update(model, batch, step, optimizer, lambda loss: loss.backward())
+    return learner.update(Trainee(model, optimizer, backward), batch, step)
 
 
 # A loss for a pencil. All probabilities are 1/2, and the three tokens 1 after 0, 0 after 1 and 0 after 0 were drawn.
@@ -273,7 +279,7 @@ def test_distance_to_the_old_policy_is_that_of_the_last_mini_batch() -> None:
     # The first of the two starts at the old policy; the mean would be half of this.
     first, last = mini_batches(batch.batch, 2, rule.seed, step=1)
     optimizer = rule.make_optimizer(models[1])
-    assert rule.accumulate(models[1], batch, first, optimizer, lambda loss: loss.backward())["kl_old"] == 0
+    assert rule.accumulate(Trainee(models[1], optimizer, backward), batch, first)["kl_old"] == 0
     optimizer.step()
     expected = accumulate(rule, models[1], batch, last)[0]["kl_old"]
     assert metrics["stability/kl_old"] == pytest.approx(expected)
@@ -397,3 +403,57 @@ def test_only_trained_parameters_are_optimised() -> None:
     optimizer = learner(betas=(0.8, 0.9), weight_decay=0.5).make_optimizer(model)
     assert [len(group["params"]) for group in optimizer.param_groups] == [2]
     assert (optimizer.param_groups[0]["betas"], optimizer.param_groups[0]["weight_decay"]) == ((0.8, 0.9), 0.5)
+
+
+# Engine and trainer.
+
+
+def drifted() -> ReadyBatch:
+    """Two rollouts of which the trainer finds tokens 4, 2 and 1/2 times as likely as the engine did."""
+    batch = collate([episode((0,), (1, 0)), episode((0,), (0,))])
+    logprobs = torch.full((2, 3), -LN2) * batch.loss_mask
+    sampled = logprobs - torch.tensor([[0, 2 * LN2, LN2], [0, -LN2, 0]])
+    advantages = torch.tensor([[0, 1.0, -1.0], [0, 2.0, 0]])
+    before = BatchLogprobs(logprobs, torch.zeros(2, 3))
+    return ReadyBatch(replace(batch, sampled_logprobs=sampled), advantages, before)
+
+
+@pytest.mark.parametrize(
+    ("level", "expected", "cut"),
+    [
+        # min(4, 3), 2 and 1/2; one of three weights is cut.
+        ("token", [[0, 3.0, -2.0], [0, 1.0, 0]], 1 / 3),
+        # A rollout's weight is the product over its tokens: min(4 x 2, 3) and 1/2.
+        ("sequence", [[0, 3.0, -3.0], [0, 1.0, 0]], 2 / 3),
+    ],
+)
+def test_tokens_are_weighed_by_trainer_over_engine(level: Any, expected: list[list[float]], cut: float) -> None:
+    corrected, metrics = SamplerCorrection(level, cap=3.0).apply(drifted())
+    torch.testing.assert_close(corrected.advantages, torch.tensor(expected))
+    weights = {"token": (3 + 2 + 0.5) / 3, "sequence": (3 + 3 + 0.5) / 3}[level]
+    assert metrics == pytest.approx({"stability/sampler_weight": weights, "stability/sampler_weight_cut": cut})
+
+
+def test_the_correction_scales_the_gradient() -> None:
+    """All ratios are 1 here, so the loss is -(mean of the advantages), and its gradient follows the weights."""
+    losses = []
+    for correction in (None, SamplerCorrection("token", cap=3.0)):
+        model = Bigram(torch.zeros(2, 2))
+        losses.append(update(learner(sampler_correction=correction), model, drifted())["update/loss"])
+    assert losses == pytest.approx([-(1 - 1 + 2) / 3, -(3 - 2 + 1) / 3])
+
+
+def test_a_cap_below_one_would_cut_an_exact_engine() -> None:
+    with pytest.raises(ValueError, match=r"cap is 0\.5; it must be at least 1"):
+        SamplerCorrection(cap=0.5)
+
+
+def test_checkpointed_activations_change_no_gradient(qwen2_folder: Path, rollouts: list[Rollout]) -> None:
+    results = []
+    for checkpointing in (False, True):
+        policy = load_policy(str(qwen2_folder))
+        if checkpointing:
+            enable_checkpointing(policy)
+        results.append(accumulate(learner(), policy.model, perturbed(policy.model, rollouts), range(8)))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=1e-5)

@@ -16,7 +16,6 @@ from calibadv.update import (
     BatchLogprobs,
     ReadyBatch,
     compute_logprobs,
-    forward_logits,
     loss_inputs,
     micro_batches,
     mini_batches,
@@ -102,13 +101,6 @@ def test_mini_batches_without_a_trained_token_are_left_out() -> None:
 
 
 # Log-probabilities.
-
-
-def test_forward_logits_by_hand() -> None:
-    logits, tokens = forward_logits(Bigram(TABLE), two_rollouts(), [1, 0], temperature=0.5)
-    # Row 1 trains its last token, 0 after 0; row 0 the tokens 1 after 0, 0 after 1 and 1 after the observation's 1.
-    assert tokens.tolist() == [0, 1, 0, 1]
-    torch.testing.assert_close(logits, TABLE[[0, 0, 1, 1]] / 0.5)
 
 
 @pytest.mark.parametrize("budget", [1, 8, 100])

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
-from calibadv.agent.protocol import Message, Protocol, is_valid, parse_message, render_observation
+from calibadv.agent.episode import Episode, finish, observe, search, speak
+from calibadv.agent.protocol import Protocol
+from calibadv.agent.streaming import Key, stream
 from calibadv.agent.tokenizer import AgentTokenizer
-from calibadv.interfaces import Engine, RetrievalError, Retriever
-from calibadv.types import (
-    Completion,
-    Document,
-    DrawKey,
-    Question,
-    Rollout,
-    RolloutStatus,
-    Sampling,
-    Segment,
-    StopReason,
-)
-
-log = logging.getLogger(__name__)
+from calibadv.interfaces import Engine, Retriever, StreamingEngine
+from calibadv.processes import ALONE, Processes
+from calibadv.types import DrawKey, Question, Rollout, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +36,10 @@ class Draws:
     temperature: float
 
 
-@dataclass(slots=True)
-class _Episode:
-    """A rollout in the making; ``token_ids`` is everything so far, the next prompt of the engine."""
-
-    question: Question
-    sample: int
-    prompt_ids: tuple[int, ...]
-    token_ids: list[int]
-    segments: list[Segment] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)
-    status: RolloutStatus | None = None
-
-
-def run_rollouts(questions: Sequence[Question], agent: Agent, draws: Draws) -> list[Rollout]:
-    """Sample rollouts, all in step: one call of the engine and one of the retriever per turn.
+def run_rollouts(
+    questions: Sequence[Question], agent: Agent, draws: Draws, processes: Processes = ALONE
+) -> list[Rollout]:
+    """Sample rollouts: all in step, or each at its own pace where the engine batches continuously.
 
     Token ids are kept as they were sampled and shown; text is decoded from them to be read, and never encoded again.
 
@@ -67,34 +47,68 @@ def run_rollouts(questions: Sequence[Question], agent: Agent, draws: Draws) -> l
         questions: what to ask.
         agent: engine, retriever, protocol and tokenizer.
         draws: samples per question, temperature, seed and rollout step.
+        processes: those that share the questions; this one samples for those that it owns.
 
     Returns:
-        ``draws.samples`` rollouts per question, neighbours in the list.
+        ``draws.samples`` rollouts per question of this process, neighbours in the list.
 
     Raises:
-        ValueError: a prompt leaves no room for a message within ``max_rollout_tokens``.
+        ValueError: a prompt leaves no room for a message within ``max_rollout_tokens``, or the engine is made for less.
     """
-    episodes: list[_Episode] = []
+    check_engine(agent)
+    episodes: list[Episode] = []
     sampled: Counter[str] = Counter()
-    for question in questions:
-        prompt = check_prompt(question, agent)
-        for _ in range(draws.samples):
-            # A question that the batch holds twice goes on counting: equal keys would draw equal rollouts.
-            episodes.append(_Episode(question, sampled[question.id], prompt, list(prompt)))
-            sampled[question.id] += 1
+    for place, question in enumerate(questions):
+        # A question that the batch holds twice goes on counting: equal keys would draw equal rollouts.
+        first = sampled[question.id]
+        sampled[question.id] += draws.samples
+        if processes.owns(place):
+            prompt = check_prompt(question, agent)
+            episodes += [Episode(question, first + n, prompt, list(prompt)) for n in range(draws.samples)]
     sampling = Sampling(draws.temperature, agent.protocol.max_turn_tokens)
-    active = episodes
-    for turn in range(agent.protocol.max_searches + 1):
-        keys = [DrawKey(draws.seed, draws.step, e.question.id, e.sample, turn) for e in active]
-        completions = agent.engine.generate([episode.token_ids for episode in active], sampling, keys)
+
+    def key(episode: Episode) -> DrawKey:
+        return DrawKey(draws.seed, draws.step, episode.question.id, episode.sample, turn=len(episode.messages))
+
+    try:
+        if isinstance(agent.engine, StreamingEngine):
+            stream(episodes, agent.engine, agent, sampling, key)
+        else:
+            _march(episodes, agent, sampling, key)
+    finally:
+        agent.engine.rest()
+    return [finish(episode, draws.step, agent.protocol.prepend_think) for episode in episodes]
+
+
+def _march(episodes: Sequence[Episode], agent: Agent, sampling: Sampling, key: Key) -> None:
+    """Play all episodes in step: one call of the engine and one of the retriever per turn."""
+    active = list(episodes)
+    while active:
+        prompts = [episode.token_ids for episode in active]
+        completions = agent.engine.generate(prompts, sampling, [key(episode) for episode in active])
         for episode, completion in zip(active, completions, strict=True):
-            _speak(episode, completion, agent, last_turn=turn == agent.protocol.max_searches)
+            speak(episode, completion, agent)
         active = [episode for episode in active if episode.status is None]
-        _search(active, agent)
+        if active:
+            observe(active, partial(search, active, agent), agent)
         active = [episode for episode in active if episode.status is None]
-        if not active:
-            break
-    return [_finish(episode, draws.step, agent.protocol.prepend_think) for episode in episodes]
+
+
+def check_engine(agent: Agent) -> None:
+    """See that the engine takes sequences as long as the protocol allows.
+
+    Args:
+        agent: its engine and protocol are compared. An engine may know its limit only after the first ``sync``.
+
+    Raises:
+        ValueError: it does not.
+    """
+    engine, limit = agent.engine, agent.protocol.max_rollout_tokens
+    if engine.max_model_len is not None and engine.max_model_len < limit:
+        raise ValueError(
+            f"{type(engine).__name__} takes at most {engine.max_model_len} tokens (max_model_len) and "
+            f"protocol.max_rollout_tokens is {limit}; raise model.engine.max_model_len, or lower the protocol's limit"
+        )
 
 
 def check_prompt(question: Question, agent: Agent) -> tuple[int, ...]:
@@ -118,67 +132,3 @@ def check_prompt(question: Question, agent: Agent) -> tuple[int, ...]:
             f"{limit}; raise the limit, or leave the question out"
         )
     return prompt
-
-
-def _speak(episode: _Episode, completion: Completion, agent: Agent, last_turn: bool) -> None:
-    room = agent.protocol.max_rollout_tokens - len(episode.token_ids)
-    token_ids, logprobs = completion.token_ids[:room], completion.logprobs[:room]
-    cut = len(token_ids) < len(completion.token_ids) or completion.stop_reason is StopReason.LENGTH
-    text = agent.tokenizer.decode(token_ids)
-    message = parse_message(text, agent.protocol.prepend_think)
-    episode.segments.append(Segment("policy", text, len(token_ids), token_ids, logprobs))
-    episode.messages.append(message)
-    episode.token_ids.extend(token_ids)
-    if message.action is None:
-        episode.status = RolloutStatus.TRUNCATED if cut else RolloutStatus.INVALID
-    elif message.action == "answer":
-        episode.status = RolloutStatus.ANSWERED
-    elif not message.content:
-        episode.status = RolloutStatus.INVALID
-    elif last_turn:
-        episode.status = RolloutStatus.OUT_OF_TURNS
-
-
-def _search(episodes: list[_Episode], agent: Agent) -> None:
-    if not episodes:
-        return
-    try:
-        results = agent.retriever.search([e.messages[-1].content for e in episodes], agent.retriever.top_k)
-    except RetrievalError as error:
-        log.warning("search failed for %d rollouts, which are left out: %s", len(episodes), error)
-        for episode in episodes:
-            episode.status = RolloutStatus.SEARCH_FAILED
-        return
-    for episode, found in zip(episodes, results, strict=True):
-        _observe(episode, tuple(scored.document for scored in found), agent)
-
-
-def _observe(episode: _Episode, documents: tuple[Document, ...], agent: Agent) -> None:
-    text = render_observation(documents, agent.protocol.prepend_think, agent.tokenizer.special_strings)
-    token_ids = tuple(agent.tokenizer.encode(text))
-    total = len(episode.token_ids) + len(token_ids)
-    if total > agent.protocol.max_rollout_tokens:
-        episode.status = RolloutStatus.TRUNCATED
-        return
-    episode.segments.append(Segment("environment", text, len(token_ids), token_ids, documents=documents))
-    episode.token_ids.extend(token_ids)
-    if total == agent.protocol.max_rollout_tokens:  # no room for another message
-        episode.status = RolloutStatus.TRUNCATED
-
-
-def _finish(episode: _Episode, step: int, prepend_think: bool) -> Rollout:
-    status = episode.status
-    assert status is not None, "the loop ends every episode"
-    badly_formatted = not all(message.well_formed for message in episode.messages)
-    answered_badly = status is RolloutStatus.ANSWERED and not is_valid(episode.messages)
-    if answered_badly or (status is RolloutStatus.OUT_OF_TURNS and badly_formatted):
-        status = RolloutStatus.INVALID
-    return Rollout(
-        question=episode.question,
-        sample=episode.sample,
-        step=step,
-        prepend_think=prepend_think,
-        segments=tuple(episode.segments),
-        status=status,
-        prompt_ids=episode.prompt_ids,
-    )

@@ -54,6 +54,10 @@ class RolloutCheckpoint(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when it is due; where a validation is due too, after it, so that a resumed run need not repeat it."""
+        number = pl_module.processes.any(self.stopped_by or 0)  # whoever is told to stop, all stop after this step
+        if number:
+            self.stopped_by = signal.Signals(number)
+            trainer.should_stop = True
         if self.stopped_by:
             # Whoever sends SIGTERM will not wait for a validation; a resumed run makes up for it where it was due.
             self._save(trainer, pl_module)

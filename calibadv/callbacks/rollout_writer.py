@@ -35,7 +35,8 @@ class RolloutWriter(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the training rollouts where it is their turn."""
         output = outputs["output"]
-        if output.step != 1 and output.step % self.every_n_rollout_steps:
+        due = output.step == 1 or output.step % self.every_n_rollout_steps == 0
+        if not (due and trainer.is_global_zero):  # every process holds all rollouts
             return
         estimated, calibrated = (turn_values(output.batch, a) for a in (output.estimated, output.calibrated))
         rollouts = output.batch.rollouts
@@ -77,7 +78,8 @@ class RolloutWriter(Callback):
         self._write(trainer, pl_module, "predict")
 
     def _write(self, trainer: Trainer, pl_module: Any, split: str) -> None:
-        write_rollouts(self._path(trainer, split, pl_module.rollout_step), self._evaluated)
+        if trainer.is_global_zero:
+            write_rollouts(self._path(trainer, split, pl_module.rollout_step), self._evaluated)
         self._evaluated.clear()
 
     def _path(self, trainer: Trainer, split: str, step: int) -> Path:

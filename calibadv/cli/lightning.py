@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from argparse import ArgumentError
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,14 +23,15 @@ from calibadv.callbacks.checkpoint import RolloutCheckpoint
 from calibadv.callbacks.progress import Progress
 from calibadv.callbacks.results import Results
 from calibadv.callbacks.rollout_writer import RolloutWriter
-from calibadv.cli.configs import ConfigFile, Option, configs_folder, is_calibration, read_words, scan_settings
+from calibadv.cli.configs import ConfigFile, Option, configs_folder, read_words, scan_settings
 from calibadv.cli.curves import RunCurves
 from calibadv.cli.explain import explain
 from calibadv.cli.goodbye import goodbye
-from calibadv.cli.help import HELP, STAYS, VERBS, describe
+from calibadv.cli.help import HELP, VERBS, describe
 from calibadv.cli.plan import Run, Start, plan_start, refuse_second_run, refuse_untrained, resume_command
 from calibadv.cli.quiet import quiet_libraries
 from calibadv.cli.signals import ended_by_sigterm
+from calibadv.cli.trainer import check_trainer, moment
 from calibadv.data import QuestionData
 from calibadv.module import SearchAgentModule
 from calibadv.run_folder import write_atomically
@@ -123,7 +123,7 @@ class CalibadvCLI(LightningCLI):
         prefix = [] if self.verb == "fit" else [self.verb]
         names = [setting.path.stem for setting in self.settings if isinstance(setting, ConfigFile)]
         seed = f"seed{config.seed_everything}"
-        default_name = "-".join([*prefix, *names, seed, datetime.now().strftime("%Y%m%d-%H%M%S")])
+        default_name = "-".join([*prefix, *names, seed, moment()])
         self.start = plan_start(config.run.root, config.run.name, default_name, config.ckpt_path)
         if self.start.checkpoint is not None:
             config.ckpt_path = str(self.start.checkpoint)
@@ -241,6 +241,8 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
             cli = CalibadvCLI(verb, settings)
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error
+    if not cli.trainer.is_global_zero:
+        return 0
     return goodbye(verb, cli.start.folder, cli.model.rollout_step, cli.checkpoints.stopped_by, cli.resume_command)
 
 
@@ -269,31 +271,3 @@ def words_of(setting: ConfigFile | Option) -> list[str]:
         Words.
     """
     return ["--config", setting.name] if isinstance(setting, ConfigFile) else list(setting.words)
-
-
-def check_trainer(trainer: Any) -> None:
-    """Refuse settings of the trainer that contradict ours.
-
-    Args:
-        trainer: the parsed section ``trainer``.
-
-    Raises:
-        ValueError: see the messages.
-    """
-    for name, (value, reason) in STAYS.items():
-        if trainer[name] not in (value, str(value)):  # devices may be a text
-            kept = "null" if value is None else value
-            raise ValueError(f"trainer.{name} is {trainer[name]}; it must stay {kept}: {reason}")
-    if str(trainer.precision).startswith("16"):
-        raise ValueError(
-            f"trainer.precision is {trainer.precision}; float16 needs scaled gradients, which model.clip_norm "
-            "would clip as they are: give bf16-mixed or 32-true"
-        )
-    interval = trainer.val_check_interval
-    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-        raise ValueError(
-            f"trainer.val_check_interval is {interval}; it counts rollout steps, and must be a whole number from 1 on"
-        )
-    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else []
-    if sum(is_calibration(callback) for callback in callbacks) > 1:
-        raise ValueError("two AdvantageCalibration callbacks are installed; list all calibrators in one of them")

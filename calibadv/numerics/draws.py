@@ -21,9 +21,24 @@ def keyed_stream(*fields: int | str) -> np.random.Philox:
     Returns:
         A Philox bit generator, keyed by the 128-bit BLAKE2b of the fields.
     """
+    return np.random.Philox(key=int.from_bytes(_digest(*fields), "little"))
+
+
+def request_seed(key: DrawKey) -> int:
+    """The seed of a turn for engines with a sampler of their own.
+
+    Args:
+        key: seed, rollout step, question, sample and turn.
+
+    Returns:
+        The first 63 bits of the key's digest: a seed that a signed 64-bit integer holds.
+    """
+    return int.from_bytes(_digest(*astuple(key))[:8], "big") >> 1
+
+
+def _digest(*fields: int | str) -> bytes:
     # JSON keeps where a field ends and whether it was a number; Python's hash() differs from process to process.
-    digest = blake2b(json.dumps(fields).encode(), digest_size=16).digest()
-    return np.random.Philox(key=int.from_bytes(digest, "little"))
+    return blake2b(json.dumps(fields).encode(), digest_size=16).digest()
 
 
 def uniforms(key: DrawKey, n: int) -> NDArray[np.float32]:

@@ -25,18 +25,20 @@ def draw_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[T
         ValueError: a row of logits has no distribution (it holds nan, or plus infinity).
     """
     check_shapes("N V, N", logits, uniforms)
-    logprobs = torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
-    if logprobs.isnan().any():
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    if not normaliser.isfinite().all():
         raise ValueError(
             f"the policy's logits are not finite at temperature {temperature}: training has diverged; "
             "resume from an earlier checkpoint with a lower model.learning_rate"
         )
     if temperature > 0:
-        cumulative = logprobs.exp().cumsum(dim=-1)
+        cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1)
         # The sum is 1 only up to rounding; a target below it always meets a token of probability above 0.
         total = cumulative[:, -1:]
         target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
         tokens = torch.searchsorted(cumulative, target, right=True)
     else:
-        tokens = logprobs.argmax(dim=-1, keepdim=True)
-    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+        tokens = logits.argmax(dim=-1, keepdim=True)
+    return tokens[:, 0], (logits.gather(1, tokens) - normaliser)[:, 0]

@@ -1,0 +1,141 @@
+"""One rollout in the making: what a message and an observation change."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from calibadv.agent.protocol import Message, is_valid, parse_message, render_observation
+from calibadv.interfaces import RetrievalError
+from calibadv.types import (
+    Completion,
+    Document,
+    Question,
+    Rollout,
+    RolloutStatus,
+    ScoredDocument,
+    Segment,
+    StopReason,
+)
+
+if TYPE_CHECKING:
+    from calibadv.agent.rollout import Agent
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Episode:
+    """A rollout in the making; ``token_ids`` is everything so far, the next prompt of the engine."""
+
+    question: Question
+    sample: int
+    prompt_ids: tuple[int, ...]
+    token_ids: list[int]
+    segments: list[Segment] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    status: RolloutStatus | None = None
+
+
+def speak(episode: Episode, completion: Completion, agent: Agent) -> None:
+    """Append a message; the episode is over unless it searches.
+
+    Args:
+        episode: changed in place.
+        completion: what the engine drew.
+        agent: its protocol and tokenizer are used.
+    """
+    room = agent.protocol.max_rollout_tokens - len(episode.token_ids)
+    token_ids, logprobs = completion.token_ids[:room], completion.logprobs[:room]
+    cut = len(token_ids) < len(completion.token_ids) or completion.stop_reason is StopReason.LENGTH
+    text = agent.tokenizer.decode(token_ids)
+    message = parse_message(text, agent.protocol.prepend_think)
+    episode.segments.append(Segment("policy", text, len(token_ids), token_ids, logprobs))
+    episode.messages.append(message)
+    episode.token_ids.extend(token_ids)
+    if message.action is None:
+        episode.status = RolloutStatus.TRUNCATED if cut else RolloutStatus.INVALID
+    elif message.action == "answer":
+        episode.status = RolloutStatus.ANSWERED
+    elif not message.content:
+        episode.status = RolloutStatus.INVALID
+    elif len(episode.messages) > agent.protocol.max_searches:
+        episode.status = RolloutStatus.OUT_OF_TURNS
+
+
+def search(episodes: Sequence[Episode], agent: Agent) -> list[list[ScoredDocument]]:
+    """Search for what the last message of each episode asks.
+
+    Args:
+        episodes: those that search.
+        agent: its retriever is used.
+
+    Returns:
+        Documents per episode.
+
+    Raises:
+        RetrievalError: the search could not be made.
+    """
+    return agent.retriever.search([episode.messages[-1].content for episode in episodes], agent.retriever.top_k)
+
+
+def observe(episodes: Sequence[Episode], found: Callable[[], list[list[ScoredDocument]]], agent: Agent) -> None:
+    """Append what a search of several episodes found; a failed one ends them all.
+
+    Args:
+        episodes: those that searched together; changed in place.
+        found: gives the documents of each, or raises a RetrievalError.
+        agent: its protocol and tokenizer are used.
+    """
+    try:
+        results = found()
+    except RetrievalError as error:
+        log.warning("search failed for %d rollouts, which are left out: %s", len(episodes), error)
+        for episode in episodes:
+            episode.status = RolloutStatus.SEARCH_FAILED
+        return
+    for episode, result in zip(episodes, results, strict=True):
+        _show(episode, tuple(scored.document for scored in result), agent)
+
+
+def _show(episode: Episode, documents: tuple[Document, ...], agent: Agent) -> None:
+    text = render_observation(documents, agent.protocol.prepend_think, agent.tokenizer.special_strings)
+    token_ids = tuple(agent.tokenizer.encode(text))
+    total = len(episode.token_ids) + len(token_ids)
+    if total > agent.protocol.max_rollout_tokens:
+        episode.status = RolloutStatus.TRUNCATED
+        return
+    episode.segments.append(Segment("environment", text, len(token_ids), token_ids, documents=documents))
+    episode.token_ids.extend(token_ids)
+    if total == agent.protocol.max_rollout_tokens:  # no room for another message
+        episode.status = RolloutStatus.TRUNCATED
+
+
+def finish(episode: Episode, step: int, prepend_think: bool) -> Rollout:
+    """Make the record of an episode that is over.
+
+    Args:
+        episode: with its status.
+        step: rollout step.
+        prepend_think: of the protocol.
+
+    Returns:
+        The rollout.
+    """
+    status = episode.status
+    assert status is not None, "the loop ends every episode"
+    badly_formatted = not all(message.well_formed for message in episode.messages)
+    answered_badly = status is RolloutStatus.ANSWERED and not is_valid(episode.messages)
+    if answered_badly or (status is RolloutStatus.OUT_OF_TURNS and badly_formatted):
+        status = RolloutStatus.INVALID
+    return Rollout(
+        question=episode.question,
+        sample=episode.sample,
+        step=step,
+        prepend_think=prepend_think,
+        segments=tuple(episode.segments),
+        status=status,
+        prompt_ids=episode.prompt_ids,
+    )

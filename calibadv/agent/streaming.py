@@ -1,0 +1,56 @@
+"""The multi-turn loop of engines that batch continuously: every rollout goes at its own pace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from calibadv.agent.episode import Episode, observe, search, speak
+from calibadv.interfaces import StreamingEngine
+from calibadv.types import DrawKey, Sampling, ScoredDocument
+
+if TYPE_CHECKING:
+    from calibadv.agent.rollout import Agent
+
+Key = Callable[[Episode], DrawKey]
+
+
+def stream(episodes: Sequence[Episode], engine: StreamingEngine, agent: Agent, sampling: Sampling, key: Key) -> None:
+    """Play all episodes to their ends. The records are those of the loop that goes turn by turn, only sooner.
+
+    While the engine samples, one search at a time runs beside it, for all episodes that have asked since the last one
+    began. Nothing but the search leaves this thread: tokenizers do not bear being used by two.
+
+    Args:
+        episodes: with their prompts; changed in place.
+        engine: the agent's.
+        agent: its retriever, protocol and tokenizer are used.
+        sampling: temperature and the most tokens of a message.
+        key: what the draws of an episode's next message depend on.
+    """
+    writing: dict[int, Episode] = {}
+    asking: list[Episode] = []  # have written a search that has not begun
+
+    def write(ready: Sequence[Episode]) -> None:
+        going = [episode for episode in ready if episode.status is None]
+        numbers = engine.submit([e.token_ids for e in going], sampling, [key(e) for e in going])
+        writing.update(zip(numbers, going, strict=True))
+
+    write(episodes)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="search") as background:
+        searching: list[Episode] = []
+        found: Future[list[list[ScoredDocument]]] = Future()
+        while writing or asking or searching:
+            if searching and (found.done() or not writing):
+                observe(searching, found.result, agent)
+                write(searching)
+                searching = []
+            if asking and not searching:
+                searching, asking = asking, []
+                found = background.submit(search, searching, agent)
+            for number, completion in engine.collect().items() if writing else ():
+                episode = writing.pop(number)
+                speak(episode, completion, agent)
+                if episode.status is None:
+                    asking.append(episode)

@@ -1,0 +1,69 @@
+"""What the trainer's settings may be, and what its processes must agree on before they know of each other."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from typing import Any
+
+from calibadv.cli.configs import is_calibration
+from calibadv.cli.help import STAYS
+
+# Lightning starts further processes with a copy of the first one's environment.
+_MOMENT = "CALIBADV_MOMENT"
+_JOB_IDS = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+
+
+def moment() -> str:
+    """Tell this run from others of the same configs, with one answer in all its processes.
+
+    Returns:
+        The job's id where a launcher gives one, else the time at which the first process asked.
+    """
+    for name in _JOB_IDS:
+        if os.environ.get(name, "none") != "none":  # torchrun's default id
+            return f"job{os.environ[name]}"
+    return os.environ.setdefault(_MOMENT, datetime.now().strftime("%Y%m%d-%H%M%S"))
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse settings of the trainer that contradict ours.
+
+    Args:
+        trainer: the parsed section ``trainer``.
+
+    Raises:
+        ValueError: see the messages.
+    """
+    for name, (value, reason) in STAYS.items():
+        if trainer[name] not in (value, str(value)):
+            kept = "null" if value is None else value
+            raise ValueError(f"trainer.{name} is {trainer[name]}; it must stay {kept}: {reason}")
+    if str(trainer.precision).startswith("16"):
+        raise ValueError(
+            f"trainer.precision is {trainer.precision}; float16 needs scaled gradients, which model.clip_norm "
+            "would clip as they are: give bf16-mixed or 32-true"
+        )
+    interval = trainer.val_check_interval
+    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+        raise ValueError(
+            f"trainer.val_check_interval is {interval}; it counts rollout steps, and must be a whole number from 1 on"
+        )
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else []
+    if sum(is_calibration(callback) for callback in callbacks) > 1:
+        raise ValueError("two AdvantageCalibration callbacks are installed; list all calibrators in one of them")
+    _check_strategy(trainer.strategy)
+
+
+def _check_strategy(strategy: Any) -> None:
+    """Processes share the work of the passes, and expect gradients to be averaged and nothing else to be changed."""
+    if strategy in ("auto", "ddp"):
+        return
+    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
+    if isinstance(strategy, str) or name not in ("DDPStrategy", "SingleDeviceStrategy", "ModelParallelStrategy"):
+        raise ValueError(f"trainer.strategy is {name}; give auto, ddp, or --config cluster/fsdp (FSDP2)")
+    if name == "ModelParallelStrategy" and strategy.init_args.tensor_parallel_size != 1:
+        raise ValueError(
+            f"trainer.strategy.tensor_parallel_size is {strategy.init_args.tensor_parallel_size}; it must be 1, and "
+            "data_parallel_size the number of processes: parameters are sharded, layers are not split"
+        )

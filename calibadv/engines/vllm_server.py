@@ -1,0 +1,220 @@
+"""Sample from a running vLLM server, on other GPUs or another machine."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibadv.agent.protocol import STOP_TAGS
+from calibadv.agent.tokenizer import AgentTokenizer
+from calibadv.engines.draft import Draft
+from calibadv.engines.vllm import Dtype, named_weights
+from calibadv.interfaces import StreamingEngine
+from calibadv.models import Policy
+from calibadv.numerics.draws import request_seed
+from calibadv.processes import Processes
+from calibadv.types import Completion, DrawKey, Sampling
+
+_MOMENT = 0.02  # seconds that collect waits; a search that comes back meanwhile waits no longer
+
+
+class VLLMServerEngine(StreamingEngine):
+    """Sample from a vLLM server that runs with this policy's folder.
+
+    Start it with the routes that change weights, and with the log-probabilities of what was really drawn from:
+    ``VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER --logprobs-mode processed_logprobs``. Those routes obey anyone who
+    reaches them: keep the server in a network of your own. No sampling setting of its folder is used.
+
+    After an update the weights are written to a folder, with adapters merged, and the server loads them from there;
+    vLLM's transfers between GPUs (NCCL, CUDA IPC) are not used. On a CPU, vLLM 0.32 never updates an output layer that
+    is tied to the embedding, and fails where it cuts a prompt: there, serve a folder whose config.json says
+    ``"tie_word_embeddings": false``, with ``--no-enable-chunked-prefill``.
+
+    Args:
+        url: of the server, such as ``http://127.0.0.1:8000``.
+        weights_folder: folder in which weights are handed over; the server must see it under the same path.
+        dtype: of the weights that are handed over; the server's.
+        concurrency: the most requests under way; the server's ``--max-num-seqs`` keeps it busy.
+        timeout: seconds after which a request, or loading the weights, counts as failed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        weights_folder: str,
+        dtype: Dtype = "bfloat16",
+        concurrency: int = 256,
+        timeout: float = 600.0,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url is '{url}'; give the server's address, with http:// or https://")
+        if concurrency < 1:
+            raise ValueError(f"concurrency is {concurrency}; it must be at least 1")
+        if timeout <= 0:
+            raise ValueError(f"timeout is {timeout}; it must be above 0 seconds")
+        self.url = url.rstrip("/")
+        self.weights_folder = Path(weights_folder)
+        self.dtype = dtype
+        self.concurrency = concurrency
+        self.timeout = timeout
+        self._model = ""
+        self._tokenizer: AgentTokenizer | None = None
+        self._numbers = count()
+        self._versions = count()
+        self._replies: dict[Future[Completion], int] = {}
+
+    def sync(self, policy: Policy) -> None:
+        """Hand the policy's weights to the server, and wait until it samples from them.
+
+        Where several processes train, the first one does so, and the others wait.
+
+        Args:
+            policy: model and tokenizer.
+
+        Raises:
+            ValueError: the server was started without a setting that training needs.
+            RuntimeError: the server does not answer, or not as it should.
+        """
+        self._tokenizer = policy.tokenizer
+        if not self._model:
+            self._connect()
+        processes = Processes.current()
+        weights: dict[str, Tensor] = {}
+        for name, tensor in named_weights(policy):  # sharded ones are put together on all processes at once
+            if processes.rank == 0:
+                weights[name] = tensor.to("cpu", getattr(torch, self.dtype), copy=True).contiguous()
+        failures = processes.interleave([self._hand_over(weights) if processes.rank == 0 else ""])
+        if any(failures):
+            raise RuntimeError(max(failures))
+
+    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]) -> list[int]:
+        """Send requests to the server.
+
+        Args:
+            prompts: token ids of each prompt.
+            sampling: temperature and the most tokens to draw.
+            keys: give each request its seed.
+
+        Returns:
+            One number per prompt.
+        """
+        numbers = []
+        for prompt, key in zip(prompts, keys, strict=True):
+            number = next(self._numbers)
+            self._replies[self._senders.submit(self._ask, list(prompt), sampling, key)] = number
+            numbers.append(number)
+        return numbers
+
+    def collect(self) -> dict[int, Completion]:
+        """Wait for a moment.
+
+        Returns:
+            The requests that ended meanwhile.
+
+        Raises:
+            RuntimeError: a request failed.
+        """
+        done, _ = wait(self._replies, timeout=_MOMENT, return_when=FIRST_COMPLETED)
+        return {self._replies.pop(reply): reply.result() for reply in done}
+
+    def rest(self) -> None:
+        """Drop the requests that have not been sent, and wait for the others."""
+        for reply in self._replies:
+            reply.cancel()
+        wait(self._replies)
+        self._replies.clear()
+
+    @cached_property
+    def _client(self) -> Any:
+        import urllib3
+
+        # A request that failed half-way is not sent again: its answer would count twice against the server's time.
+        timeout = urllib3.Timeout(connect=min(10.0, self.timeout), read=self.timeout)
+        return urllib3.PoolManager(maxsize=self.concurrency, block=True, timeout=timeout, retries=False)
+
+    @cached_property
+    def _senders(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.concurrency, thread_name_prefix="vllm")
+
+    def _call(self, method: str, route: str, body: dict[str, Any] | None = None) -> Any:
+        from urllib3.exceptions import HTTPError
+
+        try:
+            response = self._client.request(method, self.url + route, json=body)
+        except HTTPError as error:
+            raise RuntimeError(f"the vLLM server at {self.url}{route} does not answer ({error}); is it up?") from error
+        if response.status != 200:
+            told = " ".join(response.data.decode(errors="replace").split())[:300]
+            hint = "; start it with VLLM_SERVER_DEV_MODE=1" if response.status == 404 else ""
+            raise RuntimeError(f"the vLLM server at {self.url}{route} answered {response.status}: {told}{hint}")
+        return response.json()
+
+    def _connect(self) -> None:
+        served = self._call("GET", "/v1/models")["data"][0]
+        mode = self._call("GET", "/server_info?config_format=json")["vllm_config"]["model_config"]["logprobs_mode"]
+        if mode != "processed_logprobs":
+            raise ValueError(
+                f"the vLLM server at {self.url} gives {mode}, which leave the temperature out; "
+                "start it with --logprobs-mode processed_logprobs"
+            )
+        self._model, self.max_model_len = served["id"], served["max_model_len"]
+
+    def _hand_over(self, weights: dict[str, Tensor]) -> str:
+        """Have the server load these weights; returns what went wrong, so that other processes can be told."""
+        from safetensors.torch import save_file
+
+        folder = self.weights_folder / f"weights-{next(self._versions):06d}"
+        unfinished = folder.with_suffix(".part")
+        try:
+            for old in (folder, unfinished):
+                shutil.rmtree(old, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+            unfinished.rename(folder)  # the server sees all of it, or nothing
+            request = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}}
+            self._call("POST", "/collective_rpc", request)
+            if not self._call("POST", "/reset_prefix_cache")["success"]:
+                return f"the vLLM server at {self.url} works for others too: it cannot drop what old weights computed"
+        except (RuntimeError, OSError) as error:
+            return str(error)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return ""
+
+    def _ask(self, prompt: list[int], sampling: Sampling, key: DrawKey) -> Completion:
+        assert self._tokenizer is not None, "sync comes before submit"
+        assert self.max_model_len is not None
+        request = {
+            "model": self._model,
+            "prompt": prompt,
+            "max_tokens": min(sampling.max_tokens, self.max_model_len - len(prompt)),
+            "temperature": sampling.temperature,
+            "seed": request_seed(key),
+            # All of them, since the server fills the gaps from the folder's generation config.
+            **{"top_k": 0, "top_p": 1.0, "min_p": 0.0},
+            **{"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+            "logprobs": 0,  # of the drawn token alone
+            "return_token_ids": True,
+            "ignore_eos": True,
+            "stop_token_ids": sorted(self._tokenizer.end_ids),
+            "stop": list(STOP_TAGS),
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,
+        }
+        (choice,) = self._call("POST", "/v1/completions", request)["choices"]
+        draft = Draft()
+        draft.extend(choice["token_ids"], choice["logprobs"]["token_logprobs"], self._tokenizer)
+        if draft.reason is None and choice["finish_reason"] != "length":
+            raise RuntimeError(
+                f"the vLLM server at {self.url} ended a message ({choice['finish_reason']}) that ends in "
+                f"{self._tokenizer.decode(draft.token_ids)[-40:]!r}; is its folder that of model.policy?"
+            )
+        return draft.completion()

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fits import SMALL, curves, results
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibadv.cli.main import main
+from calibadv.processes import Processes
+
+# Two mini-batches of two questions, more micro-batches than processes, and a validation that two do not divide.
+THREE_STEPS = (
+    *("--config", "quickstart", *SMALL, "--data.questions_per_step", "4", "--data.validation_questions", "5"),
+    *("--model.group_size", "10", "--model.rollout_steps", "3", "--model.micro_batch_tokens", "512"),
+    *("--model.learning_rate", "1e-4", "--trainer.val_check_interval", "3", "--rollouts.every_n_rollout_steps", "1"),
+)
+KINDS = {
+    "plain": (),
+    "kl": ("--model.kl_coef", "0.1"),
+    "lora": ("--model.lora", '{"rank": 4}', "--model.kl_coef", "0.1"),
+}
+FSDP = """
+trainer:
+  strategy:
+    class_path: lightning.pytorch.strategies.ModelParallelStrategy
+    init_args: {data_parallel_size: 2, tensor_parallel_size: 1, save_distributed_checkpoint: false}
+"""
+
+
+@given(st.integers(1, 5), st.integers(0, 12))
+def test_work_is_dealt_once_and_in_step(size: int, number: int) -> None:
+    dealt = [Processes(rank, size).deal(range(number)) for rank in range(size)]
+    assert len({len(own) for own in dealt}) == 1
+    assert sorted(part for own in dealt for part, counts in own if counts) == list(range(number))
+
+
+@given(st.integers(1, 5), st.integers(0, 12))
+def test_every_place_has_one_owner(size: int, number: int) -> None:
+    owners = [[rank for rank in range(size) if Processes(rank, size).owns(place)] for place in range(number)]
+    assert owners == [[place % size] for place in range(number)]
+
+
+def run(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "calibadv.cli.main", "fit", *THREE_STEPS, "--run.root", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "--run.name", name, *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_as_one(folder: Path, strategy: str, kind: str) -> None:
+    alone, both = folder / f"alone-{kind}", folder / f"{strategy}-{kind}"
+    if not alone.exists():
+        assert run(alone.parent, alone.name, *KINDS[kind]).returncode == 0
+    (folder / "fsdp.yaml").write_text(FSDP)
+    chosen = ("--config", str(folder / "fsdp.yaml")) if strategy == "fsdp" else ("--trainer.strategy", "ddp")
+    finished = run(folder, both.name, *chosen, "--trainer.devices", "2", *KINDS[kind])
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("validation F1") == 1  # one of them speaks
+
+    expected, found = (
+        torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for path in (alone, both)
+    )
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if ".lora_A." in name:  # while B is near 0 its gradient is rounding noise, which AdamW scales up to whole steps
+            continue
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+    other = curves(both)
+    assert other.keys() == curves(alone).keys()
+    for tag, values in curves(alone).items():
+        assert other[tag] == pytest.approx(values, abs=2e-4, rel=1e-3), tag
+    assert results(both)["validations"] == results(alone)["validations"]
+    assert results(both)["statuses"] == results(alone)["statuses"]
+    one, two = ((path / "rollouts" / "train-step-000001.jsonl").read_text() for path in (alone, both))
+    assert one == two  # later ones may differ in the last digit of an advantage's mean
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path) -> None:
+    finished = run(
+        tmp_path, "uneven", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.questions_per_step", "3"
+    )
+    assert finished.returncode != 0
+    assert "data.questions_per_step is 3 and there are 2 processes" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not (tmp_path / "uneven").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--trainer.strategy", "deepspeed"],
+            "trainer.strategy is deepspeed; give auto, ddp, or --config cluster/fsdp",
+        ),
+        (
+            ["--trainer.strategy", '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'],
+            "tensor_parallel_size is auto; it must be 1",
+        ),
+    ],
+)
+def test_strategies_that_would_not_do_what_is_meant(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *THREE_STEPS, "--run.root", str(tmp_path), "--run.name", "x", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "x").exists()
