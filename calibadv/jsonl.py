@@ -19,6 +19,10 @@ _LARGE_FILE = 200_000_000
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
+class UnreadableError(ValueError):
+    """The system does not let us read a file, which says nothing of what it holds."""
+
+
 def read_jsonl(path: str | Path, what: str, after: int = 0) -> Generator[tuple[int, dict[str, Any]], None, None]:
     """Read one JSON object per line, UTF-8, plain or gzip (told by the content, not by the name).
 
@@ -35,19 +39,37 @@ def read_jsonl(path: str | Path, what: str, after: int = 0) -> Generator[tuple[i
 
     Raises:
         ValueError: the file is missing, is a damaged gzip file, or has a line that is not an object.
+        UnreadableError: the system does not let us read it.
     """
     path = Path(path)
-    if not path.is_file():
-        reason = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"{what} '{path}' {reason}; give a JSON-lines file, plain or gzip")
     number = 0
     try:
+        if not path.is_file():
+            reason = "is a folder" if path.is_dir() else "does not exist"
+            raise ValueError(f"{what} '{path}' {reason}; give a JSON-lines file, plain or gzip")
         with _open_bytes(path, what) as lines:
             for number, line in enumerate(lines, 1):
                 if number > after and not line.isspace():
                     yield number, _parse_object(line, f"{path}:{number}")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{what} '{path}' is a damaged gzip file after line {number}; copy it again") from error
+    except OSError as error:
+        raise unreadable(what, path, error) from error
+
+
+def unreadable(what: str, path: Path, error: OSError) -> UnreadableError:
+    """The error for a file that the system does not let us read.
+
+    Args:
+        what: what the file is.
+        path: the file.
+        error: what the system says.
+
+    Returns:
+        What to raise.
+    """
+    reason = error.strerror or error
+    return UnreadableError(f"{what} '{path}' cannot be read ({reason}); see to the file, or copy it again")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,15 +48,25 @@ class Reply:
         handler.wfile.write(self.body)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Keep the test output clean of clients that leave early, as they are meant to."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 Script = Callable[[int, dict[str, Any]], Reply]
 
 
 class Scripted:
-    """A server that asks a function of the request's number, from 0, and body how to reply, and records bodies."""
+    """A server that asks a function of the request's number, from 0, and body how to reply, and records requests."""
 
     def __init__(self, script: Script) -> None:
         self.requests: list[dict[str, Any]] = []
         self.paths: list[str] = []
+        self.headers: list[dict[str, str]] = []
         lock = threading.Lock()
         outer = self
 
@@ -68,6 +79,7 @@ class Scripted:
                     number = len(outer.requests)
                     outer.requests.append(body)
                     outer.paths.append(self.path)
+                    outer.headers.append(dict(self.headers))
                 try:
                     script(number, body).send(self)
                 except ConnectionError:
@@ -76,8 +88,7 @@ class Scripted:
             def log_message(self, *arguments: Any) -> None:
                 """Keep the test output clean."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> Scripted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from kills import kill_points, tree
 
 from calibadv.retrieval.arrow_store import ArrowCorpus, id_hash
-from calibadv.retrieval.convert import Source, convert, first_repeated, open_source
+from calibadv.retrieval.convert import Numbered, Source, convert, first_repeated, open_source
 from calibadv.retrieval.corpus import Corpus, open_corpus
-from calibadv.retrieval.corpus_files import Numbered
 from calibadv.types import Document
 
 Opener = Callable[[Path], Corpus]
@@ -289,6 +290,23 @@ def test_of_several_that_ask_at_once_one_converts(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err.count("converting") == 1
 
 
+def test_who_waits_for_another_process_says_so(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_lines(tmp_path / "large.jsonl", {"id": 1, "contents": "a"})
+    open_corpus(path, in_memory_bytes=0)
+    [folder] = [path for path in cache.iterdir() if path.is_dir()]
+    shutil.rmtree(folder)
+    capsys.readouterr()
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(folder.with_suffix(".lock")):
+            opened = pool.submit(open_corpus, path, in_memory_bytes=0)
+            said = ""
+            while not said:
+                assert not opened.done()
+                said = capsys.readouterr().err
+        assert list(opened.result()) == [Document("1", "", "a")]
+    assert said == f"waiting for another process, which converts '{path}' into '{folder}'\n"
+
+
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_lines(tmp_path / "large.jsonl", {"id": 1, "contents": "a"})
     monkeypatch.setenv("CALIBADV_CACHE", str(path))
@@ -313,11 +331,31 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(ValueError, match=rf"shard-00001.arrow' is missing; it must have {len(whole)} bytes: copy the"):
         ArrowCorpus(folder)
+    shard.write_bytes(b"\xff" * len(whole))
+    with pytest.raises(ValueError, match=r"shard-00001.arrow' is damaged \(Not an Arrow file\); copy the folder again"):
+        ArrowCorpus(folder)[8]
     shard.write_bytes(whole)
+    ids = (folder / "ids.npy").read_bytes()
+    (folder / "ids.npy").write_bytes(b"\xff" * 9 + ids[9:])
+    with pytest.raises(ValueError, match=r"ids.npy' is damaged \(it is no array of numpy\); copy the folder again"):
+        ArrowCorpus(folder)
+    (folder / "ids.npy").write_bytes(ids)
     layout = json.loads((folder / "corpus.json").read_text())
     (folder / "corpus.json").write_text(json.dumps({**layout, "format": 9}))
     with pytest.raises(ValueError, match="has the corpus format 9, not 1; copy the folder again"):
         ArrowCorpus(folder)
+    for key, value in {"documents": None, "shard_rows": 0, "batch_rows": "8", "files": []}.items():
+        (folder / "corpus.json").write_text(json.dumps({**layout, key: value}))
+        with pytest.raises(
+            ValueError, match=rf"corpus.json' is damaged \(it has .* as '{key}'\); copy the folder again"
+        ):
+            ArrowCorpus(folder)
+    (folder / "corpus.json").write_text(json.dumps({**layout, "documents": 22}))
+    with pytest.raises(ValueError, match=r"ids.npy' is damaged \(it holds uint64 \[2, 23\]\); copy the folder again"):
+        ArrowCorpus(folder)
+    (folder / "corpus.json").write_text(json.dumps({**layout, "batch_rows": 4}))
+    with pytest.raises(ValueError, match=r"shard-00001.arrow' is damaged \(it has other rows\); copy the folder again"):
+        ArrowCorpus(folder)[8]
 
 
 def test_numbers_of_an_open_corpus_are_rows(tmp_path: Path) -> None:

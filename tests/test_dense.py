@@ -20,7 +20,7 @@ from calibadv.retrieval.dense import Dense
 from calibadv.retrieval.encoder import Encoder
 from calibadv.retrieval.faiss_index import build_faiss, load_faiss, nearest_rows, save_faiss
 from calibadv.retrieval.indexing import index
-from calibadv.retrieval.manifest import write_manifest
+from calibadv.retrieval.manifest import read_manifest, write_manifest
 from calibadv.types import Document, ScoredDocument
 
 # Three words a unit apart, the marks of a title, and the words of E5's prompts, which point elsewhere.
@@ -141,7 +141,7 @@ def test_bad_encoders_are_named(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (speechless / name).unlink()
     messages = {
-        str(tmp_path / "nowhere"): "is not a folder; give one, a name on the Hugging Face hub, or 'minilm'",
+        str(tmp_path / "nowhere"): "is not a folder; give a folder that sentence-transformers saved, a name on the",
         str(tmp_path): "has no modules.json or config.json; give a folder with a saved model",
         str(distance): "compares by euclidean distance; give one made for cosine or dot",
         str(pickled): "has its weights in pytorch_model.bin, a pickle, which is not loaded because it may run code",
@@ -318,7 +318,7 @@ def test_each_kind_of_index_has_its_retriever(built: Path, tmp_path: Path, corpu
 
 @pytest.mark.parametrize("keep", [0, 20, 30, 100])
 def test_a_damaged_index_is_named(built: Path, keep: int) -> None:
-    corpus, settings = open_corpus(built), {"encoder": "", "query_prompt": "", "passage_prompt": ""}
+    corpus, settings = open_corpus(built), read_manifest(built).settings
     file = built / "faiss.index"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"faiss.index"):
@@ -435,6 +435,15 @@ def test_a_published_pair_is_read_as_it_is(published: tuple[str, str, str]) -> N
     # Encoding the corpus gives the vectors of the file.
     [encoded] = Dense(corpus, encoder=encoder).search(["north"], 3)
     np.testing.assert_allclose([hit.score for hit in encoded], [hit.score for hit in hits], rtol=1e-6)
+
+
+@pytest.mark.parametrize("factory", ["IDMap,Flat", "Flat,IDMap2", "L2norm,IDMap,Flat"])
+def test_a_file_with_numbers_of_its_own_is_refused(tmp_path: Path, factory: str) -> None:
+    numbered = faiss.index_factory(3, factory, faiss.METRIC_INNER_PRODUCT)
+    numbered.add_with_ids(np.eye(2, 3, dtype=np.float32), np.array([7, 9]))
+    faiss.write_index(numbered, str(tmp_path / "own.index"))
+    with pytest.raises(ValueError, match=r"index file '.*own.index' has numbers of its own .*; build it without IDMap"):
+        load_faiss(tmp_path / "own.index", 2)
 
 
 def test_mistakes_with_bare_files_are_named(published: tuple[str, str, str], tmp_path: Path, corpus: str) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import faiss
 import numpy as np
@@ -25,8 +27,9 @@ from calibadv.retrieval.bm25 import BM25
 from calibadv.retrieval.corpus import open_corpus
 from calibadv.retrieval.dense import Dense
 from calibadv.retrieval.estimate import check_disk, free_disk, index_size, sample_corpus, sample_file
+from calibadv.retrieval.faiss_index import build_faiss, make_index, save_faiss
 from calibadv.retrieval.indexing import index
-from calibadv.retrieval.manifest import read_manifest, write_manifest
+from calibadv.retrieval.manifest import open_index, read_manifest, write_manifest
 from calibadv.types import Document
 
 RECORDS = [
@@ -249,6 +252,21 @@ def cut(name: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:5])
 
 
+def replace_layout(folder: Path, content: Any) -> None:
+    text = json.dumps(content)
+    (folder / "corpus" / "corpus.json").write_text(text)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    damage_manifest(folder, files={**files, "corpus/corpus.json": len(text)})
+
+
+def overwrite(path: Path, place: int) -> None:
+    """Damage eight bytes, so that the size stays as it was."""
+    content = bytearray(path.read_bytes())
+    place %= len(content)
+    content[place : place + 8] = b"\xff" * 8
+    path.write_bytes(content)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (
         lambda folder: (folder / "manifest.json").unlink(),
@@ -258,10 +276,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "manifest.json").rename(folder / "unfinished.json"),
         r"index '.*built' is unfinished; run the same 'calibadv index' command again to go on",
     ),
-    "manifest cut off": (cut("manifest.json"), r"manifest.json' is damaged \(.*\); copy the folder again, or build"),
+    "manifest cut off": (
+        cut("manifest.json"),
+        r"manifest.json' is missing or damaged \(.*\); copy the folder again, or",
+    ),
     "manifest is a list": (
         lambda folder: (folder / "manifest.json").write_text("[]"),
-        r"manifest.json' is not a manifest of format 1, which this release reads; copy",
+        r"manifest.json' is damaged \(it is no JSON object\); copy",
     ),
     "another release": (lambda folder: damage_manifest(folder, format=2), r"is not a manifest of format 1, which this"),
     "another key": (
@@ -284,6 +305,38 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         cut("corpus/corpus.json"),
         r"corpus.json' has 5 bytes; it must have \d+: copy the folder",
     ),
+    "settings of none": (
+        lambda folder: damage_manifest(folder, settings={}),
+        r"manifest.json' is damaged \(it has no 'stopwords'\); copy",
+    ),
+    "settings of another backend": (
+        lambda folder: damage_manifest(folder, backend="faiss"),
+        r"manifest.json' is damaged \(it has no 'encoder'\); copy",
+    ),
+    "settings of another type": (
+        lambda folder: damage_manifest(folder, settings=[]),
+        r"manifest.json' is damaged \(it has \[\] as 'settings'\); copy",
+    ),
+    "no file named": (
+        lambda folder: damage_manifest(folder, files={}),
+        r"manifest.json' is damaged \(its files lack corpus/corpus.json\); copy",
+    ),
+    "files of another type": (
+        lambda folder: damage_manifest(folder, files=[]),
+        r"manifest.json' is damaged \(it has \[\] as 'files'\); copy",
+    ),
+    "corpus layout without keys": (
+        lambda folder: replace_layout(folder, {"format": 1}),
+        r"corpus.json' is damaged \(it has no 'documents'\); copy",
+    ),
+    "corpus layout is a list": (
+        lambda folder: replace_layout(folder, []),
+        r"corpus.json' is damaged \(it is no JSON object\); copy",
+    ),
+    "ids overwritten": (
+        lambda folder: overwrite(folder / "corpus" / "ids.npy", 0),
+        r"ids.npy' is damaged \(it is no array of numpy\); copy",
+    ),
     "corpus of others": (
         lambda folder: damage_manifest(folder, corpus_checksum="ab"),
         r"the corpus in '.*built' has 3 documents with checksum \w{32}, and the index was built of 3 with ab; copy",
@@ -298,10 +351,73 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize(("damage", "line"), DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_index_is_refused(built: Path, damage: Callable[[Path], Any], line: str) -> None:
     damage(built)
-    for opening in (read_manifest, open_corpus, lambda folder: BM25(index=str(folder))):
+    for opening in (open_index, open_corpus, lambda folder: BM25(index=str(folder))):
         with pytest.raises(ValueError, match=line) as caught:
             opening(built)
         assert "\n" not in str(caught.value)
+
+
+def test_an_overwritten_shard_is_named_when_it_is_read(built: Path) -> None:
+    shard = built / "corpus" / "shard-00000.arrow"
+    overwrite(shard, -8)
+    retriever = BM25(index=str(built))
+    with pytest.raises(ValueError, match=r"shard-00000.arrow' is damaged \(Not an Arrow file\); copy the folder again"):
+        retriever.search(["fish"], 1)
+
+
+@pytest.mark.parametrize("content", ["", "[1]"])
+def test_a_damaged_plan_is_named(tmp_path: Path, corpus: str, content: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "unfinished.json").write_text(content)
+    with pytest.raises(ValueError, match=r"unfinished.json' is .*damaged .*; remove the folder"):
+        index(corpus, tmp_path / "out", "bm25")
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As on a full disk, every write beyond fails."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_said_and_gone_on_with(tmp_path: Path, corpus: str) -> None:
+    index(corpus, tmp_path / "words", "bm25")
+    index(corpus, tmp_path / "meanings", "faiss")
+    backends: tuple[Literal["bm25", "faiss"], ...] = ("bm25", "faiss")
+    for backend, whole in zip(backends, (tmp_path / "words", tmp_path / "meanings"), strict=True):
+        sizes = {len(content) for content in tree(whole).values()}
+        for most in sorted({0, 400, *(size - 1 for size in sizes)}):
+            out = tmp_path / f"{backend}-{most}"
+            with files_of_at_most(most), pytest.raises((ValueError, OSError)) as caught:
+                index(corpus, out, backend)
+            if (out / "unfinished.json").exists():
+                assert re.match(
+                    r"out '.*' cannot be written \(.+\); free space there, and run the same", str(caught.value)
+                )
+                assert "None" not in str(caught.value)
+            else:
+                assert isinstance(caught.value, OSError)
+            index(corpus, out, backend)
+            assert tree(out) == tree(whole)
+
+
+def test_an_index_of_faiss_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    flat = build_faiss([np.ones((20, 8), np.float32)], 20, 8, "Flat")
+    save_faiss(flat, tmp_path / "whole")
+    # The last bytes, which are in a buffer until the file is closed.
+    with files_of_at_most((tmp_path / "whole").stat().st_size - 1), pytest.raises(OSError, match="File too large"):
+        save_faiss(flat, tmp_path / "cut")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read even by root")
+@pytest.mark.parametrize("opener", [open_corpus, sample_corpus])
+def test_a_corpus_that_cannot_be_read_is_not_blamed_on_the_folder(opener: Callable[[str], Any]) -> None:
+    with pytest.raises(ValueError, match=r"corpus '/proc/self/mem' cannot be read \(Input/output error\); see to the"):
+        opener("/proc/self/mem")
 
 
 def test_an_index_that_is_not_there(tmp_path: Path) -> None:
@@ -391,13 +507,19 @@ def test_one_long_line_is_a_document(tmp_path: Path) -> None:
 def test_the_size_of_an_index_is_as_estimated(tmp_path: Path, factory: str) -> None:
     vectors = np.random.default_rng(0).normal(size=(4000, 32)).astype(np.float32)
     made = faiss.index_factory(32, factory, faiss.METRIC_INNER_PRODUCT)
-    size = index_size(factory, 32)
+    size = index_size(made)
+    assert size.known
     assert size.trained == made.is_trained
     made.train(vectors)
     made.add(vectors)
     faiss.write_index(made, str(tmp_path / "index"))
-    assert size.per_vector is not None
     assert size.fixed + 4000 * size.per_vector == pytest.approx((tmp_path / "index").stat().st_size, rel=0.05)
+
+
+def test_the_size_of_an_unknown_index_is_that_of_its_vectors() -> None:
+    size = index_size(make_index("IVF64,PQ8,Refine(Flat)", 32))
+    # 32 numbers of four bytes, and a number of eight.
+    assert (size.known, size.per_vector) == (False, 136)
 
 
 def test_the_cost_of_an_index_of_words(tmp_path: Path) -> None:

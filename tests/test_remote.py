@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import threading
@@ -127,6 +128,8 @@ DOCUMENT = {"id": "1", "contents": "text"}
                 ("high", "result[1][0], which has the score 'high'; it must be a number"),
                 (True, "result[1][0], which has the score True"),
                 (float("nan"), "result[1][0], which has the score nan"),
+                (10**400, "result[1][0], which has the score 1000"),
+                (-(10**400), "result[1][0], which has the score -1000"),
                 ([1], "result[1][0], which has the score [1]"),
             )
         ),
@@ -165,23 +168,99 @@ def test_a_server_that_is_slow() -> None:
 
 
 class Dripping(Reply):
-    """Sends a piece of its answer every so often, without an end."""
+    """Sends the start of an answer and then one piece every so often, for a time that a test would not wait."""
+
+    def __init__(self, start: bytes, piece: bytes) -> None:
+        super().__init__(200, b"")
+        self.start, self.piece = start, piece
+        self.dropped = threading.Event()
 
     def send(self, handler: Any) -> None:
-        handler.send_response(200)
-        handler.send_header("Transfer-Encoding", "chunked")
+        handler.close_connection = True
+        handler.wfile.write(b"HTTP/1.1 " + self.start)
+        try:
+            for _ in range(250):
+                time.sleep(0.02)
+                handler.wfile.write(self.piece)
+        except ConnectionError:
+            self.dropped.set()
+
+
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [
+        (b"2", b"0"),
+        (b"200 OK\r\nX-Name: ", b"a"),
+        (b"100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"200 OK\r\nContent-Length: 1000\r\n\r\n", b" "),
+        (b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+        (b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+        (b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"X-Name: trailer\r\n"),
+    ],
+    ids=["status", "header", "interim answers", "body", "chunk size", "chunks", "trailer"],
+)
+def test_a_server_that_drips(start: bytes, piece: bytes) -> None:
+    drips = [Dripping(start, piece) for _ in range(2)]
+    with Scripted(lambda number, body: drips[number]) as server:
+        with pytest.raises(RetrievalError, match=r"gave no answer within 0\.2 s \(2 tries\)"):
+            Remote(server.url, timeout=0.2, retries=1, backoff=0).search(["a"], 3)
+        assert all(drip.dropped.wait(10) for drip in drips)
+
+
+def test_a_connection_is_kept_and_each_answer_has_the_whole_time() -> None:
+    ports = set()
+
+    class Slow(Reply):
+        def send(self, handler: Any) -> None:
+            ports.add(handler.client_address)
+            time.sleep(0.4)
+            super().send(handler)
+
+    with Scripted(lambda number, body: Slow(200, good(body).body)) as server:
+        remote = Remote(server.url, timeout=1, retries=0)
+        # 3 x 0.4 s are more than one request may take.
+        assert [ids(remote.search([query], 3)) for query in "abc"] == [[["a"]], [["b"]], [["c"]]]
+    assert len(ports) == 1
+
+
+class Flood(Reply):
+    """Sends blanks until nobody takes them, up to 1 GiB."""
+
+    def send(self, handler: Any) -> None:
+        handler.send_response(self.status)
+        handler.send_header("Content-Length", str(2**30))
         handler.end_headers()
-        while True:
-            handler.wfile.write(b"1\r\n \r\n")
-            time.sleep(0.02)
+        for _ in range(2**10):
+            handler.wfile.write(b" " * 2**20)
 
 
-def test_a_server_that_drips() -> None:
-    with (
-        Scripted(lambda number, body: Dripping(200, b"")) as server,
-        pytest.raises(RetrievalError, match=r"gave no answer within 0\.2 s \(1 try\)"),
-    ):
-        Remote(server.url, timeout=0.2, retries=0).search(["a"], 3)
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_without_an_end(status: int) -> None:
+    with Scripted(lambda number, body: Flood(status, b"")) as server:
+        with pytest.raises(RetrievalError, match="answered with more than 4 MiB; is this url that of a retrieval"):
+            Remote(server.url, retries=3, backoff=0).search(["a"], 3)
+        with pytest.raises(RetrievalError, match="answered with more than 12 MiB"):
+            Remote(server.url, retries=3, backoff=0).search(["a", "b", "c"], 4)
+        assert len(server.requests) == 2
+
+
+def test_an_answer_may_be_as_large_as_what_is_asked_for() -> None:
+    # 9 MiB: within the 10 of two queries with five documents each, beyond the 8 of four each.
+    hits = [[{"id": "1", "contents": "a" * (9 * 2**20)}], []]
+    with Scripted(lambda number, body: Reply(200, json.dumps({"result": hits}).encode())) as server:
+        remote = Remote(server.url, retries=0)
+        assert ids(remote.search(["a", "b"], 5)) == [["1"], []]
+        with pytest.raises(RetrievalError, match="answered with more than 8 MiB"):
+            remote.search(["a", "b"], 4)
+
+
+def test_a_compressed_answer_is_not_unpacked() -> None:
+    def script(number: int, body: dict[str, Any]) -> Reply:
+        return Reply(200, gzip.compress(good(body).body), Content_Encoding="gzip")
+
+    with Scripted(script) as server, pytest.raises(RetrievalError, match="answered what is not JSON"):
+        Remote(server.url, retries=0).search(["a"], 3)
+    assert [headers["Accept-Encoding"] for headers in server.headers] == ["identity"]
 
 
 def test_an_answer_that_is_cut_is_asked_for_again() -> None:

@@ -68,6 +68,15 @@ def brute_force_bm25(corpus: list[list[str]], query: list[str]) -> np.ndarray:
     return scores
 
 
+def test_words_are_scored_once_however_often_they_come(tmp_path: Path) -> None:
+    texts = ["red green blue", "red red gold", "blue gold gold grey", "pink"]
+    expected = brute_force_bm25([[f"title{row}", *text.split()] for row, text in enumerate(texts)], ["red", "gold"])
+    query = "red " * 70_000 + "gold " * 70_000 + "unknown " * 70_000
+    [found] = BM25(write_texts(tmp_path / "corpus.jsonl", texts)).search([query], 4)
+    scores = {int(hit.document.id): hit.score for hit in found}
+    assert scores == pytest.approx({row: 70_000 * expected[row] for row in (0, 1, 2)}, rel=1e-5)
+
+
 WORDS = st.lists(st.sampled_from(["red", "green", "blue", "grey", "pink", "gold"]), min_size=1, max_size=8)
 
 

@@ -296,7 +296,10 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "corpus missing": ("search --retriever missing.yaml --query x", r"corpus 'no.jsonl' does not exist; give a"),
     "inner corpus missing": ("search --retriever nested.yaml --query x", r"corpus 'no.jsonl' does not exist; give a"),
-    "corpus left out": ("search --retriever retrievers/bm25 --query x", r"BM25 has nothing to search; give corpus"),
+    "corpus left out": (
+        "search --retriever retrievers/bm25 --query x",
+        r"config 'retrievers/bm25' does not say what to search",
+    ),
     "search fails": ("search --retriever memory.yaml --query broken", r"the search for 'broken' is scripted to fail"),
     "server down": ("search --retriever remote.yaml --query x", r"127.0.0.1:9"),
     "questions missing": (

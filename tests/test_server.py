@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving import ask, serving
 
+from calibadv.cli.main import main
 from calibadv.interfaces import RetrievalError
 from calibadv.retrieval.batcher import Batcher, BusyError
 from calibadv.retrieval.corpus_files import parse_document
@@ -415,3 +417,56 @@ def test_a_signal_lets_requests_in_flight_be_answered(number: int, host: str, sa
             assert (rest, errors, server.returncode) == ("ended\n", "", 0)
         finally:
             server.kill()
+
+
+# A search that takes longer than anybody waits, and 1 s in the place of the 60 that it is given after a signal.
+STUCK = SERVER.replace("sys.stdin.readline()", "time.sleep(600)")
+HASTY = f"from calibadv.retrieval import server; server._GRACE = 1\n{STUCK}"
+
+
+@pytest.mark.parametrize(
+    ("script", "signals", "errors"),
+    [
+        (STUCK, [signal.SIGINT, signal.SIGINT], ""),
+        (HASTY, [signal.SIGTERM], "Cancel 1 running task(s), timeout graceful shutdown exceeded\n"),
+    ],
+    ids=["two Ctrl-C", "the time is over"],
+)
+def test_a_search_that_does_not_end_does_not_hold_the_server(script: str, signals: list[int], errors: str) -> None:
+    command = [sys.executable, "-c", script, "127.0.0.1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as server, ThreadPoolExecutor(1) as clients:
+        try:
+            assert server.stdout is not None
+            port = int(server.stdout.readline().partition("/retrieve")[0].rpartition(":")[2])
+            answer = clients.submit(ask, f"http://127.0.0.1:{port}", {"queries": ["a"]})
+            assert server.stdout.readline() == "searching\n"
+            for number in signals:
+                server.send_signal(number)
+                wait_until_closed(port)
+            said = "the server stops; ask another one, or this one when it is up again"
+            assert answer.result()[:2] == (503, {"error": said})
+            assert (*server.communicate(timeout=20), server.returncode) == ("ended\n", errors, 0)
+        finally:
+            server.kill()
+
+
+def wait_until_closed(port: int) -> None:
+    """A server that has heeded a signal does not listen any more."""
+    for _ in range(1000):
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=10).close()
+        except ConnectionRefusedError:
+            return
+        time.sleep(0.01)
+    pytest.fail("the server still listens")
+
+
+def test_limits_are_given_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--limits", "limits.yaml"]) == 2
+    assert "option --limits is not accepted; did you mean --limits.max_" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    said = capsys.readouterr().out
+    assert "--limits.max_queries" in said
+    assert "--limits " not in said

@@ -142,6 +142,12 @@ def test_hybrids_that_cannot_be(tmp_path: Path) -> None:
     two, three = (BM25(corpus_file(tmp_path / f"{count}.jsonl", count)) for count in (2, 3))
     with pytest.raises(ValueError, match=r"search corpora of 2 and 3 documents; .* give all of them the same corpus"):
         Hybrid([three, two])
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"id": "a", "title": "A", "text": "another"}\n{"id": "b", "title": "B", "text": "text"}\n')
+    first, again = (BM25(corpus_file(tmp_path / f"{name}.jsonl", 2)) for name in ("first", "again"))
+    Hybrid([first, again])
+    with pytest.raises(ValueError, match=r"search different corpora of 2 documents each; .* give all of them the same"):
+        Hybrid([first, BM25(str(other))])
 
 
 def test_metrics_and_corpus_come_from_what_is_fused(tmp_path: Path) -> None:
@@ -238,12 +244,12 @@ def test_long_documents_are_cut_where_max_length_says(bert: Path) -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("nowhere", "is not a folder; give a cross-encoder's folder, or its name on the hub"),
+        ("nowhere", "is not a folder; give the folder of a sentence-transformers cross-encoder, or its name on"),
         ("three", "gives 3 scores to a pair; give a cross-encoder that gives one"),
         ("encoder", "is a BertModel, whose classifier would be made up; give a cross-encoder"),
-        ("no config", "does not load (.*config.json.*); give a sentence-transformers cross-encoder"),
-        ("cut off", "does not load (.*header.*); give a sentence-transformers cross-encoder"),
-        ("pickled", "does not load (.*no file named model.safetensors.*); give a"),
+        ("no config", "has no modules.json or config.json; give a folder with a saved model"),
+        ("cut off", "does not load on device 'cpu' (.*header.*); give the folder of a sentence-transformers"),
+        ("pickled", "has its weights in pytorch_model.bin, a pickle, which is not loaded because it may run code"),
         ("no words", "has a tokenizer without words; save the model's own tokenizer beside it"),
     ],
 )
@@ -275,6 +281,14 @@ def test_models_that_do_not_load(
     assert capfd.readouterr().err == ""
 
 
+def test_a_model_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"model 'nobody/nothing' is neither a folder nor can it be fetched") as caught:
+        Reranked(memory(), "nobody/nothing")
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_loading_is_quiet(bert: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Reranked(memory("a"), str(bert / "one"), device="cpu").search(["q"], 1)
     assert capfd.readouterr() == ("", "")
@@ -290,7 +304,7 @@ def test_rerankers_that_cannot_be(bert: Path) -> None:
         Reranked(memory(), one, max_length=0)
     with pytest.raises(ValueError, match=r"max_length is 65; model '.*one' reads at most 64 tokens"):
         Reranked(memory(), one, max_length=65)
-    with pytest.raises(ValueError, match=r"model '.*one' does not load \(.*\); give a"):
+    with pytest.raises(ValueError, match=r"model '.*one' does not load on device 'abacus' \(.*\); give the"):
         Reranked(memory(), one, device="abacus")
 
 
@@ -408,3 +422,14 @@ def test_hybrid_is_at_least_as_good_as_both_on_real_questions(shared: Path) -> N
     assert meaning is not None
     assert fused is not None
     assert fused >= max(words, meaning)
+
+
+# all retrievers
+
+
+def test_one_text_is_not_a_list_of_queries(bert: Path, tmp_path: Path) -> None:
+    words = BM25(corpus_file(tmp_path / "corpus.jsonl", 3))
+    reranked = Reranked(words, str(bert / "one"), device="cpu")
+    for retriever in (words, memory(), Hybrid([words]), Cached(words), reranked, Dense("embedded")):
+        with pytest.raises(ValueError, match=r"queries is the text 'fox'; it must be a list of texts: put it in"):
+            retriever.search("fox", 1)

@@ -37,7 +37,8 @@ def search(
     Args:
         query: What to search for.
         index: Folder that 'calibadv index' wrote.
-        retriever: In the place of an index: a packaged config such as retrievers/hybrid, or a YAML file, as for fit.
+        retriever: In the place of an index: a YAML file as for fit, or a packaged config such as retrievers/hybrid (but
+            retrievers/bm25 and retrievers/dense leave the corpus to the config that they complete).
         top_k: The most documents to print.
         json: Print a JSON list of objects with rank, score, id, title and text, uncut.
 
@@ -67,7 +68,8 @@ def serve(
 
     Args:
         index: Folder that 'calibadv index' wrote.
-        retriever: In the place of an index: a packaged config such as retrievers/hybrid, or a YAML file, as for fit.
+        retriever: In the place of an index: a YAML file as for fit, or a packaged config such as retrievers/hybrid (but
+            retrievers/bm25 and retrievers/dense leave the corpus to the config that they complete).
         host: Name or address to listen on. The default reaches this machine only; 0.0.0.0 reaches the whole network,
             and nobody is asked for a password.
         port: Port to listen on; 0 takes a free one.
@@ -91,7 +93,8 @@ def audit(
     Args:
         questions: Question file; what should be found is its metadata.supporting_ids or metadata.supporting_titles.
         index: Folder that 'calibadv index' wrote.
-        retriever: In the place of an index: a packaged config such as retrievers/hybrid, or a YAML file, as for fit.
+        retriever: In the place of an index: a YAML file as for fit, or a packaged config such as retrievers/hybrid (but
+            retrievers/bm25 and retrievers/dense leave the corpus to the config that they complete).
         top_k: One or more k: recall@k is the mean share of a question's supporting documents among the first k.
         json: Print a JSON object with questions, answer_coverage and recall.
 
@@ -142,6 +145,12 @@ def _configured_retriever(path: Path) -> Retriever:
         parsed = parser.parse_object({"retriever": _retriever_of(path)})
     except ArgumentError as error:
         raise ValueError(f"config '{config_name(path)}': {explain(str(error))}") from error
+    given = parsed.retriever.get("init_args", {})
+    if given.get("corpus", "") is None and given.get("index", "") is None:
+        raise ValueError(
+            f"config '{config_name(path)}' does not say what to search, which it leaves to the config that it "
+            "completes; copy it, and add corpus or index to its init_args"
+        )
     opened: Retriever = parser.instantiate(parsed).retriever
     return opened
 

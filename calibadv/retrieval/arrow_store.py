@@ -7,8 +7,7 @@ row is arithmetic; ``ids.npy``, [2, N] 64-bit hashes of the ids in ascending ord
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,14 @@ from typing import Any
 import numpy as np
 
 from calibadv.retrieval.corpus import Corpus, unknown_id
+from calibadv.retrieval.errors import one_line
+from calibadv.retrieval.records import check_record, read_record
 from calibadv.types import Document
 
 FORMAT = 1
 TEXTS = ("id", "title", "text")
 LAYOUT, IDS = "corpus.json", "ids.npy"
+_KINDS = {"documents": int, "checksum": str, "shard_rows": int, "batch_rows": int, "files": dict}
 _REMEDY = "copy the folder again, or remove it and have it made again"
 
 
@@ -41,7 +43,7 @@ class ArrowCorpus(Corpus):
         self._checksum: str = layout["checksum"]
         self._shard_rows: int = layout["shard_rows"]
         self._batch_rows: int = layout["batch_rows"]
-        ids = np.load(folder / IDS, mmap_mode="r", allow_pickle=False)
+        ids = _load_ids(folder / IDS, self._documents)
         # Plain arrays over the same mapped memory: searching them costs a few pages and no copy.
         self._hashes, self._rows = np.asarray(ids[0]), np.asarray(ids[1])
         self._shards: dict[int, list[Any]] = {}
@@ -61,14 +63,19 @@ class ArrowCorpus(Corpus):
         while start < stop:
             batch, offset = self._batch(start)
             part = batch.slice(offset, min(batch.num_rows - offset, stop - start))
-            yield from map(Document, *(part.column(name).to_pylist() for name in TEXTS))
+            try:
+                columns = [part.column(name).to_pylist() for name in TEXTS]
+            except UnicodeDecodeError as error:
+                raise _damaged(self.folder / shard_name(start // self._shard_rows), one_line(error)) from error
+            yield from map(Document, *columns)
             start += part.num_rows
 
     def _batch(self, row: int) -> tuple[Any, int]:
         shard, within = divmod(row, self._shard_rows)
         batch, offset = divmod(within, self._batch_rows)
         if shard not in self._shards:
-            self._shards[shard] = open_shard(self.folder, shard)
+            rows = min(self._shard_rows, len(self) - shard * self._shard_rows)
+            self._shards[shard] = open_shard(self.folder, shard, rows, self._batch_rows)
         return self._shards[shard][batch], offset
 
     def row(self, doc_id: str) -> int:
@@ -110,20 +117,34 @@ def id_hash(doc_id: str) -> int:
     return int.from_bytes(blake2b(doc_id.encode(), digest_size=8).digest(), "little")
 
 
-def open_shard(folder: Path, shard: int) -> list[Any]:
+def open_shard(folder: Path, shard: int, rows: int, batch_rows: int) -> list[Any]:
     """Map a shard into memory.
 
     Args:
         folder: of the corpus.
         shard: its number.
+        rows: how many it has.
+        batch_rows: rows of each batch but the last, which may have fewer.
 
     Returns:
         Its record batches, which are immutable, so that threads may share them.
+
+    Raises:
+        ValueError: the file is damaged.
     """
     import pyarrow as pa  # type: ignore[import-untyped]
 
-    reader = pa.ipc.open_file(pa.memory_map(str(folder / shard_name(shard))))
-    return [reader.get_batch(index) for index in range(reader.num_record_batches)]
+    path = folder / shard_name(shard)
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        if [batch.num_rows for batch in batches] != [min(batch_rows, rows - at) for at in range(0, rows, batch_rows)]:
+            raise ValueError("it has other rows")
+        for batch in batches:
+            batch.validate()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _damaged(path, one_line(error)) from error
+    return batches
 
 
 def shard_name(shard: int) -> str:
@@ -139,14 +160,46 @@ def shard_name(shard: int) -> str:
 
 
 def _read_layout(folder: Path) -> dict[str, Any]:
-    try:
-        layout = json.loads((folder / LAYOUT).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"'{folder / LAYOUT}' is missing or damaged; {_REMEDY}") from error
+    path = folder / LAYOUT
+    layout = read_record(path, {}, _REMEDY)
     if layout.get("format") != FORMAT:
         raise ValueError(f"'{folder}' has the corpus format {layout.get('format')}, not {FORMAT}; {_REMEDY}")
+    check_record(path, layout, _KINDS, _REMEDY)
+    shards = -(-layout["documents"] // layout["shard_rows"])
+    check_names(path, layout["files"], [*map(shard_name, range(shards)), IDS], _REMEDY)
     check_sizes(folder, layout["files"], _REMEDY)
-    return dict(layout)
+    return layout
+
+
+def _load_ids(path: Path, documents: int) -> Any:
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:  # of which numpy may say that it is a pickle
+        raise _damaged(path, "it is no array of numpy") from error
+    if ids.dtype != np.uint64 or ids.shape != (2, documents):
+        raise _damaged(path, f"it holds {ids.dtype} {list(ids.shape)}")
+    return ids
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"'{path}' is damaged ({reason}); {_REMEDY}")
+
+
+def check_names(path: Path, files: dict[str, int], names: Sequence[str], remedy: str) -> None:
+    """Refuse a list of files in which one is not named.
+
+    Args:
+        path: where the list is from.
+        files: bytes by name.
+        names: what must be named.
+        remedy: what to do, for the message.
+
+    Raises:
+        ValueError: a name is missing.
+    """
+    for name in names:
+        if name not in files:
+            raise ValueError(f"'{path}' is damaged (its files lack {name}); {remedy}")
 
 
 def check_sizes(folder: Path, files: dict[str, int], remedy: str) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-from rich.console import Console
-from rich.progress import track
+from typing import Any
 
 from calibadv.interfaces import Retriever
+from calibadv.retrieval.corpus import searched_text
+from calibadv.retrieval.progress import blocks, progress_bar
 from calibadv.rewards.answer import normalise_answer
 from calibadv.types import Document, Question, ScoredDocument
 
@@ -18,8 +17,6 @@ from calibadv.types import Document, Question, ScoredDocument
 _MANY_DOCUMENTS = 20_000
 # Questions that are searched for at a time; a slow retriever still shows progress.
 _BATCH = 64
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +62,7 @@ def audit_coverage(
         raise ValueError(f"top_k is {list(top_k)}; give one or more numbers, each at least 1")
     gold = [(question, labels) for question in questions if (labels := supporting_labels(question))]
     shares: dict[int, list[float]] = {k: [] for k in top_k}
-    starts = range(0, len(gold), _BATCH)
-    for start in _with_progress(starts, len(starts), "Searching", hidden=len(gold) <= _BATCH):
-        batch = gold[start : start + _BATCH]
+    for batch in blocks(gold, _BATCH, "Searching", hidden=len(gold) <= _BATCH):
         found = retriever.search([question.question for question, _ in batch], max(top_k))
         for (_, labels), hits in zip(batch, found, strict=True):
             for k in shares:
@@ -104,10 +99,12 @@ def answer_coverage(questions: Sequence[Question], corpus: Sequence[Document]) -
             missing[max(answer.split(), key=len)].add(answer)
     found: set[str] = set()
     hidden = len(corpus) < _MANY_DOCUMENTS
-    for document in _with_progress(corpus, len(corpus), "Looking for the answers", hidden):
-        if not missing:
-            break
-        found |= _take_found(missing, normalise_answer(f"{document.title}\n{document.text}"))
+    with progress_bar("Looking for the answers", len(corpus), hidden) as advance:
+        for document in corpus:
+            if not missing:
+                break
+            found |= _take_found(missing, normalise_answer(searched_text(document)))
+            advance(1)
     return sum(not answers.isdisjoint(found) for answers in wanted) / len(questions)
 
 
@@ -150,9 +147,3 @@ def supporting_labels(question: Question) -> frozenset[tuple[str, str]]:
 def _labels_of(hits: Sequence[ScoredDocument]) -> set[tuple[str, str]]:
     documents = [hit.document for hit in hits]
     return {("id", document.id) for document in documents} | {("title", document.title) for document in documents}
-
-
-def _with_progress(items: Iterable[_T], total: int, description: str, hidden: bool) -> Iterable[_T]:
-    console = Console(stderr=True)
-    hidden = hidden or not console.is_terminal  # there it would leave an empty line
-    return track(items, description, total, console=console, transient=True, disable=hidden)

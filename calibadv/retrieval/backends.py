@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
 
-from calibadv.retrieval.corpus import Corpus
+from calibadv.retrieval.arrays import save_array
+from calibadv.retrieval.corpus import Corpus, searched_text
 from calibadv.retrieval.estimate import Sample, index_size, peak_memory
 from calibadv.retrieval.manifest import Backend
+from calibadv.retrieval.progress import progress_bar
 from calibadv.types import Document
 
 # Documents whose embeddings are one file, the most that a kill costs; and how many are encoded between two steps of the
@@ -64,8 +63,7 @@ class IndexBackend(ABC):
     name: Backend
     settings: dict[str, Any]
 
-    @abstractmethod
-    def check(self, documents: int) -> None:
+    def check(self, documents: int) -> None:  # noqa: B027  # most kinds are built of any corpus
         """Refuse a corpus that this kind of index cannot be built of.
 
         Args:
@@ -107,15 +105,8 @@ class BM25Index(IndexBackend):
 
     name: Backend = "bm25"
 
-    def __init__(self, stopwords: str | list[str], stemmer: str | None) -> None:
+    def __init__(self, stopwords: str | list[str] = "english", stemmer: str | None = None) -> None:
         self.settings = {"stopwords": stopwords, "stemmer": stemmer}
-
-    def check(self, documents: int) -> None:
-        """Refuse nothing.
-
-        Args:
-            documents: size of the corpus.
-        """
 
     def cost(self, sample: Sample) -> Cost:
         """Estimate, by indexing the sample.
@@ -132,7 +123,7 @@ class BM25Index(IndexBackend):
         start = time.perf_counter()
         build_bm25(sample.documents, **self.settings, show_progress=False)
         seconds = time.perf_counter() - start
-        words = [re.findall(r"\w\w+", f"{d.title}\n{d.text}".lower()) for d in sample.documents]
+        words = [re.findall(r"\w\w+", searched_text(d).lower()) for d in sample.documents]
         postings = sample.scale(sum(len(set(found)) for found in words))
         vocabulary = len(set(chain.from_iterable(words))) * (sample.total / len(words)) ** _HEAPS
         disk = 8 * postings + round(_VOCABULARY_BYTES * vocabulary)  # a posting is a float32 and an int32
@@ -171,14 +162,15 @@ class FaissIndex(IndexBackend):
 
     def __init__(
         self,
-        encoder: str,
-        factory: str,
-        query_prompt: str | None,
-        passage_prompt: str | None,
-        batch_size: int,
-        device: str | None,
+        encoder: str = "minilm",
+        factory: str = "Flat",
+        query_prompt: str | None = None,
+        passage_prompt: str | None = None,
+        batch_size: int = 64,
+        device: str | None = None,
     ) -> None:
         from calibadv.retrieval.encoder import Encoder
+        from calibadv.retrieval.faiss_index import make_index
 
         self._encoder = Encoder(encoder, query_prompt, passage_prompt, batch_size, device)
         self.settings = {
@@ -188,8 +180,8 @@ class FaissIndex(IndexBackend):
             "factory": factory,
             "dimension": self._encoder.dimension,
         }
-        self.check(sys.maxsize)  # the factory string alone
-        self._size = index_size(factory, self._encoder.dimension)
+        self._index = make_index(factory, self._encoder.dimension)
+        self._size = index_size(self._index)
 
     def check(self, documents: int) -> None:
         """Refuse a corpus that is too small to train the index.
@@ -197,9 +189,9 @@ class FaissIndex(IndexBackend):
         Args:
             documents: size of the corpus.
         """
-        from calibadv.retrieval.faiss_index import check_factory
+        from calibadv.retrieval.faiss_index import check_count
 
-        check_factory(self.settings["factory"], self.settings["dimension"], documents)
+        check_count(self._index, self.settings["factory"], documents)
 
     def cost(self, sample: Sample) -> Cost:
         """Estimate, by encoding a few passages.
@@ -216,10 +208,10 @@ class FaissIndex(IndexBackend):
         self._encoder.encode_passages(documents)
         seconds = (time.perf_counter() - start) * sample.total / len(documents)
         embeddings = 4 * self.settings["dimension"] * sample.total
-        index = self._size.fixed + round((self._size.per_vector or 0) * sample.total)
+        index = self._size.fixed + round(self._size.per_vector * sample.total)
         unknown = "" if self._size.trained else "time of training, "
         unknown += "" if self.settings["factory"] == "Flat" else f"time of filling {self.settings['factory']}"
-        unknown += "" if self._size.per_vector else ", its size"
+        unknown += "" if self._size.known else ", what it takes beyond its vectors"
         training = 0 if self._size.trained else min(embeddings, self._size.training)
         return Cost(index, embeddings, peak_memory() + index + training, seconds, unknown)
 
@@ -231,10 +223,11 @@ class FaissIndex(IndexBackend):
             target: file to write.
             work: folder of the embeddings.
         """
-        from calibadv.retrieval.faiss_index import build_faiss, save_faiss
+        from calibadv.retrieval.faiss_index import fill_index, save_faiss
 
         shards = encode_shards(corpus, self._encoder.encode_passages, work)
-        save_faiss(build_faiss(shards, len(corpus), self._encoder.dimension, self.settings["factory"]), target)
+        fill_index(self._index, self.settings["factory"], shards, len(corpus))
+        save_faiss(self._index, target)
 
 
 def encode_shards(
@@ -254,22 +247,16 @@ def encode_shards(
     Returns:
         The embeddings of each file, memory-mapped: together [N, D].
     """
-    paths: list[Path] = []
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=len(corpus) <= _STEP_ROWS) as progress:
-        task = progress.add_task("Encoding the corpus", total=len(corpus))
-        for start in range(0, len(corpus), shard_rows):
-            stop = min(start + shard_rows, len(corpus))
-            path = folder / f"embeddings-{len(paths):05d}.npy"
-            paths.append(path)
-            if not path.exists():
-                partial = path.with_suffix(".partial")
-                parts = []
-                for first in range(start, stop, _STEP_ROWS):
-                    parts.append(encode(corpus[first : min(first + _STEP_ROWS, stop)]))
-                    progress.update(task, completed=first)
-                with partial.open("wb") as file:
-                    np.save(file, np.concatenate(parts), allow_pickle=False)
-                partial.replace(path)
-            progress.update(task, completed=stop)
+    paths = [folder / f"embeddings-{shard:05d}.npy" for shard in range(-(-len(corpus) // shard_rows))]
+    with progress_bar("Encoding the corpus", len(corpus), hidden=len(corpus) <= _STEP_ROWS) as advance:
+        for shard, path in enumerate(paths):
+            rows = range(shard * shard_rows, min((shard + 1) * shard_rows, len(corpus)))
+            if path.exists():
+                advance(len(rows))
+                continue
+            parts = []
+            for first in rows[::_STEP_ROWS]:
+                parts.append(encode(corpus[first : min(first + _STEP_ROWS, rows.stop)]))
+                advance(len(parts[-1]))
+            save_array(path, np.concatenate(parts))
     return [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
 from types import TracebackType
 
 from calibadv.interfaces import RetrievalError, Retriever
@@ -28,10 +30,18 @@ class _Request:
     answer: asyncio.Future[Results]
 
 
+@dataclass(frozen=True, slots=True)
+class _Search:
+    queries: list[str]
+    top_k: int
+    found: Future[Results]
+
+
 class Batcher:
     """Searches for many requests at once, in one thread, so that the retriever need not be thread-safe.
 
-    Used as an asynchronous context: the thread works inside it, and leaving it drops what still waits.
+    Used as an asynchronous context: the thread works inside it, and leaving it drops what still waits. A search that
+    runs then does not keep the process alive.
 
     Args:
         retriever: what searches.
@@ -46,9 +56,11 @@ class Batcher:
         self._pending = 0
         self._waiting: deque[_Request] = deque()
         self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retriever")
+        self._searches: SimpleQueue[_Search | None] = SimpleQueue()
 
     async def __aenter__(self) -> Batcher:
+        # Not a ThreadPoolExecutor: the interpreter waits for its threads, however long they search.
+        threading.Thread(target=self._search_in_turn, name="retriever", daemon=True).start()
         self._loop = asyncio.create_task(self._work())
         return self
 
@@ -56,7 +68,7 @@ class Batcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._loop.cancel()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._searches.put(None)
 
     async def search(self, queries: Sequence[str], top_k: int) -> Results:
         """Search together with whoever asks at the same time.
@@ -107,10 +119,10 @@ class Batcher:
 
     async def _answer(self, requests: list[_Request]) -> None:
         queries = [query for request in requests for query in request.queries]
+        search = _Search(queries, requests[0].top_k, Future())
+        self._searches.put(search)
         try:
-            found = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._search, queries, requests[0].top_k
-            )
+            found = await asyncio.wrap_future(search.found)
         except RetrievalError as error:
             # What the retriever depends on is out of order: asking again for each would multiply the wait.
             _fail(requests, error)
@@ -126,6 +138,18 @@ class Batcher:
                 if not request.answer.done():
                     request.answer.set_result(found[: len(request.queries)])
                 del found[: len(request.queries)]
+
+    def _search_in_turn(self) -> None:
+        """What the thread does, until it gets None."""
+        while search := self._searches.get():
+            if not search.found.set_running_or_notify_cancel():
+                continue
+            try:
+                found = self._search(search.queries, search.top_k)
+            except BaseException as error:
+                search.found.set_exception(error)
+            else:
+                search.found.set_result(found)
 
     def _search(self, queries: list[str], top_k: int) -> Results:
         found = self._retriever.search(queries, top_k)

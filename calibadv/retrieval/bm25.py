@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
 
 from calibadv.interfaces import Retriever
-from calibadv.retrieval.corpus import Corpus, open_corpus
-from calibadv.retrieval.manifest import INDEX_NAMES, read_manifest
+from calibadv.retrieval.corpus import Corpus, open_corpus, searched_text
+from calibadv.retrieval.errors import one_line
+from calibadv.retrieval.manifest import INDEX_NAMES, Manifest, open_index
 from calibadv.retrieval.postings import Postings
-from calibadv.retrieval.ranking import best_rows, check_top_k
+from calibadv.retrieval.progress import blocks
+from calibadv.retrieval.ranking import best_rows, check_search, check_top_k
 from calibadv.types import Document, ScoredDocument
 
 # From this many documents on, indexing takes longer than about two seconds, so a progress bar is shown.
@@ -65,8 +66,8 @@ class BM25(Retriever):
         if index is not None and corpus is not None:
             raise ValueError(f"index '{index}' brings its own corpus; leave out corpus '{corpus}' (set it to null)")
         if index is not None:
-            self._stopwords, self._stemmer = _settings_of(Path(index), stopwords, stemmer)
-            self.corpus = open_corpus(index)
+            manifest, self.corpus = open_index(Path(index))
+            self._stopwords, self._stemmer = _settings_of(index, manifest, stopwords, stemmer)
             self._index = _load_bm25(Path(index), len(self.corpus))
         elif corpus is not None:
             self._stopwords, self._stemmer = "english" if stopwords is None else stopwords, stemmer
@@ -87,16 +88,24 @@ class BM25(Retriever):
             One list per query, best first, ties in the order of the corpus. A query without a known word finds nothing.
 
         Raises:
-            ValueError: ``top_k`` is below 1.
+            ValueError: ``top_k`` is below 1, or ``queries`` is one text.
         """
-        check_top_k(top_k)
+        check_search(queries, top_k)
         return [self._search_words(words, top_k) for words in _tokenize(list(queries), self._stopwords, self._stemmer)]
 
     def _search_words(self, words: list[str], top_k: int) -> list[ScoredDocument]:
-        known = self._index.get_tokens_ids(words)
-        if not known:
+        # Each different word is scored once, so that a query that repeats one a million times costs no more for it.
+        by_count: dict[int, list[int]] = defaultdict(list)
+        for word, count in Counter(self._index.get_tokens_ids(words)).items():
+            by_count[count].append(word)
+        if not by_count:
             return []
-        scores: NDArray[np.float32] = self._index.get_scores_from_ids(known)
+        parts = [self._index.get_scores_from_ids(ids) for ids in by_count.values()]
+        for part, count in zip(parts, by_count, strict=True):
+            part *= np.float32(count)
+        scores: NDArray[np.float32] = parts[0]
+        for part in parts[1:]:
+            scores += part
         return [ScoredDocument(self.corpus[row], float(scores[row])) for row in best_rows(scores, top_k)]
 
 
@@ -120,8 +129,8 @@ def build_bm25(
     bm25s = _import_bm25s()
     _tokenize([], stopwords, stemmer)  # refuses unknown names before anything is read
     postings = Postings()
-    for texts in _blocks(documents, show_progress):
-        postings.add(_tokenize(texts, stopwords, stemmer))
+    for block in blocks(documents, _BLOCK, "Indexing the corpus", hidden=not show_progress):
+        postings.add(_tokenize([searched_text(document) for document in block], stopwords, stemmer))
     if not postings.vocabulary:
         raise ValueError("the corpus has no word to search for; words have at least two characters and no stop-words")
     index = bm25s.BM25()
@@ -137,35 +146,30 @@ def save_bm25(index: Any, folder: Path) -> None:
     Args:
         index: of ``build_bm25``.
         folder: made if it is not there.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
     """
     index.save(folder, allow_pickle=False, show_progress=False)
-
-
-def _blocks(documents: Sequence[Document], show_progress: bool) -> Iterator[list[str]]:
-    """What is searched of each document, in blocks; slices, so that a corpus on disk is read as it lies there."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not show_progress) as progress:
-        task = progress.add_task("Indexing the corpus", total=len(documents))
-        for start in range(0, len(documents), _BLOCK):
-            block = documents[start : start + _BLOCK]
-            yield [f"{document.title}\n{document.text}" for document in block]
-            progress.update(task, advance=len(block))
+    for name in ("data", "indices", "indptr"):
+        # numpy, which writes them, does not notice where the last bytes find no space.
+        try:
+            np.load(folder / f"{name}.csc.index.npy", mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise OSError(f"{name}.csc.index.npy was cut off, as on a full disk") from error
 
 
 def _settings_of(
-    folder: Path, stopwords: str | list[str] | None, stemmer: str | None
+    index: str, manifest: Manifest, stopwords: str | list[str] | None, stemmer: str | None
 ) -> tuple[str | list[str], str | None]:
     """What an index was built with, which the caller may only repeat."""
-    manifest = read_manifest(folder)
     if manifest.backend != "bm25":
-        raise ValueError(
-            f"index '{folder}' was built with --backend {manifest.backend}; give it to Dense, or build one"
-        )
+        raise ValueError(f"index '{index}' was built with --backend {manifest.backend}; give it to Dense, or build one")
     built = manifest.settings
     for name, given in (("stopwords", stopwords), ("stemmer", stemmer)):
         if given is not None and given != built[name]:
             raise ValueError(
-                f"{name} is {given!r}, and index '{folder}' was built with {built[name]!r}; leave {name} out, or build "
+                f"{name} is {given!r}, and index '{index}' was built with {built[name]!r}; leave {name} out, or build "
                 "the index again"
             )
     return built["stopwords"], built["stemmer"]
@@ -180,7 +184,8 @@ def _load_bm25(folder: Path, documents: int) -> Any:
         if not whole or stored["num_docs"] != documents or len(index.vocab_dict) != len(stored["indptr"]) - 1:
             raise ValueError("its files do not belong together")
     except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError) as error:
-        reason = " ".join(str(error).split())
+        # numpy takes whatever is no array of its own for a pickle, and says how to load that.
+        reason = "one of its arrays is damaged" if "pickle" in str(error) else one_line(error)
         raise ValueError(
             f"index '{folder}' does not load ({reason}); copy it again, or build it anew with 'calibadv index'"
         ) from error

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from threading import Lock
 
 from calibadv.interfaces import Metrics, Retriever
-from calibadv.retrieval.ranking import check_top_k
+from calibadv.retrieval.ranking import check_search, check_top_k
 from calibadv.types import ScoredDocument
 
 _Key = tuple[str, int]
@@ -53,7 +53,9 @@ class Cached(Retriever):
 
         Raises:
             RetrievalError: the search for an unknown query failed.
+            ValueError: ``top_k`` is below 1, or ``queries`` is one text.
         """
+        check_search(queries, top_k)
         found = self._look_up(queries, top_k)
         unknown = list(dict.fromkeys(query for query in queries if query not in found))
         with self._lock:

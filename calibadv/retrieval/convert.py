@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,16 +19,22 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from calibadv.retrieval.arrays import save_array
 from calibadv.retrieval.arrow_store import FORMAT, IDS, LAYOUT, TEXTS, ArrowCorpus, id_hash, open_shard, shard_name
 from calibadv.retrieval.corpus import empty_corpus, extend_checksum, open_corpus, repeated_id
-from calibadv.retrieval.corpus_files import Numbered, read_documents
+from calibadv.retrieval.corpus_files import read_documents
+from calibadv.retrieval.records import read_record
 from calibadv.run_folder import write_atomically
+from calibadv.types import Document
 
 SHARD_ROWS = 1 << 18
 BATCH_ROWS = 1 << 12
 _PROGRESS = "progress.json"
 # From this many documents on, sorting takes longer than about two seconds.
 _LARGE_CORPUS = 5_000_000
+
+Numbered = Generator[tuple[int, Document], None, None]
+"""Documents with their numbers in the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +118,7 @@ def convert(source: Source, folder: Path, shard_rows: int = SHARD_ROWS) -> Arrow
         progress = _write_shards(source, folder, layout)
         if not progress.documents:
             raise empty_corpus(source.name)
-        _write_ids(source, folder, progress)
+        _write_ids(source, folder, layout, progress)
         files = {name: (folder / name).stat().st_size for name in [*map(shard_name, range(progress.shards)), IDS]}
         content = {**layout, "documents": progress.documents, "checksum": progress.checksum, "files": files}
         write_atomically(folder / LAYOUT, json.dumps(content, indent=2) + "\n")
@@ -138,12 +144,13 @@ def _write_shards(source: Source, folder: Path, layout: dict[str, Any]) -> _Prog
 
 
 def _read_progress(folder: Path, header: dict[str, Any]) -> _Progress | None:
-    """How far a run of the same source and layout came, None if there was none."""
-    if not (folder / _PROGRESS).exists():
+    """How far a run of the same source and layout came, None if there was none or it does not say."""
+    try:
+        content = read_record(folder / _PROGRESS, {"progress": dict}, "")
+        progress = _Progress(**content.pop("progress"))
+    except (ValueError, TypeError):  # there is none, or it is damaged: nothing is lost but time
         return None
-    content = json.loads((folder / _PROGRESS).read_text("utf-8"))
-    progress = content.pop("progress")
-    return _Progress(**progress) if content == header else None
+    return progress if content == header else None
 
 
 def _write_shard(folder: Path, numbered: Numbered, layout: dict[str, Any], progress: _Progress) -> _Progress:
@@ -173,16 +180,17 @@ def _write_shard(folder: Path, numbered: Numbered, layout: dict[str, Any], progr
     return _Progress(progress.shards + 1, documents, number, state.hex())
 
 
-def _write_ids(source: Source, folder: Path, progress: _Progress) -> None:
-    shards = [open_shard(folder, shard) for shard in range(progress.shards)]
-    ids = np.empty((2, progress.documents), np.uint64)
+def _write_ids(source: Source, folder: Path, layout: dict[str, Any], progress: _Progress) -> None:
+    total, per_shard, batch_rows = progress.documents, layout["shard_rows"], layout["batch_rows"]
+    shards = [
+        open_shard(folder, shard, min(per_shard, total - shard * per_shard), batch_rows)
+        for shard in range(progress.shards)
+    ]
+    ids = np.empty((2, total), np.uint64)
     ids[0] = np.concatenate([batch.column("hash").to_numpy() for batches in shards for batch in batches])
-    quiet = progress.documents < _LARGE_CORPUS
-    with Console(stderr=True, quiet=quiet).status("Sorting the ids"):
+    with Console(stderr=True, quiet=total < _LARGE_CORPUS).status("Sorting the ids"):
         ids[1] = np.argsort(ids[0], kind="stable")
         ids[0] = ids[0][ids[1]]
-    batch_rows = shards[0][0].num_rows
-    per_shard = len(shards[0]) * batch_rows
 
     def id_of(row: int) -> str:
         shard, within = divmod(row, per_shard)
@@ -192,10 +200,7 @@ def _write_ids(source: Source, folder: Path, progress: _Progress) -> None:
     if repeated:
         first, second = (_number_of(source, row) for row in repeated)
         raise repeated_id(f"{source.name}:{second}", id_of(repeated[1]), first)
-    partial = folder / "ids.partial"
-    with partial.open("wb") as file:
-        np.save(file, ids, allow_pickle=False)
-    partial.replace(folder / IDS)
+    save_array(folder / IDS, ids)
 
 
 def first_repeated(

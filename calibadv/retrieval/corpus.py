@@ -134,15 +134,27 @@ def open_corpus(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Cor
         return Corpus.from_documents(embedded_world().documents)
     path = Path(path)
     if path.is_dir():
-        from calibadv.retrieval.manifest import open_index_corpus
+        from calibadv.retrieval.manifest import open_index
 
-        return open_index_corpus(path)
+        return open_index(path)[1]
     if path.is_file() and path.stat().st_size > in_memory_bytes:
         from calibadv.retrieval.corpus_cache import cached_corpus
 
         return cached_corpus(path)
     with closing(read_documents(path)) as numbered:
         return _MemoryCorpus(numbered, str(path))
+
+
+def searched_text(document: Document) -> str:
+    """What is searched of a document, but by an encoder, which has a form of its own.
+
+    Args:
+        document: the document.
+
+    Returns:
+        Title and text, in two lines.
+    """
+    return f"{document.title}\n{document.text}"
 
 
 def extend_checksum(state: bytes, document: Document) -> bytes:
@@ -197,4 +209,3 @@ def unknown_id(doc_id: str, documents: int) -> ValueError:
         What to raise.
     """
     return ValueError(f"none of the {documents} documents has the id '{doc_id}'; give an id of this corpus")
-

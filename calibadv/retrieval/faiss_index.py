@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
+
+from calibadv.retrieval.errors import one_line
+from calibadv.retrieval.faiss_parts import has_numbers, most_centroids, train_plainly
+from calibadv.retrieval.progress import progress_bar
 
 # From this many vectors on, filling an index may take longer than about two seconds.
 _LARGE_INDEX = 100_000
@@ -27,26 +29,11 @@ _MAPPED_BYTES = 1 << 20
 _FACTORIES = "Flat, IVF4096,Flat, HNSW32 or another string of faiss.index_factory"
 
 
-def check_factory(factory: str, dimension: int, count: int) -> None:
-    """Refuse an index type that cannot be built, before vectors are made for it.
-
-    Args:
-        factory: as ``faiss.index_factory`` reads it.
-        dimension: D of the vectors.
-        count: N, how many there will be.
-
-    Raises:
-        ValueError: faiss does not make it for inner products, it numbers its vectors itself, or training it needs more.
-    """
-    _make_index(factory, dimension, count)
-
-
 def build_faiss(shards: Sequence[NDArray[np.float32]], count: int, dimension: int, factory: str) -> Any:
-    """Build an index in memory. Where its type needs training, this takes vectors spread evenly over all.
+    """Build an index in memory: ``make_index``, ``check_count`` and ``fill_index`` at once.
 
     Args:
-        shards: arrays [n, D] that together are [N, D], such as memory-mapped files. They are read once, and once more
-            for training.
+        shards: arrays [n, D] that together are [N, D], such as memory-mapped files.
         count: N.
         dimension: D.
         factory: as ``faiss.index_factory`` reads it; the metric is the inner product.
@@ -55,23 +42,88 @@ def build_faiss(shards: Sequence[NDArray[np.float32]], count: int, dimension: in
         A ``faiss.Index``.
 
     Raises:
-        ValueError: ``check_factory`` refuses it, or faiss cannot train or fill it.
+        ValueError: faiss does not make it, N is too small for it, or faiss cannot train or fill it.
     """
-    index = _make_index(factory, dimension, count)
+    index = make_index(factory, dimension)
+    check_count(index, factory, count)
+    fill_index(index, factory, shards, count)
+    return index
+
+
+def make_index(factory: str, dimension: int) -> Any:
+    """Make an index without vectors, which shows what it will be like.
+
+    Args:
+        factory: as ``faiss.index_factory`` reads it; the metric is the inner product.
+        dimension: D of the vectors.
+
+    Returns:
+        A ``faiss.Index``.
+
+    Raises:
+        ValueError: faiss does not make it for inner products, or it numbers its vectors itself.
+    """
+    import faiss
+
+    try:
+        index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(
+            f"factory '{factory}' is not one that faiss makes for inner products of {dimension} dimensions "
+            f"({_reason(error)}); give {_FACTORIES}"
+        ) from error
+    if has_numbers(index):
+        raise ValueError(f"factory '{factory}' has numbers of its own for vectors; leave out IDMap")
+    return index
+
+
+def check_count(index: Any, factory: str, count: int) -> None:
+    """Refuse to train an index on too few vectors, before they are made.
+
+    Args:
+        index: of ``make_index``.
+        factory: what it was made of.
+        count: N, how many there will be.
+
+    Raises:
+        ValueError: training it needs more.
+    """
+    centroids = most_centroids(index)
+    if centroids > count:
+        raise ValueError(
+            f"factory '{factory}' needs at least {centroids} vectors to train, and the corpus has {count} documents; "
+            "give Flat, or fewer lists"
+        )
+
+
+def fill_index(index: Any, factory: str, shards: Sequence[NDArray[np.float32]], count: int) -> None:
+    """Put vectors into an index. Where its type needs training, this takes vectors spread evenly over all.
+
+    Args:
+        index: of ``make_index``; changed in place.
+        factory: what it was made of.
+        shards: arrays [n, D] that together are [N, D]. They are read once, and once more for training.
+        count: N.
+
+    Raises:
+        ValueError: faiss cannot train or fill it.
+    """
+    train_plainly(index)
     try:
         if not index.is_trained:
             index.train(_training_sample(index, shards, count))
         if hasattr(index, "codes"):
             # Reserves memory; grown step by step, it would need up to twice as much.
             index.codes.resize(count * index.code_size)
-        for shard in _with_progress(shards, count):
-            index.add(np.ascontiguousarray(shard, np.float32))
+        with progress_bar("Filling the index", count, hidden=count < _LARGE_INDEX) as advance:
+            for shard in shards:
+                index.add(np.ascontiguousarray(shard, np.float32))
+                advance(len(shard))
     except RuntimeError as error:
         raise ValueError(
-            f"factory '{factory}' does not work for {count} vectors of {dimension} dimensions ({_reason(error)}); give "
+            f"factory '{factory}' does not work for {count} vectors of {index.d} dimensions ({_reason(error)}); give "
             f"{_FACTORIES}"
         ) from error
-    return index
 
 
 def save_faiss(index: Any, path: Path) -> None:
@@ -80,10 +132,15 @@ def save_faiss(index: Any, path: Path) -> None:
     Args:
         index: of ``build_faiss``.
         path: file to write.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
     """
     import faiss
 
-    faiss.write_index(index, str(path))
+    # FAISS's own writer does not notice where the last bytes find no space.
+    with path.open("wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
 
 
 def load_faiss(path: Path, count: int) -> Any:
@@ -97,7 +154,8 @@ def load_faiss(path: Path, count: int) -> Any:
         A ``faiss.Index``.
 
     Raises:
-        ValueError: the file is damaged, compares by another metric than the inner product, or has another size.
+        ValueError: the file is damaged, compares by another metric than the inner product, numbers its vectors itself,
+            or has another size.
     """
     import faiss
 
@@ -112,6 +170,11 @@ def load_faiss(path: Path, count: int) -> Any:
         raise ValueError(
             f"index file '{path}' does not compare by the inner product (FAISS metric {index.metric_type}); "
             "build it with faiss.METRIC_INNER_PRODUCT"
+        )
+    if has_numbers(index):
+        raise ValueError(
+            f"index file '{path}' has numbers of its own for vectors, which need not be rows of the corpus; build it "
+            "without IDMap"
         )
     if index.ntotal != count:
         raise ValueError(
@@ -202,44 +265,8 @@ def _ranked(rows: NDArray[np.int64], scores: NDArray[np.float32], top_k: int) ->
     return list(zip(rows[order].tolist(), scores[order].tolist(), strict=True))
 
 
-def _make_index(factory: str, dimension: int, count: int) -> Any:
-    import faiss
-
-    try:
-        index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise ValueError(
-            f"factory '{factory}' is not one that faiss makes for inner products of {dimension} dimensions "
-            f"({_reason(error)}); give {_FACTORIES}"
-        ) from error
-    if isinstance(index, faiss.IndexIDMap):
-        raise ValueError(f"factory '{factory}' has numbers of its own for vectors; leave out IDMap")
-    centroids = _centroids(faiss, index)
-    if centroids > count:
-        raise ValueError(
-            f"factory '{factory}' needs at least {centroids} vectors to train, and the corpus has {count} documents; "
-            "give Flat, or fewer lists"
-        )
-    return index
-
-
-def _centroids(faiss: Any, index: Any) -> int:
-    """The largest number of centroids that one part of an index is trained for; 0 for none."""
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        return _centroids(faiss, index.index)
-    if isinstance(index, faiss.IndexHNSW):
-        return _centroids(faiss, index.storage)
-    if isinstance(index, faiss.IndexRefine):
-        return _centroids(faiss, index.base_index)
-    quantizer = getattr(index, "pq", None)
-    return max(getattr(index, "nlist", 0), 0 if quantizer is None else quantizer.ksub)
-
-
 def _training_sample(index: Any, shards: Sequence[NDArray[np.float32]], count: int) -> NDArray[np.float32]:
-    import faiss
-
-    wanted = max(_QUANTIZER_SAMPLE, _VECTORS_PER_CENTROID * _centroids(faiss, index))
+    wanted = max(_QUANTIZER_SAMPLE, _VECTORS_PER_CENTROID * most_centroids(index))
     rows = np.linspace(0, count - 1, min(count, wanted)).astype(np.int64)
     sample = np.empty((len(rows), index.d), np.float32)
     start = 0
@@ -250,16 +277,6 @@ def _training_sample(index: Any, shards: Sequence[NDArray[np.float32]], count: i
     return sample
 
 
-def _with_progress(shards: Sequence[NDArray[np.float32]], count: int) -> Iterator[NDArray[np.float32]]:
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=count < _LARGE_INDEX) as progress:
-        task = progress.add_task("Filling the index", total=count)
-        for shard in shards:
-            yield shard
-            progress.update(task, advance=len(shard))
-
-
 def _reason(error: Exception) -> str:
     """What FAISS says after the name of a C++ function and a place in its source."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return _PLACE.sub("", text)
+    return _PLACE.sub("", one_line(error))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from math import fsum
 
 from calibadv.interfaces import Metrics, Retriever
-from calibadv.retrieval.ranking import check_top_k
+from calibadv.retrieval.corpus import Corpus
+from calibadv.retrieval.ranking import check_search, check_top_k
 from calibadv.types import Document, ScoredDocument
 
 
@@ -24,8 +25,8 @@ class Hybrid(Retriever):
         rrf_k: Added to each rank: the larger, the less the first ranks stand out.
 
     Raises:
-        ValueError: no retriever, ``top_k`` below 1, ``fetch_k`` below ``top_k``, ``rrf_k`` below 0, or corpora of
-            different size.
+        ValueError: no retriever, ``top_k`` below 1, ``fetch_k`` below ``top_k``, ``rrf_k`` below 0, or different
+            corpora.
     """
 
     def __init__(self, retrievers: list[Retriever], top_k: int = 3, fetch_k: int = 20, rrf_k: int = 60) -> None:
@@ -35,12 +36,7 @@ class Hybrid(Retriever):
         if rrf_k < 0:
             raise ValueError(f"rrf_k is {rrf_k}; it must be at least 0")
         corpora = [retriever.corpus for retriever in retrievers if retriever.corpus is not None]
-        sizes = sorted({len(corpus) for corpus in corpora})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"the retrievers search corpora of {sizes[0]} and {sizes[-1]} documents; documents are fused by id: "
-                "give all of them the same corpus"
-            )
+        _check_corpora(corpora)
         self.top_k = top_k
         self.corpus = corpora[0] if corpora else None
         self._retrievers = retrievers
@@ -59,9 +55,9 @@ class Hybrid(Retriever):
 
         Raises:
             RetrievalError: one of the retrievers failed.
-            ValueError: ``top_k`` is below 1.
+            ValueError: ``top_k`` is below 1, or ``queries`` is one text.
         """
-        check_top_k(top_k)
+        check_search(queries, top_k)
         fetch_k = max(self._fetch_k, top_k)
         found = [retriever.search(queries, fetch_k) for retriever in self._retrievers]
         return [fuse(lists, self._rrf_k)[:top_k] for lists in zip(*found, strict=True)]
@@ -77,6 +73,23 @@ class Hybrid(Retriever):
             for name, value in retriever.metrics().items():
                 reported[name].append(value)
         return {name: sum(values) / len(values) for name, values in reported.items()}
+
+
+def _check_corpora(corpora: Sequence[Sequence[Document]]) -> None:
+    """Refuse different corpora, as far as their sizes and their checksums tell."""
+    sizes = sorted({len(corpus) for corpus in corpora})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the retrievers search corpora of {sizes[0]} and {sizes[-1]} documents; documents are fused by id: "
+            "give all of them the same corpus"
+        )
+    # Two openings of one corpus are two objects; the checksum of a large one is stored with it.
+    known = {id(corpus): corpus for corpus in corpora if isinstance(corpus, Corpus)}.values()
+    if len(known) > 1 and len({corpus.checksum for corpus in known}) > 1:
+        raise ValueError(
+            f"the retrievers search different corpora of {sizes[0]} documents each; documents are fused by id: give "
+            "all of them the same corpus"
+        )
 
 
 def fuse(lists: Sequence[Sequence[ScoredDocument]], rrf_k: int) -> list[ScoredDocument]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,29 +13,20 @@ from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Table
 
+from calibadv.jsonl import UnreadableError
 from calibadv.retrieval.arrow_store import ArrowCorpus
 from calibadv.retrieval.backends import BM25Index, Cost, FaissIndex, IndexBackend
 from calibadv.retrieval.convert import Source, convert, open_source
+from calibadv.retrieval.errors import one_line
 from calibadv.retrieval.estimate import Sample, check_disk, free_disk, sample_corpus
 from calibadv.retrieval.manifest import CORPUS_FOLDER, INDEX_NAMES, MANIFEST, UNFINISHED, Backend, write_manifest
+from calibadv.retrieval.records import read_record
 
 # Folder of what is not whole yet. All of it, and the plan in UNFINISHED, is removed at the end.
 _WORK = "partial"
 _KINDS: dict[Backend, Callable[..., IndexBackend]] = {"bm25": BM25Index, "faiss": FaissIndex}
-_DEFAULTS: dict[Backend, dict[str, Any]] = {
-    "bm25": {"stopwords": "english", "stemmer": None},
-    "faiss": {
-        "encoder": "minilm",
-        "factory": "Flat",
-        "query_prompt": None,
-        "passage_prompt": None,
-        "batch_size": 64,
-        "device": None,
-    },
-}
 # What may be another after a kill, as the result is the same up to rounding.
 _FREE = ("batch_size", "device")
 
@@ -94,7 +86,7 @@ def index(  # noqa: PLR0913 - its parameters are the options of the command
             kind.check(sample.total)
         _announce(sample, kind.cost(sample), out)
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-    with _locked(out):
+    with _resumable(out), _locked(out):
         if not _is_finished(out, plan):
             documents = _convert(source, kind, out, plan, missing)
             _build(kind, documents, out)
@@ -105,10 +97,10 @@ def index(  # noqa: PLR0913 - its parameters are the options of the command
 
 def _own_options(backend: Backend, given: dict[str, Any]) -> dict[str, Any]:
     """The options of a backend, those that were not given at their defaults."""
-    own = _DEFAULTS[backend]
+    own = {option.name: option.default for option in inspect.signature(_KINDS[backend]).parameters.values()}
     for name in given:
         if name not in own:
-            other = next(other for other, names in _DEFAULTS.items() if name in names)
+            other = next(other for other in _KINDS if other != backend)
             raise ValueError(
                 f"--{name} is an option of --backend {other}, and this is {backend}; leave one of them out"
             )
@@ -122,7 +114,7 @@ def _own_options(backend: Backend, given: dict[str, Any]) -> dict[str, Any]:
 
 def _is_finished(out: Path, plan: dict[str, Any]) -> bool:
     """Whether only the sweeping is left; refuses a folder that holds anything else than this plan's work."""
-    begun = json.loads((out / UNFINISHED).read_text("utf-8")) if (out / UNFINISHED).exists() else None
+    begun = read_record(out / UNFINISHED, {}, "remove the folder") if (out / UNFINISHED).exists() else None
     if (out / MANIFEST).exists():
         if begun == plan:
             return True
@@ -142,16 +134,32 @@ def _announce(sample: Sample, cost: Cost, out: Path) -> None:
     kept = sample.corpus_bytes + cost.index_bytes
     peak = kept + cost.temporary_bytes
     seconds = round(sample.seconds + cost.seconds)
-    table = Table(title=f"What the index in '{escape(str(out))}' needs, roughly", show_header=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"index '{out}' needs, roughly:", markup=False)
+    table = Table(show_header=False)
     table.add_row("documents", f"{'' if sample.exact else 'about '}{sample.total:,}")
     table.add_row("disk", decimal(kept) + (f", and {decimal(peak)} while it is built" if peak > kept else ""))
     table.add_row("memory", decimal(cost.memory_bytes))
     table.add_row("time", f"{timedelta(seconds=seconds)} (h:mm:ss)" if seconds else "about a second")
     if cost.unknown:
         table.add_row("not counted", cost.unknown)
-    Console(stderr=True).print(table)
+    console.print(table)
     there = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     check_disk(peak - there, free_disk(out), out)
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Where the disk fails once the work has begun, say that it can go on."""
+    try:
+        yield
+    except OSError as error:
+        if not (out / UNFINISHED).exists():
+            raise
+        raise ValueError(
+            f"out '{out}' cannot be written ({one_line(error)}); free space there, and run the same command again to "
+            "go on where it stopped"
+        ) from error
 
 
 @contextmanager
@@ -177,6 +185,8 @@ def _convert(source: Source, kind: IndexBackend, out: Path, plan: dict[str, Any]
     try:
         documents = convert(source, out / CORPUS_FOLDER)
         kind.check(len(documents))
+    except UnreadableError:  # as a share that is away for a moment: what was converted stays
+        raise
     except ValueError:
         shutil.rmtree(out / CORPUS_FOLDER)
         (out / UNFINISHED).unlink()

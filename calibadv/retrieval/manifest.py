@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import NoneType
+from typing import Any, Literal
 
-from calibadv.retrieval.arrow_store import ArrowCorpus, check_sizes
+from calibadv.retrieval.arrow_store import IDS, LAYOUT, ArrowCorpus, check_names, check_sizes
 from calibadv.retrieval.corpus import Corpus
+from calibadv.retrieval.records import Kinds, check_record, read_record
 from calibadv.run_folder import write_atomically
 
 FORMAT = 1
@@ -23,6 +25,16 @@ Backend = Literal["bm25", "faiss"]
 CORPUS_FOLDER = "corpus"
 INDEX_NAMES: dict[Backend, str] = {"bm25": "bm25", "faiss": "faiss.index"}
 _REMEDY = "copy the folder again, or build the index anew with 'calibadv index'"
+_KINDS: Kinds = {"backend": str, "documents": int, "corpus_checksum": str, "settings": dict, "files": dict}
+_SETTINGS: dict[str, Kinds] = {
+    "bm25": {"stopwords": str | list, "stemmer": str | NoneType},
+    "faiss": {"encoder": str, "query_prompt": str, "passage_prompt": str, "factory": str, "dimension": int},
+}
+_FILES = {
+    "bm25": [f"bm25/{part}.csc.index.npy" for part in ("data", "indices", "indptr")]
+    + ["bm25/params.index.json", "bm25/vocab.index.json"],
+    "faiss": ["faiss.index"],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +77,7 @@ def write_manifest(folder: Path, backend: Backend, corpus: Corpus, settings: dic
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of an index, and check that the folder is whole.
+    """Read the manifest of an index. What it says of the folder is for ``open_index`` to check.
 
     Args:
         folder: the index.
@@ -74,38 +86,8 @@ def read_manifest(folder: Path) -> Manifest:
         The manifest.
 
     Raises:
-        ValueError: the folder is not a finished index of this format, a file is missing or has another size, or its
-            corpus is another than the index was built of.
+        ValueError: the folder is not a finished index of this format, or its manifest is damaged.
     """
-    manifest = _parse(folder, _read(folder))
-    check_sizes(folder, manifest.files, _REMEDY)
-    corpus = ArrowCorpus(folder / CORPUS_FOLDER)
-    found, built = (len(corpus), corpus.checksum), (manifest.documents, manifest.corpus_checksum)
-    if found != built:
-        raise ValueError(
-            f"the corpus in '{folder}' has {found[0]} documents with checksum {found[1]}, and the index was built of "
-            f"{built[0]} with {built[1]}; {_REMEDY}"
-        )
-    return manifest
-
-
-def open_index_corpus(folder: Path) -> Corpus:
-    """Open the corpus inside an index.
-
-    Args:
-        folder: the index.
-
-    Returns:
-        Its documents, memory-mapped.
-
-    Raises:
-        ValueError: the folder is not a whole index.
-    """
-    read_manifest(folder)
-    return ArrowCorpus(folder / CORPUS_FOLDER)
-
-
-def _read(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"index '{folder}' is not a folder; give a folder that 'calibadv index' wrote")
     path = folder / MANIFEST
@@ -115,20 +97,42 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"'{folder}' is a folder without {MANIFEST}, and so not an index; give a folder that 'calibadv index' wrote"
         )
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"'{path}' is damaged ({error}); {_REMEDY}") from error
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+    content = read_record(path, {}, _REMEDY)
+    if content.pop("format", None) != FORMAT:
         raise ValueError(f"'{path}' is not a manifest of format {FORMAT}, which this release reads; {_REMEDY}")
-    return content
-
-
-def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
+    check_record(path, content, _KINDS, _REMEDY)
     try:
         manifest = Manifest(**content)
     except TypeError as error:
-        raise ValueError(f"'{folder / MANIFEST}' is damaged ({error}); {_REMEDY}") from error
-    if manifest.backend not in get_args(Backend):
-        raise ValueError(f"'{folder / MANIFEST}' has the backend {manifest.backend!r}; {_REMEDY}")
+        raise ValueError(f"'{path}' is damaged ({error}); {_REMEDY}") from error
+    if manifest.backend not in _SETTINGS:
+        raise ValueError(f"'{path}' has the backend {manifest.backend!r}; {_REMEDY}")
+    check_record(path, manifest.settings, _SETTINGS[manifest.backend], _REMEDY)
+    names = [f"{CORPUS_FOLDER}/{name}" for name in (LAYOUT, IDS)] + _FILES[manifest.backend]
+    check_names(path, manifest.files, names, _REMEDY)
     return manifest
+
+
+def open_index(folder: Path) -> tuple[Manifest, Corpus]:
+    """Open the corpus of an index, and check that the folder is whole.
+
+    Args:
+        folder: the index.
+
+    Returns:
+        The manifest, and the documents, memory-mapped.
+
+    Raises:
+        ValueError: the folder is not a finished index of this format, a file is missing or has another size, or its
+            corpus is another than the index was built of.
+    """
+    manifest = read_manifest(folder)
+    check_sizes(folder, manifest.files, _REMEDY)
+    corpus = ArrowCorpus(folder / CORPUS_FOLDER)
+    found, built = (len(corpus), corpus.checksum), (manifest.documents, manifest.corpus_checksum)
+    if found != built:
+        raise ValueError(
+            f"the corpus in '{folder}' has {found[0]} documents with checksum {found[1]}, and the index was built of "
+            f"{built[0]} with {built[1]}; {_REMEDY}"
+        )
+    return manifest, corpus

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from calibadv.interfaces import RetrievalError, Retriever
-from calibadv.retrieval.ranking import check_top_k
+from calibadv.retrieval.ranking import check_search, check_top_k
 from calibadv.types import Document, ScoredDocument
 
 
@@ -57,9 +57,9 @@ class MemoryRetriever(Retriever):
 
         Raises:
             RetrievalError: one of the queries is listed as failing.
-            ValueError: ``top_k`` is below 1.
+            ValueError: ``top_k`` is below 1, or ``queries`` is one text.
         """
-        check_top_k(top_k)
+        check_search(queries, top_k)
         for query in queries:
             if query in self._failing:
                 raise RetrievalError(f"the search for '{query}' is scripted to fail")

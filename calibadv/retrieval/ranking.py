@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +19,21 @@ def check_top_k(top_k: int) -> None:
     """
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1")
+
+
+def check_search(queries: Sequence[str], top_k: int) -> None:
+    """Refuse what no retriever can be asked.
+
+    Args:
+        queries: texts to search for.
+        top_k: documents per query.
+
+    Raises:
+        ValueError: ``queries`` is one text, whose letters would each be searched for, or ``top_k`` is below 1.
+    """
+    if isinstance(queries, str):
+        raise ValueError(f"queries is the text {queries!r:.60}; it must be a list of texts: put it in brackets")
+    check_top_k(top_k)
 
 
 def best_rows(scores: NDArray[np.float32], top_k: int) -> list[int]:

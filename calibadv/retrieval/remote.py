@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _LONGEST_PAUSE = 30.0
 # Connections to one server that are kept open: as many as threads are likely to search at once.
 _CONNECTIONS = 256
+# Bytes of an answer: the most per document that is asked for, and what any answer may have.
+_DOCUMENT_BYTES, _ANSWER_BYTES = 2**20, 4 * 2**20
 _REMEDIES = {404: "correct the path of url", 413: "lower batch_size", 422: "correct what it names"}
 
 
@@ -31,7 +33,8 @@ class Remote(Retriever):
 
     Queries are sent in batches, round the servers in turn. A batch that gets no answer, or 429 or 5xx, goes to the next
     server, and after the last one round again, with pauses that double and vary. It never turns into an empty result.
-    No proxy is used, whatever the environment says.
+    An answer may have 1 MiB per document that is asked for, and 4 MiB in any case. No proxy is used, whatever the
+    environment says.
 
     Args:
         url: Address of the server, or of several with the same index; ``/retrieve`` is added if there is no path.
@@ -54,7 +57,7 @@ class Remote(Retriever):
         batch_size: int = 256,
         backoff: float = 0.5,
     ) -> None:
-        import urllib3
+        from calibadv.retrieval.deadline import open_pool
 
         check_top_k(top_k)
         for name, value, least in (("retries", retries, 0), ("batch_size", batch_size, 1), ("backoff", backoff, 0)):
@@ -71,7 +74,7 @@ class Remote(Retriever):
         self._batch_size = batch_size
         self._backoff = backoff
         self._turns = itertools.count()
-        self._pool = urllib3.PoolManager(maxsize=_CONNECTIONS)
+        self._pool = open_pool(_CONNECTIONS)
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
         """Ask the server.
@@ -102,11 +105,12 @@ class Remote(Retriever):
     def _ask(self, queries: list[str], top_k: int) -> Results:
         """Send one batch, until a server answers or the tries are used up."""
         body = json.dumps({"queries": queries, "topk": top_k, "return_scores": True}).encode()
+        most = max(_ANSWER_BYTES, len(queries) * top_k * _DOCUMENT_BYTES)
         turn = next(self._turns)
         for attempt in range(self._tries):
             url = self._urls[(turn + attempt) % len(self._urls)]
             try:
-                answer = self._post(url, body)
+                answer = self._post(url, body, most)
             except _TryAgainError as error:
                 failure = error
             else:
@@ -123,17 +127,18 @@ class Remote(Retriever):
             jitter = random.Random().uniform(0.5, 1.0)
             time.sleep(min(max(self._backoff * 2.0 ** min(again, 30) * jitter, asked), _LONGEST_PAUSE))
 
-    def _post(self, url: str, body: bytes) -> bytes:
-        """Send one request and return the body of its answer."""
-        from urllib3 import exceptions
+    def _post(self, url: str, body: bytes, most: int) -> bytes:
+        """Send one request and return the body of its answer, of so many bytes at most."""
+        from urllib3 import Timeout, exceptions
 
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        deadline = time.monotonic() + self._timeout
+        # Not compressed: a small answer could grow without bounds.
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
+        timeout = Timeout(total=self._timeout)
         try:
             response = self._pool.request(
-                "POST", url, body=body, headers=headers, timeout=self._timeout, retries=False, preload_content=False
+                "POST", url, body=body, headers=headers, timeout=timeout, retries=False, preload_content=False
             )
-            data = _read_all(response, deadline)
+            data = _read_all(response, most)
         except exceptions.NewConnectionError as error:
             reason = getattr(error.__cause__, "strerror", None) or error
             raise _TryAgainError(f"is down ({reason})", "start it, or correct url") from error
@@ -142,6 +147,9 @@ class Remote(Retriever):
             raise _TryAgainError(what, "raise timeout, lower batch_size or add servers") from error
         except exceptions.HTTPError as error:
             raise _TryAgainError(f"broke off ({_one_line(str(error))})", "see its log") from error
+        if len(data) > most:
+            what = f"answered with more than {most // 2**20} MiB"
+            raise RetrievalError(f"the retrieval server {url} {what}; is this url that of a retrieval server?")
         if response.status == 200:
             return data
         what = f"answered {response.status} ({_reason(data)})"
@@ -161,18 +169,19 @@ class _TryAgainError(Exception):
         self.seconds = seconds
 
 
-def _read_all(response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
-    """Read a body in the pieces in which it arrives: a server that drips may not hold the caller for ever."""
-    pieces = []
+def _read_all(response: urllib3.BaseHTTPResponse, most: int) -> bytes:
+    """Read a body as it was sent, until its end or until it has more bytes than it may."""
+    data = bytearray()
     try:
-        while piece := response.read1(2**16):
-            pieces.append(piece)
-            if time.monotonic() > deadline:
-                raise TimeoutError
+        while piece := response.read1(2**16, decode_content=False):
+            data += piece
+            if len(data) > most:
+                response.close()
+                break
     except BaseException:
         response.close()
         raise
-    return b"".join(pieces)
+    return bytes(data)
 
 
 def _read(url: str, answer: bytes, queries: int, top_k: int) -> Results:

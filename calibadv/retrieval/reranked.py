@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from safetensors import SafetensorError
-
 from calibadv.interfaces import Metrics, Retriever
+from calibadv.retrieval.corpus import searched_text
 from calibadv.retrieval.hybrid import check_fetch_k
-from calibadv.retrieval.ranking import check_top_k
+from calibadv.retrieval.models import ModelKind, load_model
+from calibadv.retrieval.ranking import check_search
 from calibadv.types import ScoredDocument
 
-# What the parts of sentence-transformers that load a model may raise over its files.
-_LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, AssertionError, SafetensorError)
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_CROSS_ENCODER = ModelKind(
+    what="model",
+    remedy="the folder of a sentence-transformers cross-encoder, or its name on the Hugging Face hub",
+    owner="cross-encoder",
+)
 
 
 class Reranked(Retriever):
@@ -81,13 +79,12 @@ class Reranked(Retriever):
 
         Raises:
             RetrievalError: the retriever failed.
-            ValueError: ``top_k`` is below 1.
+            ValueError: ``top_k`` is below 1, or ``queries`` is one text.
         """
-        check_top_k(top_k)
+        check_search(queries, top_k)
         fetched = self._retriever.search(queries, max(self._fetch_k, top_k))
         pairs = [
-            [(query, f"{hit.document.title}\n{hit.document.text}") for hit in hits]
-            for query, hits in zip(queries, fetched, strict=True)
+            [(query, searched_text(hit.document)) for hit in hits] for query, hits in zip(queries, fetched, strict=True)
         ]
         scores = self._score({pair for row in pairs for pair in row})
         rescored = (
@@ -120,30 +117,8 @@ class Reranked(Retriever):
 def _load_cross_encoder(name: str, device: str | None) -> Any:
     from sentence_transformers import CrossEncoder
 
-    folder = Path(name).expanduser()
-    # A folder that is not there would be asked for over the network, many times.
-    if not folder.is_dir() and not _HUB_NAME.fullmatch(name):
-        raise ValueError(f"model '{name}' is not a folder; give a cross-encoder's folder, or its name on the hub")
-    try:
-        with _quietly():
-            model = CrossEncoder(
-                str(folder) if folder.is_dir() else name,
-                device=device,
-                local_files_only=folder.is_dir(),
-                model_kwargs={"use_safetensors": True},
-            )
-    except _LOADING_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"model '{name}' does not load ({reason}); give a sentence-transformers cross-encoder with "
-            "model.safetensors, by its folder or its name on the hub"
-        ) from error
-    _check_cross_encoder(name, model)
-    return model
-
-
-def _check_cross_encoder(name: str, model: Any) -> None:
-    """Refuse what sentence-transformers loads, but could only rank at random."""
+    model = load_model(_CROSS_ENCODER, name, device, CrossEncoder)
+    # sentence-transformers also loads what could only rank at random.
     first = model[0]
     architectures = getattr(first.model.config, "architectures", None) or []
     classifies = getattr(first, "transformer_task", "") == "sequence-classification"
@@ -156,21 +131,4 @@ def _check_cross_encoder(name: str, model: Any) -> None:
         raise ValueError(
             f"model '{name}' gives {model.num_labels} scores to a pair; give a cross-encoder that gives one"
         )
-    if len(model.tokenizer) <= len(model.tokenizer.all_special_ids):
-        raise ValueError(f"model '{name}' has a tokenizer without words; save the model's own tokenizer beside it")
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' bars and reports of loading; what is wrong with a model is said by our own errors."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    return model

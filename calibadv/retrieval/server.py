@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from ipaddress import ip_address
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -63,7 +65,7 @@ def make_app(retriever: Retriever, limits: ServerLimits | None = None) -> FastAP
 
     Requests that arrive together are searched for together. Each error is ``{"error": reason}``, with status 400 (the
     body is not JSON), 413 (it is too long), 422 (it asks for what cannot be answered), 502 (the retriever reports a
-    failure), 503 (too many queries wait) or 500.
+    failure), 503 (too many queries wait, or the server stops) or 500.
 
     Args:
         retriever: what searches; called in one thread.
@@ -101,15 +103,8 @@ def make_app(retriever: Retriever, limits: ServerLimits | None = None) -> FastAP
     async def answer_safely(request: Request) -> Response:
         try:
             return await retrieve(request)
-        except RequestError as error:
-            return _error(error.status, str(error))
-        except RetrievalError as error:
-            return _error(502, str(error))
-        except BusyError as error:
-            return _error(503, str(error), {"Retry-After": "1"})
-        except Exception as error:
-            _log.exception("a search failed")
-            return _error(500, f"the search failed with {type(error).__name__}; the log of the server says more")
+        except (Exception, asyncio.CancelledError) as error:
+            return _refusal(error)
 
     async def refuse_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -127,6 +122,9 @@ def run_server(
     retriever: Retriever, host: str = "127.0.0.1", port: int = 8000, limits: ServerLimits | None = None
 ) -> None:
     """Serve until SIGINT or SIGTERM, then answer what is in flight and return.
+
+    After a second signal, or 60 s, what is still in flight is answered 503. A search that runs then goes on in a thread
+    that ends with the process.
 
     Args:
         retriever: what searches.
@@ -151,10 +149,24 @@ def run_server(
             timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=_GRACE,
         )
-        server = uvicorn.Server(config)
+        server = _new_server(config)
         Console(soft_wrap=True).print(_greeting(listener), highlight=False, markup=False)
         with _stop_on_signals(server):
             server.run(sockets=[listener])
+
+
+def _refusal(error: BaseException) -> Response:
+    """What a client is told of an error; called where it is handled."""
+    if isinstance(error, RequestError):
+        return _error(error.status, str(error))
+    if isinstance(error, RetrievalError):
+        return _error(502, str(error))
+    if isinstance(error, BusyError):
+        return _error(503, str(error), {"Retry-After": "1"})
+    if isinstance(error, asyncio.CancelledError):  # by the server, when it does not wait any longer
+        return _error(503, "the server stops; ask another one, or this one when it is up again")
+    _log.exception("a search failed")
+    return _error(500, f"the search failed with {type(error).__name__}; the log of the server says more")
 
 
 async def _read_body(request: Request, most: int) -> bytes:
@@ -234,14 +246,25 @@ def _greeting(listener: socket.socket) -> str:
     return f"serving at {url}; WARNING: whoever can reach this machine may query it; Ctrl-C stops it"
 
 
+def _new_server(config: uvicorn.Config) -> uvicorn.Server:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Ends in order after each signal: uvicorn's own drops requests after the second, and raises all again."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.should_exit:
+                for task in list(self.server_state.tasks):
+                    task.cancel()
+            self.should_exit = True
+
+    return Server(config)
+
+
 @contextmanager
 def _stop_on_signals(server: uvicorn.Server) -> Iterator[None]:
-    """Make a signal an orderly end: uvicorn raises it again after its shutdown, which would kill the process."""
-
-    def stop(number: int, frame: object) -> None:
-        server.should_exit = True
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Heed signals that come before uvicorn does so, and after."""
+    before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

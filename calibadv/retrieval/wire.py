@@ -160,7 +160,7 @@ def _parse_hit(hit: Any, rank: int, place: str) -> ScoredDocument:
         raise ValueError(f"{place}, which is not a document but {record!r:.60}")
     if score is None:
         score = 1 / rank
-    elif isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+    elif not _is_finite(score):
         raise ValueError(f"{place}, which has the score {score!r:.60}; it must be a number")
     has_id = record.get("id") is not None
     document = parse_document(record if has_id else {**record, "id": ""}, place)
@@ -168,3 +168,10 @@ def _parse_hit(hit: Any, rank: int, place: str) -> ScoredDocument:
         texts = f"{document.title}\n{document.text}".encode()
         document = replace(document, id=f"text-{blake2b(texts, digest_size=8).hexdigest()}")
     return ScoredDocument(document, float(score))
+
+
+def _is_finite(score: Any) -> bool:
+    try:
+        return type(score) in (int, float) and math.isfinite(score)
+    except OverflowError:  # a whole number beyond those that a float can hold
+        return False

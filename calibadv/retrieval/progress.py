@@ -1,0 +1,50 @@
+"""Progress bars on standard error: only in a terminal, only for what takes time, and gone at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import Progress
+
+_T = TypeVar("_T")
+
+
+@contextmanager
+def progress_bar(description: str, total: int, hidden: bool) -> Iterator[Callable[[int], None]]:
+    """Show how much is done.
+
+    Args:
+        description: what is done.
+        total: how much there is to do.
+        hidden: whether it is so little that no bar is worth it.
+
+    Yields:
+        A function that is told how much more is done.
+    """
+    console = Console(stderr=True)
+    hidden = hidden or not console.is_terminal  # there it would leave an empty line
+    with Progress(console=console, transient=True, disable=hidden) as progress:
+        yield partial(progress.advance, progress.add_task(description, total=total))
+
+
+def blocks(items: Sequence[_T], size: int, description: str, hidden: bool) -> Iterator[Sequence[_T]]:
+    """Cut into slices, and show how many items are behind. A corpus on disk is read as it lies there.
+
+    Args:
+        items: what to cut.
+        size: items of a slice.
+        description: what is done with them.
+        hidden: whether they are so few that no bar is worth it.
+
+    Yields:
+        Slices, which together are ``items``.
+    """
+    with progress_bar(description, len(items), hidden) as advance:
+        for start in range(0, len(items), size):
+            block = items[start : start + size]
+            yield block
+            advance(len(block))

@@ -1,0 +1,54 @@
+"""JSON files that this package writes for itself, read with the mistrust that a copied or damaged folder deserves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+Kinds = Mapping[str, type | UnionType]
+
+
+def read_record(path: Path, kinds: Kinds, remedy: str) -> dict[str, Any]:
+    """Read a JSON object that has certain keys.
+
+    Args:
+        path: the file.
+        kinds: type of each key that it must have; integers are at least 1.
+        remedy: what to do, for the message.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: the file is missing or no such object.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"'{path}' is missing or damaged ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' is damaged (it is no JSON object); {remedy}")
+    check_record(path, content, kinds, remedy)
+    return content
+
+
+def check_record(path: Path, content: Mapping[str, Any], kinds: Kinds, remedy: str) -> None:
+    """Refuse an object that lacks a key, or has another type under it.
+
+    Args:
+        path: where it is from.
+        content: the object.
+        kinds: type of each key that it must have; integers are at least 1.
+        remedy: what to do, for the message.
+
+    Raises:
+        ValueError: it does.
+    """
+    for key, kind in kinds.items():
+        if key not in content:
+            raise ValueError(f"'{path}' is damaged (it has no '{key}'); {remedy}")
+        if not isinstance(content[key], kind) or (kind is int and content[key] < 1):
+            raise ValueError(f"'{path}' is damaged (it has {content[key]!r:.60} as '{key}'); {remedy}")
