@@ -359,7 +359,7 @@ class SearchAgentModule(pl.LightningModule):
         self.evaluation = evaluation_metrics(self._evaluated)
         self._evaluated.clear()
         metrics = {f"{prefix}/{name}": value for name, value in self.evaluation.items()}
-        self.log_dict(metrics, logger=False, sync_dist=True)  # for callbacks that monitor a metric; equal on all processes
+        self.log_dict(metrics, logger=False, sync_dist=True)  # for callbacks that monitor one; equal on all processes
         self.log_at_step(metrics)
 
     def log_at_step(self, metrics: Metrics) -> None:

@@ -179,7 +179,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
 COMMANDS: dict[str, tuple[str, str]] = {
     "no such command": (
         "fitt",
-        r"there is no command 'fitt'; choose one of fit, validate, test, predict, plan, index, search, serve, audit, replay, world",
+        r"there is no command 'fitt'; choose one of fit, validate, test, predict, plan, index, search, serve, audit, ",
     ),
     "no config": ("fit", r"model.policy and model.retriever are required; give --model.policy VALUE --model.retriever"),
     "no corpus": (
