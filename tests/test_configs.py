@@ -35,6 +35,13 @@ RETRIEVERS: dict[str, tuple[str, dict[str, str]]] = {
     "retrievers/reranked": ("Reranked", {"model": "cross-encoder"}),
     "retrievers/search_r1": ("Dense", {"index": "flat.index", "corpus": "corpus.jsonl", "encoder": "encoder"}),
 }
+ENGINES = {"engines/vllm": "VLLMEngine", "engines/vllm_server": "VLLMServerEngine"}
+CLUSTER = {
+    "cluster/ddp": "DDPStrategy",
+    "cluster/fsdp": "ModelParallelStrategy",
+    "cluster/qwen2_5_3b": "ModelParallelStrategy",
+    "cluster/qwen2_5_7b": "ModelParallelStrategy",
+}
 OURS = ["RunStart", "RolloutWriter", "Results", "RolloutCheckpoint", "Progress"]
 PATHS = sorted(configs_folder().rglob("*.yaml"))
 
@@ -55,7 +62,7 @@ def data(tmp_path: Path) -> list[str]:
 
 
 def test_every_config_is_expected_here() -> None:
-    assert sorted([*CALIBRATORS, *RETRIEVERS]) == sorted(config_name(path) for path in PATHS)
+    assert sorted([*CALIBRATORS, *RETRIEVERS, *ENGINES, *CLUSTER]) == sorted(config_name(path) for path in PATHS)
 
 
 @pytest.mark.parametrize("name", CALIBRATORS)
@@ -96,6 +103,26 @@ def test_a_retriever_takes_the_place_of_the_recipes_own(name: str, parts: Path) 
     retriever = cli.model.agent.retriever
     assert type(retriever).__name__ == kind
     assert retriever.top_k == (3 if "search_r1" in name else 2)  # that of the recipe, unless the overlay says another
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_takes_the_place_of_the_recipes_own(name: str) -> None:
+    cli = build("--config", "quickstart", "--config", name)
+    assert type(cli.model.agent.engine).__name__ == ENGINES[name]
+
+
+@pytest.mark.parametrize("name", CLUSTER)
+def test_a_cluster_is_eight_processes_a_machine(name: str, data: list[str], llama_folder: Path) -> None:
+    if "qwen" in name:
+        questions = [option for option in data if "corpus" not in option]
+        cli = build(
+            "--config", name, f"--model.policy={llama_folder}", "--model.retriever.url=http://r:8000", *questions
+        )
+    else:
+        cli = build("--config", "quickstart", "--config", name)
+    assert type(cli.trainer.strategy).__name__ == CLUSTER[name]
+    assert cli.trainer.world_size == 8
+    assert cli.datamodule.questions_per_step % 8 == 0
 
 
 def test_calibrators_can_be_installed_on_the_command_line() -> None:

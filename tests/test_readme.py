@@ -18,10 +18,11 @@ import pytest
 import yaml
 
 from calibadv.cli.configs import read_words
-from calibadv.cli.help import TOOLS, VERBS
+from calibadv.cli.help import PLAN, TOOLS, VERBS
 from calibadv.cli.lightning import CalibadvCLI
 from calibadv.cli.main import main
 from calibadv.cli.quiet import quiet_environment
+from calibadv.cli.tools import tool_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,6 +60,8 @@ def commands() -> Iterator[Any]:
 
 
 COMMANDS = list(commands())
+# What builds the index that a page's other commands search.
+BUILDERS = {words[words.index("--out") + 1]: words for (words,) in (c.values for c in COMMANDS) if words[0] == "index"}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for place in ("tests/vectors/calibration.jsonl", "runs/NAME/rollouts/train-step-000010.jsonl"):
         (folder / place).parent.mkdir(parents=True)
         shutil.copy(ROOT / "tests" / "vectors" / "calibration.jsonl", folder / place)
+    named = [ROOT / "docs" / page for page in ("retrieval.md", "cluster.md")]
+    for config in [block for page in named for block in blocks(page, "yaml") if block.startswith("# ")]:
+        (folder / config.partition("\n")[0].removeprefix("# ")).write_text(config, encoding="utf-8")
+    assert main(["world", "export", "--out", str(folder / "world")]) == 0
+    passages = (folder / "world" / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "corpus.jsonl").write_text("".join(passages[:40]), encoding="utf-8")  # soon encoded
+    shutil.copy(folder / "world" / "validation.jsonl", folder / "questions.jsonl")
     sys.path.insert(0, str(folder))
     yield folder
     sys.path.remove(str(folder))
@@ -88,8 +98,25 @@ def there(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_pages_hold_commands() -> None:
     pages = {str(command.id).partition(":")[0] for command in COMMANDS}
-    assert pages >= {"README.md", "configuration.md", "extending.md", "formats.md", "method.md", "quickstart.md"}
-    assert {command.values[0][0] for command in COMMANDS} >= {"fit", "test", "validate", "predict", "replay", "world"}
+    assert pages >= {
+        "README.md",
+        "configuration.md",
+        "extending.md",
+        "formats.md",
+        "method.md",
+        "quickstart.md",
+        "retrieval.md",
+    }
+    assert {command.values[0][0] for command in COMMANDS} >= {*VERBS, *TOOLS}
+
+
+def run_retrieval(words: tuple[str, ...]) -> None:
+    """Run a command, after those that build what it searches; what is built already is left as it is."""
+    named = " ".join([*words, *(Path(word).read_text(encoding="utf-8") for word in words if word.endswith(".yaml"))])
+    for out, builder in BUILDERS.items():
+        if re.search(rf"(?<![\w-]){out}(?![\w-])", named) and not Path(out).exists():
+            assert main(builder) == 0
+    assert main(words) == 0
 
 
 @pytest.mark.usefixtures("there")
@@ -97,12 +124,24 @@ def test_the_pages_hold_commands() -> None:
 def test_a_command_is_accepted(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     """Tools run; of a verb, which may need a finished run or hours, everything is parsed and the config printed."""
     command = words[0]
+    if command == "serve":  # it would not end
+        parsed = tool_parser(command).parse_args(list(words[1:]))
+        assert Path(parsed.retriever).is_file() if parsed.retriever else str(parsed.index) in BUILDERS
+        return
+    if command in ("search", "audit"):
+        run_retrieval(words)
+        assert capsys.readouterr().out
+        return
     if command in TOOLS:
-        assert main(words) == 0
         out = Path(words[words.index("--out") + 1])
+        if out.is_dir():  # another command needed it before
+            shutil.rmtree(out)
+        assert main(words) == 0
         assert any(out.iterdir()) if out.is_dir() else out.stat().st_size
         return
-    assert command in VERBS
+    if command in PLAN:  # takes the config of a run, and options of its own behind it
+        words = ("fit", *words[1 : words.index("--gpu") if "--gpu" in words else None])
+    assert words[0] in VERBS
     asked = [] if "--print_config" in words else ["--print_config"]
     with pytest.raises(SystemExit) as stop:
         main([*words, *asked])

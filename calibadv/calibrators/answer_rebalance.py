@@ -8,7 +8,7 @@ from torch import Tensor
 
 from calibadv.agent.collate import answer_mask
 from calibadv.interfaces import Calibrator, Metrics
-from calibadv.numerics.credit import answer_rebalance, rebalance_factors
+from calibadv.numerics.credit import rebalance_factors, scale_answers
 from calibadv.types import RolloutBatch
 
 
@@ -39,7 +39,7 @@ class AnswerRebalance(Calibrator):
             both sides (left out where none has).
         """
         answers = answer_mask(batch)
-        balanced = answer_rebalance(advantages, answers, batch.group_ids, self.target_ratio)
         factors = rebalance_factors(advantages, answers, batch.group_ids, self.target_ratio)
         used = factors[factors > 0]
+        balanced = scale_answers(advantages, answers, batch.group_ids, factors)
         return balanced, {"advantage/rebalance_factor": used.mean().item()} if len(used) else {}

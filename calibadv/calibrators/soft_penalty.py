@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from calibadv.interfaces import Calibrator, Metrics
-from calibadv.numerics.credit import negative_search_turns, soft_penalty
-from calibadv.numerics.masked import turn_means
+from calibadv.numerics.credit import punished_tokens, soften
 from calibadv.types import RolloutBatch
 
 
@@ -27,10 +27,12 @@ class SoftPenalty(Calibrator):
             [B, T]; and ``credit/softened``, the share of the punished search turns whose penalty shrank (left out
             where no search turn is punished).
         """
-        per_turn = turn_means(advantages, batch.turn_ids, batch.step_correctness.shape[1])
-        punished = negative_search_turns(per_turn, batch.answer_turn.cpu())
-        softened = soft_penalty(advantages, batch.step_correctness, batch.turn_ids)
+        num_turns = batch.step_correctness.shape[1]
+        places, turns = punished_tokens(advantages, batch.turn_ids, num_turns)
+        softened = soften(advantages, batch.step_correctness, places, turns)
+        punished = torch.bincount(turns, minlength=batch.step_correctness.numel()).view(-1, num_turns) > 0
+        punished &= torch.arange(num_turns, device=advantages.device) < batch.answer_turn[:, None]
         count = int(punished.sum())
         if count == 0:
             return softened, {}
-        return softened, {"credit/softened": int((punished & (batch.step_correctness.cpu() > 0)).sum()) / count}
+        return softened, {"credit/softened": int((punished & (batch.step_correctness > 0)).sum()) / count}

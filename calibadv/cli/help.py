@@ -17,6 +17,8 @@ VERBS = {
     "test": "Answer the test questions greedily and print the figures.",
     "predict": "Answer the test questions greedily and write the rollouts.",
 }
+# Takes the options of fit, and its own.
+PLAN = {"plan": "Estimate the memory and the time that a run will take, before it is started."}
 TOOLS = {
     "index": "Build an index of a corpus, to be searched by words or by meaning.",
     "search": "Search an index for one query and print what is found.",

@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from calibadv.cli.errors import message_for_users, report
-from calibadv.cli.help import TOOLS, VERBS
+from calibadv.cli.help import PLAN, TOOLS, VERBS
 from calibadv.cli.quiet import quiet_environment
+
+_COMMANDS = {**VERBS, **PLAN, **TOOLS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         _print_help()
         return 0
-    if command not in VERBS and command not in TOOLS:
-        report(f"there is no command '{command}'; choose one of {', '.join([*VERBS, *TOOLS])}")
+    if command not in _COMMANDS:
+        report(f"there is no command '{command}'; choose one of {', '.join(_COMMANDS)}")
         return 2
     quiet_environment()
     try:
@@ -35,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from calibadv.cli.lightning import run_verb
 
             return run_verb(command, rest)
+        if command in PLAN:
+            from calibadv.cli.sizing import plan
+
+            plan(rest)
+            return 0
         from calibadv.cli.tools import run_tool
 
         return run_tool(command, rest)
@@ -53,7 +60,7 @@ def _print_help() -> None:
     console = Console()
     console.print("[bold]usage:[/bold] calibadv COMMAND [--config NAME_OR_FILE ...] [--option VALUE ...]\n")
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, text in {**VERBS, **TOOLS}.items():
+    for name, text in _COMMANDS.items():
         table.add_row(f"  [bold]{name}[/bold]", text)
     console.print(table)
     console.print(

@@ -31,4 +31,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Total length of `EvaluationQuestions` across ranks is zero")
     # Which device to take is said in the config; Lightning points out that there are others.
     warnings.filterwarnings("ignore", message="GPU available but not used")
+    # Every process holds all rollouts, so what callbacks monitor is equal on all of them.
+    warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
     logging.basicConfig(format="calibadv: %(message)s", level=logging.WARNING)

@@ -53,7 +53,7 @@ def _run_and_report(function: Callable[..., Any], options: dict[str, Any]) -> No
     try:
         function(**options)
     except OSError as error:
-        raise ValueError(f"out '{out}' cannot be written ({error.strerror}); give another --out") from error
+        raise ValueError(f"out '{out}' cannot be written ({error.strerror or error}); give another --out") from error
     Console(soft_wrap=True).print(f"wrote {out}", highlight=False, markup=False)
 
 
@@ -88,8 +88,20 @@ def _function_parser(prog: str, description: str, function: Callable[..., Any]) 
     for flag in flags:  # by its type it would want the word true behind it
         text = next(action.help for action in typed._actions if action.dest == flag)
         parser.add_argument(f"--{flag}", action="store_true", help=text)
+    _drop_dataclasses(parser)
     describe_tool(parser)
     return parser
+
+
+def _drop_dataclasses(parser: ArgumentParser) -> None:
+    """Remove the option for the whole of a dataclass, which wants a file: each of its fields has one of its own."""
+    names = {action.dest for action in parser._actions}
+    for group in parser._action_groups:
+        for action in list(group._group_actions):
+            if any(name.startswith(f"{action.dest}.") for name in names):
+                group._remove_action(action)
+                for option in action.option_strings:
+                    del parser._option_string_actions[option]
 
 
 def _new_parser(prog: str, description: str) -> ArgumentParser:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calibadv.numerics.masked import group_sum
 from calibadv.numerics.shapes import check_shapes
 
 
@@ -21,9 +20,42 @@ def soft_penalty(advantages: Tensor, step_correctness: Tensor, turn_ids: Tensor)
         [B, T]; differs from ``advantages`` only at negative tokens of turns that found evidence.
     """
     check_shapes("B T, B K, B T", advantages, step_correctness, turn_ids)
-    correctness = step_correctness.to(advantages.dtype).gather(1, turn_ids.clamp(min=0))
-    penalised = (advantages < 0) & (turn_ids >= 0)
-    return torch.where(penalised, advantages * (1 - correctness), advantages)
+    return soften(advantages, step_correctness, *punished_tokens(advantages, turn_ids, step_correctness.shape[1]))
+
+
+def punished_tokens(advantages: Tensor, turn_ids: Tensor, num_turns: int) -> tuple[Tensor, Tensor]:
+    """Find the policy's tokens with a negative advantage: few of a batch, so that what follows need not read it all.
+
+    Args:
+        advantages: [B, T], 0 outside the loss mask.
+        turn_ids: [B, T] turn of each policy token, -1 elsewhere.
+        num_turns: K.
+
+    Returns:
+        [N] their places in the flattened [B, T]; and [N] those of their turns in the flattened [B, K].
+    """
+    check_shapes("B T, B T", advantages, turn_ids)
+    places = ((advantages < 0) & (turn_ids >= 0)).flatten().nonzero()[:, 0]
+    rows = places.div(advantages.shape[1], rounding_mode="floor")
+    return places, rows * num_turns + turn_ids.flatten()[places]
+
+
+def soften(advantages: Tensor, step_correctness: Tensor, places: Tensor, turns: Tensor) -> Tensor:
+    """Multiply some advantages by (1 - correctness of the turn).
+
+    Args:
+        advantages: [B, T].
+        step_correctness: [B, K] in [0, 1].
+        places: [N] in the flattened [B, T], of ``punished_tokens``.
+        turns: [N] in the flattened [B, K].
+
+    Returns:
+        [B, T].
+    """
+    check_shapes("B T, B K, N, N", advantages, step_correctness, places, turns)
+    factors = 1 - step_correctness.to(advantages.dtype).flatten()[turns]
+    softened = advantages.flatten()
+    return softened.index_put((places,), softened[places] * factors).view_as(advantages)
 
 
 def negative_search_turns(turn_advantages: Tensor, answer_turn: Tensor) -> Tensor:
@@ -56,10 +88,32 @@ def rebalance_factors(advantages: Tensor, answer_mask: Tensor, group_ids: Tensor
         [number of groups] float64, on the CPU; 0 where P or N is 0.
     """
     check_shapes("B T, B T, B", advantages, answer_mask, group_ids)
-    answers = torch.where(answer_mask, advantages, 0.0).cpu().double()
-    positive = group_sum(answers.clamp(min=0).sum(1), group_ids)
-    negative = group_sum((-answers).clamp(min=0).sum(1), group_ids)
+    rows, columns = answer_mask.nonzero(as_tuple=True)  # one token in ten: the rest is not read
+    answers, groups = advantages[rows, columns].cpu().double(), group_ids.cpu()[rows.cpu()]
+    count = int(group_ids.max()) + 1
+    positive, negative = (
+        torch.zeros(count, dtype=torch.float64).index_add_(0, groups, side.clamp(min=0)) for side in (answers, -answers)
+    )
     return torch.where(positive > 0, target_ratio * negative / positive, 0.0)
+
+
+def scale_answers(advantages: Tensor, answer_mask: Tensor, group_ids: Tensor, factors: Tensor) -> Tensor:
+    """Multiply the positive answer advantages of each group by its factor; where that is 0, all become 0.
+
+    Args:
+        advantages: [B, T].
+        answer_mask: [B, T] bool, True at the trained tokens of the answer turns.
+        group_ids: [B] group of each rollout, from 0.
+        factors: [number of groups], of ``rebalance_factors``.
+
+    Returns:
+        [B, T]; differs from ``advantages`` only inside ``answer_mask``.
+    """
+    places = answer_mask.nonzero(as_tuple=True)
+    answers = advantages[places]
+    scale = factors.to(advantages)[group_ids[places[0]]]
+    scaled = torch.where(answers > 0, answers * scale, torch.where(scale > 0, answers, 0.0))
+    return advantages.index_put(places, scaled)
 
 
 def answer_rebalance(advantages: Tensor, answer_mask: Tensor, group_ids: Tensor, target_ratio: float) -> Tensor:
@@ -76,7 +130,5 @@ def answer_rebalance(advantages: Tensor, answer_mask: Tensor, group_ids: Tensor,
     Returns:
         [B, T]; differs from ``advantages`` only inside ``answer_mask``.
     """
-    per_group = rebalance_factors(advantages, answer_mask, group_ids, target_ratio).to(advantages)
-    factors = per_group[group_ids, None]
-    balanced = torch.where(advantages > 0, advantages * factors, advantages)
-    return torch.where(answer_mask, torch.where(factors > 0, balanced, 0.0), advantages)
+    factors = rebalance_factors(advantages, answer_mask, group_ids, target_ratio)
+    return scale_answers(advantages, answer_mask, group_ids, factors)

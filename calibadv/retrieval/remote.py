@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from calibadv.interfaces import RetrievalError, Retriever
-from calibadv.retrieval.ranking import check_top_k
+from calibadv.retrieval.ranking import check_search, check_top_k
 from calibadv.retrieval.wire import Results, parse_results
 from calibadv.types import ScoredDocument
 
@@ -90,7 +90,7 @@ class Remote(Retriever):
             RetrievalError: no server answered, or one answered with something else than results.
             ValueError: ``top_k`` is below 1.
         """
-        check_top_k(top_k)
+        check_search(queries, top_k)
         asked = [query for query in queries if query.strip()]
         batches = [asked[first : first + self._batch_size] for first in range(0, len(asked), self._batch_size)]
         threads = min(len(self._urls), len(batches))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from rapidfuzz.distance import Levenshtein
 
@@ -80,7 +81,8 @@ def _repeats_documents(turns: Sequence[frozenset[str]], place: int) -> bool:
 
 
 def _repeats_think(thinks: Sequence[Sequence[str]], place: int) -> bool:
-    return any(Levenshtein.normalized_similarity(other, thinks[place]) > SIMILAR_THINK for other in thinks[:place])
+    similarity = partial(Levenshtein.normalized_similarity, thinks[place], score_cutoff=SIMILAR_THINK)  # 0.0 below it
+    return any(similarity(other) > SIMILAR_THINK for other in thinks[:place])
 
 
 def credit_rollouts(rollouts: Sequence[Rollout]) -> list[Rollout]:

@@ -1,0 +1,294 @@
+"""``calibadv plan``: read the config of a run as ``fit`` does, and say what it will take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from torch import nn
+from transformers import AutoConfig
+
+from calibadv.cli.configs import read_words, scan_settings
+from calibadv.cli.help import PLAN
+from calibadv.cli.lightning import CalibadvCLI
+from calibadv.cli.quiet import quiet_libraries
+from calibadv.cli.sizing_report import print_report
+from calibadv.cli.trainer import check_trainer
+from calibadv.models import Lora, check_model_folder
+from calibadv.retrieval.manifest import read_manifest
+from calibadv.sizing.job import GIB, GPUS, PRECISIONS, Assumptions, Gpu, Job, Precision, Sampler
+from calibadv.sizing.shape import empty_model, shape_of
+
+_ASSUMED = Assumptions()
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass
+class Sizing:
+    """The device that is planned for, and what no config says."""
+
+    gpu: Literal["a100", "h100", "h200", "l40s"] = "h100"
+    """The accelerator of each process, with 80, 80, 141 and 48 GB."""
+    gpu_memory: float | None = None
+    """Its memory in GiB, in place of the named one's."""
+    gpu_tflops: float | None = None
+    """Its peak rate in 10^12 operations per second, in the precision of the run."""
+    gpu_bandwidth: float | None = None
+    """The bandwidth of its memory in GB/s."""
+    gpu_link: float | None = None
+    """What it sends to its neighbours in GB/s; between machines at most 50 are assumed."""
+    mfu: float = _ASSUMED.mfu
+    """Share of the peak rate that passes through the model reach."""
+    rollout_tokens: int | None = None
+    """Mean tokens of a rollout; by default as many as there may be."""
+    policy_tokens: int | None = None
+    """Mean tokens of a rollout that the policy writes; by default as many as there may be."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ValueError: one is not above 0, or the share is above 1.
+        """
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and value <= 0:
+                raise ValueError(f"--{name} is {value}; it must be above 0")
+        if self.mfu > 1:
+            raise ValueError(f"--mfu is {self.mfu}; it is a share of the peak rate, at most 1")
+
+    def device(self) -> Gpu:
+        """Give the accelerator.
+
+        Returns:
+            The named one, with the numbers that were given.
+        """
+        named = GPUS[self.gpu]
+        return Gpu(
+            memory=named.memory if self.gpu_memory is None else self.gpu_memory * GIB,
+            tflops=self.gpu_tflops or named.tflops,
+            tflops32=self.gpu_tflops or named.tflops32,
+            bandwidth=named.bandwidth if self.gpu_bandwidth is None else self.gpu_bandwidth * 1e9,
+            link=named.link if self.gpu_link is None else self.gpu_link * 1e9,
+        )
+
+
+class PlanCLI(CalibadvCLI):
+    """Reads what ``fit`` reads, by the same rules, and builds nothing of it.
+
+    Args:
+        arguments: the words behind ``plan``.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        settings = read_words(arguments)
+        scan_settings(settings)
+        super().__init__("fit", settings, run=False)
+
+    @property
+    def settings_of_fit(self) -> Namespace:
+        """What ``fit`` would be given."""
+        settings: Namespace = self.config["fit"]
+        return settings
+
+    @property
+    def sizing(self) -> Sizing:
+        """The options that are our own."""
+        return Sizing(**{field.name: self.config["fit"][field.name] for field in fields(Sizing)})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add our own options to those of ``fit``.
+
+        Args:
+            parser: of the verb.
+        """
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(Sizing)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, as the command that this is.
+
+        Args:
+            parser: of the verb, as the only subcommand.
+            args: the words of the command line.
+        """
+        own = self._parser(self.verb)
+        own.usage = "calibadv plan [--config NAME_OR_FILE ...] [--option VALUE ...]"
+        own.description = PLAN["plan"]
+        super().parse_arguments(parser, args)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what ``fit`` would refuse of the trainer; there is no run folder to decide on."""
+        check_trainer(self.settings_of_fit.trainer)
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """Print what the run of a config will take: memory of a device by phase, and seconds of a rollout step.
+
+    No weights are loaded, nothing is run and nothing is written.
+
+    Args:
+        arguments: options of ``fit``, and those of ``Sizing``.
+
+    Raises:
+        ValueError: a mistake in the arguments or in what they name.
+    """
+    quiet_libraries()
+    cli = PlanCLI(arguments)
+    settings, sizing = cli.settings_of_fit, cli.sizing
+    job = read_job(settings, sizing)
+    print_report(job, sizing.gpu, settings.trainer.precision or "32-true", _notes(settings, job))
+
+
+def read_job(settings: Namespace, sizing: Sizing) -> Job:
+    """Read a run's sizes off its settings.
+
+    Args:
+        settings: of ``fit``, parsed.
+        sizing: the device, and mean lengths.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: ``fit`` would refuse the settings, or they say too little.
+    """
+    model, trainer, data = settings.model, settings.trainer, settings.data
+    policy = empty_model(AutoConfig.from_pretrained(check_model_folder(model.policy), local_files_only=True))
+    shape = shape_of(policy)
+    nodes = int(trainer.num_nodes)
+    processes = _devices(trainer.devices) * nodes
+    strategy, options = _strategy(trainer.strategy)
+    sharded = strategy == "ModelParallelStrategy"
+    _check_processes(processes, data.questions_per_step, options.get("data_parallel_size") if sharded else None)
+    turns = model.protocol.max_searches + 1
+    limit = model.protocol.max_rollout_tokens
+    tokens = min(sizing.rollout_tokens or limit, limit)
+    validations = model.rollout_steps // trainer.val_check_interval + 1 if data.validation else 0
+    return Job(
+        shape=shape,
+        trained=_adapter_parameters(policy, model.lora) if model.lora else shape.parameters,
+        gpu=sizing.device(),
+        precision=_precision(trainer.precision),
+        sampler=_sampler(model.engine),
+        questions=data.questions_per_step,
+        group_size=model.group_size,
+        limit=limit,
+        tokens=tokens,
+        policy_tokens=min(sizing.policy_tokens or turns * model.protocol.max_turn_tokens, tokens),
+        turns=turns,
+        lora=model.lora is not None,
+        reference=bool(model.kl_coef) and model.lora is None,
+        compared=bool(model.kl_coef),
+        processes=processes,
+        nodes=nodes,
+        sharded=sharded,
+        bucket_view=bool(options.get("gradient_as_bucket_view")),
+        checkpointing=model.gradient_checkpointing,
+        mini_batches=model.mini_batches,
+        micro_batch_tokens=model.micro_batch_tokens,
+        rollout_steps=model.rollout_steps,
+        validations=validations,
+        validation_questions=data.validation_questions or 0,
+        assumed=replace(_ASSUMED, mfu=sizing.mfu),
+    )
+
+
+def _devices(devices: Any) -> int:
+    """Of one machine, by Lightning's rules; for those that it would look for, the ones of this machine."""
+    if devices in ("auto", -1, "-1"):
+        return max(1, torch.cuda.device_count())
+    if isinstance(devices, str) and "," in devices:
+        return len([number for number in devices.split(",") if number.strip()])
+    return len(devices) if isinstance(devices, list) else int(devices)
+
+
+def _strategy(strategy: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(strategy, str):
+        return strategy, {}
+    options = dict(strategy.get("init_args") or {})
+    return strategy.class_path.rpartition(".")[2], {**options, **(strategy.get("dict_kwargs") or {})}
+
+
+def _check_processes(processes: int, questions: int, sharded_over: Any) -> None:
+    if questions % processes:
+        raise ValueError(
+            f"data.questions_per_step is {questions} and there are {processes} processes, which must share the "
+            "questions evenly; give a multiple"
+        )
+    if sharded_over not in (None, processes):
+        raise ValueError(
+            f"trainer.strategy.data_parallel_size is {sharded_over} and there are {processes} processes (devices x "
+            f"num_nodes); give --trainer.strategy.data_parallel_size {processes}"
+        )
+
+
+def _precision(name: Any) -> Precision:
+    known = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed"}
+    chosen = known.get(str(name), str(name))
+    if chosen not in PRECISIONS:
+        raise ValueError(f"trainer.precision is {name}; plan knows {', '.join(PRECISIONS)}")
+    return PRECISIONS[chosen]
+
+
+def _sampler(engine: Namespace) -> Sampler:
+    kind, options = engine.class_path.rpartition(".")[2], engine.init_args
+    if kind == "TransformersEngine":
+        return Sampler("transformers", batch_size=options.batch_size)
+    if kind != "VLLMEngine":
+        return Sampler("elsewhere")
+    return Sampler(
+        "vllm",
+        dtype_bytes=_DTYPE_BYTES[options.dtype],
+        memory_share=options.gpu_memory_utilization,
+        kv_cache=options.kv_cache_gib and options.kv_cache_gib * GIB,
+        sleeps=options.sleep,
+        tensor_parallel=options.tensor_parallel_size,
+    )
+
+
+def _adapter_parameters(model: nn.Module, lora: Lora) -> int:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=lora.rank, target_modules=lora.target_modules, task_type="CAUSAL_LM")
+    with torch.device("meta"):
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"model.lora.target_modules is {lora.target_modules}; name modules to adapt ({reason})"
+            ) from error
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def _notes(settings: Namespace, job: Job) -> Iterator[str]:
+    """What the tables cannot show."""
+    for place in _indexes(settings.model.retriever):
+        path = Path(place)
+        size = sum(read_manifest(path).files.values()) if path.is_dir() else path.stat().st_size
+        copies = "each process of a machine opens it"
+        yield f"Index '{place}': {size / GIB:.1f} GiB on disk; {copies}, and what is not memory-mapped once each."
+    if settings.trainer.precision == "bf16-true":
+        yield "bf16-true has no float32 weights: an update below 1/256 of a weight is rounded away."
+    if job.sampler.kind == "elsewhere":
+        yield f"{settings.model.engine.class_path} samples elsewhere: its memory and the rollouts' time are not here."
+    if settings.data.validation and settings.data.validation_questions is None:
+        yield "data.validation_questions is null: all are asked, and their time is not here."
+
+
+def _indexes(part: Any) -> Iterator[str]:
+    """Whatever retrievers within retrievers call their index."""
+    if isinstance(part, Namespace | dict):
+        for name, value in part.items():
+            if name == "index" and isinstance(value, str):
+                yield value
+            else:
+                yield from _indexes(value)

@@ -1,0 +1,177 @@
+"""One row of bench_step.py: a random model, and the code of a training step without the Lightning trainer."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from random_agent import Episodes, PeakMemory, graded, random_agent, random_questions, written_rollouts
+
+from calibadv.agent.collate import collate, to_device
+from calibadv.agent.rollout import Draws, run_rollouts
+from calibadv.calibrators import AnswerRebalance, SoftPenalty
+from calibadv.engines import TransformersEngine, VLLMEngine
+from calibadv.estimators import GRPO
+from calibadv.interfaces import Engine
+from calibadv.learner import Learner, LearningRate, Trainee
+from calibadv.losses import PPOClip
+from calibadv.models import enable_checkpointing
+from calibadv.objective import Objective
+from calibadv.rewards.evidence import credit_rollouts
+from calibadv.sizing.job import GPUS, PRECISIONS, Assumptions, Job, Sampler
+from calibadv.sizing.seconds import decode_seconds, pass_flops
+from calibadv.sizing.shape import shape_of
+from calibadv.stopwatch import Stopwatch
+from calibadv.types import Rollout, RolloutBatch
+from calibadv.update import BatchLogprobs, ReadyBatch, compute_logprobs
+
+WARM_UP = 2
+STAGES = ("rollout", "calibration", "logprobs", "update")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. ``shape`` is ``embedded``, or one of ``SHAPES``; ``update_only`` samples nothing."""
+
+    shape: str
+    engine: str = "transformers"
+    precision: str = "32-true"
+    micro_batch_tokens: int = 4096
+    checkpointing: bool = False
+    questions: int = 8
+    group_size: int = 5
+    episodes: Episodes = field(default_factory=Episodes)
+    steps: int = 5
+    configs: tuple[str, ...] = ()
+    update_only: bool = False
+
+
+class Bench:
+    """One model, and the stages of a step with it."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case = case
+        self.device = device
+        engine: Engine = VLLMEngine(dtype="bfloat16") if case.engine == "vllm" else TransformersEngine()
+        self.policy, self.agent = random_agent(case.shape, case.episodes, engine, device)
+        self.shape = shape_of(self.policy.model)
+        if case.checkpointing:
+            enable_checkpointing(self.policy)
+        self.questions = random_questions(case.questions, case.episodes)
+        self.learner = Learner(
+            objective=Objective(PPOClip(), 0.0, ()),
+            learning_rate=LearningRate(1e-6, "constant", 0, 1),
+            betas=(0.9, 0.999),
+            weight_decay=0.01,
+            clip_norm=1.0,
+            mini_batches=1,
+            micro_batch_tokens=case.micro_batch_tokens,
+            temperature=1.0,
+            old_logprobs="trainer",
+            sampler_correction=None,
+            skip_tied=False,
+            seed=0,
+        )
+        optimizer = self.learner.make_optimizer(self.policy.model)
+        self.trainee = Trainee(self.policy.model, optimizer, lambda loss, last: loss.backward())
+
+    def step(self, number: int) -> dict[str, float]:
+        """Make one step; seconds by stage, and tokens."""
+        clock = Stopwatch()
+        with self._autocast():
+            with clock.measure("rollout"):
+                draws = Draws(seed=0, step=number, samples=self.case.group_size, temperature=1.0)
+                rollouts = graded(run_rollouts(self.questions, self.agent, draws))
+                self._wait()
+            with clock.measure("calibration"):
+                batch, advantages = self._calibrate(rollouts)
+                self._wait()
+            with clock.measure("logprobs"):
+                before = compute_logprobs(self.policy.model, batch, self.case.micro_batch_tokens, 1.0)
+                self._wait()
+            with clock.measure("update"):
+                self.learner.update(self.trainee, ReadyBatch(batch, advantages, before), number)
+                self.agent.engine.sync(self.policy)
+                self._wait()
+        tokens = batch.loss_mask.sum().item()
+        return {**clock.seconds, "tokens": tokens, "read": batch.attention_mask.sum().item()}
+
+    def measure(self) -> dict[str, float]:
+        """Warm up and measure; medians over the steps, and the peak over all of them."""
+        with PeakMemory(self.device) as memory:
+            self.agent.engine.sync(self.policy)
+            steps = [self.step(number) for number in range(1, self.case.steps + WARM_UP + 1)]
+        found = {**medians(steps[WARM_UP:]), "peak": memory.peak}
+        return {**found, **self._shares(found)}
+
+    def measure_update(self) -> dict[str, float]:
+        """The peak of one update on rollouts that no model has sampled, and what was held before it."""
+        case = self.case
+        ready = self._written(case.questions)
+        with self._autocast():
+            self.learner.update(self.trainee, self._written(1), 1)  # the optimizer makes its averages
+            gc.collect()
+            with PeakMemory(self.device) as memory:
+                self.learner.update(self.trainee, ready, 2)
+        return {"before": memory.before, "peak": memory.peak}
+
+    def _written(self, questions: int) -> ReadyBatch:
+        case = self.case
+        written = written_rollouts(questions, case.group_size, case.episodes, self.shape.vocabulary, think=10)
+        batch, advantages = self._calibrate(graded(written))
+        return ReadyBatch(batch, advantages, BatchLogprobs(batch.sampled_logprobs, torch.zeros_like(advantages)))
+
+    def _calibrate(self, rollouts: list[Rollout]) -> tuple[RolloutBatch, torch.Tensor]:
+        batch = to_device(collate(credit_rollouts(rollouts)), torch.device(self.device))
+        advantages = GRPO().estimate(batch)
+        for calibrator in (SoftPenalty(), AnswerRebalance()):
+            advantages, _ = calibrator.calibrate(batch, advantages)
+        return batch, advantages
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        """As Lightning's bf16-mixed has it."""
+        mixed = self.case.precision == "bf16-mixed"
+        with torch.autocast(self.device, torch.bfloat16, cache_enabled=False) if mixed else nullcontext():
+            yield
+
+    def _shares(self, found: dict[str, float]) -> dict[str, float]:
+        """On a known GPU: model FLOP utilisation of the update, and decoding beside what its memory allows."""
+        name = torch.cuda.get_device_name().lower() if self.device == "cuda" else ""
+        gpu = next((gpu for key, gpu in GPUS.items() if key in name), None)
+        if gpu is None:
+            return {}
+        case = self.case
+        rollouts = case.questions * case.group_size
+        sampler = Sampler("vllm" if case.engine == "vllm" else "transformers")
+        job = Job(
+            shape=self.shape,
+            trained=self.shape.parameters,
+            gpu=gpu,
+            precision=PRECISIONS[case.precision],
+            sampler=sampler,
+            questions=case.questions,
+            group_size=case.group_size,
+            limit=self.agent.protocol.max_rollout_tokens,
+            tokens=round(found["read"] / rollouts),
+            policy_tokens=round(found["tokens"] / rollouts),
+            turns=case.episodes.turns,
+            assumed=Assumptions(mfu=1.0, bandwidth_share=1.0, launch_seconds=0.0),
+        )
+        # Without what checkpointing computes twice: utilisation counts useful operations.
+        used = pass_flops(job, backward=True) / job.peak_flops / found["update"]
+        return {"mfu": used, "decode": found["rollout"] / decode_seconds(job, rollouts, rollouts)}
+
+
+def medians(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Of every number over the steps, and of the sum of the stages."""
+    found = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+    return {**found, "step": statistics.median(sum(step[stage] for stage in STAGES) for step in steps)}
