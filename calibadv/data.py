@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from calibadv.questions import read_questions
 from calibadv.types import Question
 
-_EVALUATION_BATCH = 64
+# Questions that a validation or test asks together.
+EVALUATION_BATCH = 64
 
 
 @lru_cache(maxsize=4)
@@ -102,12 +103,12 @@ class EvaluationQuestions:
 
     def __len__(self) -> int:
         """Number of lists."""
-        return math.ceil(len(self.questions) / _EVALUATION_BATCH)
+        return math.ceil(len(self.questions) / EVALUATION_BATCH)
 
     def __iter__(self) -> Iterator[list[Question]]:
         """Yield the lists."""
-        for start in range(0, len(self.questions), _EVALUATION_BATCH):
-            yield self.questions[start : start + _EVALUATION_BATCH]
+        for start in range(0, len(self.questions), EVALUATION_BATCH):
+            yield self.questions[start : start + EVALUATION_BATCH]
 
 
 class QuestionData(LightningDataModule):

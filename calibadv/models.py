@@ -190,7 +190,7 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
     end_ids = [] if end is None else [end] if isinstance(end, int) else list(end)
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     if lora is not None:
-        model = _with_adapters(model, lora)
+        model = with_adapters(model, lora)
     model.train()  # without dropout the same as eval(), and what Lightning expects of a module in training
     return Policy(model, AgentTokenizer(tokenizer, end_ids))
 
@@ -243,7 +243,19 @@ def _same_for_every_seed() -> Iterator[None]:
         yield
 
 
-def _with_adapters(model: Any, lora: Lora) -> Any:
+def with_adapters(model: Any, lora: Lora) -> Any:
+    """Put adapters on a model, the same ones for every seed of a run.
+
+    Args:
+        model: of transformers, changed in place.
+        lora: rank, scale and modules.
+
+    Returns:
+        The model with adapters, which alone are trained.
+
+    Raises:
+        ValueError: the model has no such modules.
+    """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(

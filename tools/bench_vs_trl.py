@@ -2,8 +2,8 @@
 
 TRL lives in an environment of its own; the sides are processes that take turns, step by step:
 
-python3 -m venv /tmp/trl && /tmp/trl/bin/pip install trl==1.16.0 "torch==2.13.*"
-python tools/bench_vs_trl.py --trl-python /tmp/trl/bin/python --steps 30 --threads 2 --precision 32-true bf16-mixed
+python3 -m venv trl-venv && trl-venv/bin/pip install trl==1.16.0 "torch==2.13.*"
+python tools/bench_vs_trl.py --trl-python trl-venv/bin/python --steps 30 --threads 2 --precision 32-true bf16-mixed
 
 Both sides start from one random model (Qwen2 shape, float32), and sample 8 completions of exactly 64 tokens for each
 of 8 prompts at temperature 1, without a stop; rewards are 0 to 7 by place. Then comes one step of AdamW. With these

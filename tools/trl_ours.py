@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from trl_steps import answer, side_parser, wait
 
 from calibadv.agent.protocol import Protocol
 from calibadv.engines import TransformersEngine
@@ -29,10 +29,6 @@ from calibadv.retrieval import MemoryRetriever
 from calibadv.rewards import F1
 from calibadv.types import Question, RolloutBatch
 
-# What libraries print must not reach the parent: it reads steps there.
-ANSWERS: TextIO = sys.stdout
-sys.stdout = sys.stderr
-
 
 class StepByStep(Callback):
     """Wait for a line before each step, and tell how long it took, as a whole and by stage."""
@@ -41,15 +37,13 @@ class StepByStep(Callback):
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Wait."""
-        if not sys.stdin.readline():
-            sys.exit()
+        wait()
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, _: Any, __: Any, outputs: Any, *___: Any) -> None:
         """Answer."""
         stages = outputs["output"].seconds
-        ANSWERS.write(json.dumps({**stages, "step": time.perf_counter() - self.started}) + "\n")
-        ANSWERS.flush()
+        answer({**stages, "step": time.perf_counter() - self.started})
 
 
 class ByPlace(AdvantageEstimator):
@@ -101,20 +95,14 @@ def train(folder: Path, options: argparse.Namespace) -> None:
         callbacks=[StepByStep()],
     )
     versions = {name: version(name) for name in ("calibadv", "transformers", "torch")}
-    ANSWERS.write(json.dumps(versions) + "\n")
-    ANSWERS.flush()
+    answer(versions)
     texts = json.loads((folder / "prompts.json").read_text())
     trainer.fit(module, DataLoader(SameQuestions(texts), batch_size=None))
 
 
 def main() -> None:
     """Read the options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--group", type=int, required=True)
-    parser.add_argument("--tokens", type=int, required=True)
-    parser.add_argument("--learning-rate", type=float, required=True)
-    parser.add_argument("--threads", type=int, required=True)
+    parser = side_parser(__doc__.splitlines()[0])
     parser.add_argument("--precision", required=True)
     parser.add_argument("--micro-batch-tokens", type=int, required=True)
     options = parser.parse_args()

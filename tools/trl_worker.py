@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import transformers
 import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-
-# What libraries print must not reach the parent: it reads steps there.
-ANSWERS: TextIO = sys.stdout
-sys.stdout = sys.stderr
+from trl_steps import answer, side_parser, wait
 
 
 class StepByStep(TrainerCallback):
@@ -31,14 +27,12 @@ class StepByStep(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Wait."""
-        if not sys.stdin.readline():
-            sys.exit()
+        wait()
         self.started = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Answer."""
-        ANSWERS.write(json.dumps(time.perf_counter() - self.started) + "\n")
-        ANSWERS.flush()
+        answer(time.perf_counter() - self.started)
 
 
 def by_place(group: int, completions: list[Any]) -> list[float]:
@@ -80,19 +74,13 @@ def train(folder: Path, options: argparse.Namespace) -> None:
             callbacks=[StepByStep()],
         )
         versions = {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
-        ANSWERS.write(json.dumps(versions) + "\n")
-        ANSWERS.flush()
+        answer(versions)
         trainer.train()
 
 
 def main() -> None:
     """Read the options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--group", type=int, required=True)
-    parser.add_argument("--tokens", type=int, required=True)
-    parser.add_argument("--learning-rate", type=float, required=True)
-    parser.add_argument("--threads", type=int, required=True)
+    parser = side_parser(__doc__.splitlines()[0])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     train(options.folder, options)

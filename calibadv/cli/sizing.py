@@ -19,7 +19,7 @@ from calibadv.cli.lightning import CalibadvCLI
 from calibadv.cli.quiet import quiet_libraries
 from calibadv.cli.sizing_report import print_report
 from calibadv.cli.trainer import check_trainer
-from calibadv.models import Lora, check_model_folder
+from calibadv.models import Lora, check_model_folder, with_adapters
 from calibadv.retrieval.manifest import read_manifest
 from calibadv.sizing.job import GIB, GPUS, PRECISIONS, Assumptions, Gpu, Job, Precision, Sampler
 from calibadv.sizing.shape import empty_model, shape_of
@@ -255,17 +255,8 @@ def _sampler(engine: Namespace) -> Sampler:
 
 
 def _adapter_parameters(model: nn.Module, lora: Lora) -> int:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=lora.rank, target_modules=lora.target_modules, task_type="CAUSAL_LM")
     with torch.device("meta"):
-        try:
-            adapted = get_peft_model(model, config)
-        except ValueError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"model.lora.target_modules is {lora.target_modules}; name modules to adapt ({reason})"
-            ) from error
+        adapted = with_adapters(model, lora)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 

@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
+from calibadv.data import EVALUATION_BATCH
 from calibadv.sizing.job import Job
 from calibadv.sizing.memory import engine_weights, kv_bytes, rows_at_once
-
-# Questions that a validation asks together.
-_VALIDATED_TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +134,8 @@ def validation_seconds(job: Job) -> float:
     Returns:
         Seconds.
     """
-    blocks = ceil(job.validation_questions / _VALIDATED_TOGETHER)
-    rollouts = ceil(min(_VALIDATED_TOGETHER, job.validation_questions) / job.processes)
+    blocks = ceil(job.validation_questions / EVALUATION_BATCH)
+    rollouts = ceil(min(EVALUATION_BATCH, job.validation_questions) / job.processes)
     return blocks * sum(span.seconds for span in _sampling(job, rollouts))
 
 
