@@ -45,6 +45,14 @@ class Engine(ABC):
             One completion per prompt, in the same order.
         """
 
+    def check(self) -> None:  # noqa: B027  # most engines need nothing
+        """See that sampling can be started. Called before a run writes its first file.
+
+        Raises:
+            ValueError: something that the engine needs is missing; the message names it and the remedy.
+            RuntimeError: what it needs does not answer.
+        """
+
     @abstractmethod
     def sync(self, policy: Policy) -> None:
         """Sample from ``policy`` as it is now. Called before the first rollout and after every update.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,10 +55,11 @@ class Policy:
         Where parameters are sharded over processes, all processes must iterate together.
 
         Yields:
-            Names as in the model's folder, and tensors without gradient. Tied weights come once.
+            Names as in the model's folder, and tensors without gradient; a tied one under each of its names, for the
+            copy may not tie what the policy ties.
         """
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in self.model.named_parameters(remove_duplicate=False):
                 owner, within, _ = name.partition(".base_layer.weight")
                 if ".lora_" in name:
                     continue
@@ -152,8 +154,8 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
         The policy.
 
     Raises:
-        ValueError: no such folder, a model or tokenizer that does not load, a tokenizer that does not return the tags,
-            or adapters for modules that the model does not have.
+        ValueError: no such folder, a model or tokenizer that does not load or that do not belong together, a tokenizer
+            that does not return the tags, or adapters for modules that the model does not have.
     """
     folder = check_model_folder(name)
     with _explained(folder, "config.json", "give a causal language model that transformers knows"):
@@ -173,7 +175,15 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
             f"model.policy '{folder}' lacks {len(info['missing_keys'])} weights, {min(info['missing_keys'])} "
             "among them; save the whole model into it"
         )
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"model.policy '{folder}' has a tokenizer of {tokenizer.vocab_size} tokens and a model with {rows}; "
+            "they do not belong together: save both of one model into it"
+        )
+    if rows > 2 * len(tokenizer):
+        log.warning("the model knows %d tokens and its tokenizer %d: do they belong together?", rows, len(tokenizer))
+    if len(tokenizer) > rows:
         with _same_for_every_seed():
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if added:
@@ -193,6 +203,26 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
         model = with_adapters(model, lora)
     model.train()  # without dropout the same as eval(), and what Lightning expects of a module in training
     return Policy(model, AgentTokenizer(tokenizer, end_ids))
+
+
+def check_positions(policy: Policy, limit: int) -> None:
+    """See that the model has a position for every token of a rollout.
+
+    Rotary positions go on beyond what the config names, at the cost of quality, and are left to the user.
+
+    Args:
+        policy: as loaded.
+        limit: the most tokens of a rollout.
+
+    Raises:
+        ValueError: it has learned positions, and fewer of them.
+    """
+    config: Any = policy.model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < limit and not getattr(config, "rope_parameters", None):
+        raise ValueError(
+            f"the policy has {positions} positions and protocol.max_rollout_tokens is {limit}; lower the limit"
+        )
 
 
 def enable_checkpointing(policy: Policy) -> None:
@@ -254,9 +284,10 @@ def with_adapters(model: Any, lora: Lora) -> Any:
         The model with adapters, which alone are trained.
 
     Raises:
-        ValueError: the model has no such modules.
+        ValueError: the model has no such modules, or ties them.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     config = LoraConfig(
         r=lora.rank,
@@ -266,10 +297,19 @@ def with_adapters(model: Any, lora: Lora) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        with _same_for_every_seed():
-            return get_peft_model(model, config)
+        with _same_for_every_seed(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)  # we refuse these
+            adapted: Any = get_peft_model(model, config)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model.lora.target_modules is {lora.target_modules}; name modules to adapt ({reason})"
         ) from error
+    if model.config.get_text_config().tie_word_embeddings and any(
+        isinstance(layer, BaseTunerLayer) for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    ):
+        raise ValueError(
+            f"model.lora.target_modules is {lora.target_modules}, and the policy ties its output layer to its "
+            "embedding: an adapter of one would untie them; leave both out"
+        )
+    return adapted

@@ -30,7 +30,7 @@ from calibadv.interfaces import (
 )
 from calibadv.learner import Learner, LearningRate, SamplerCorrection, Trainee, check_at_least
 from calibadv.metrics import evaluation_metrics, rollout_metrics, speed_metrics
-from calibadv.models import Lora, Reference, enable_checkpointing, load_policy, make_reference
+from calibadv.models import Lora, Reference, check_positions, enable_checkpointing, load_policy, make_reference
 from calibadv.objective import Objective
 from calibadv.processes import Processes, shard
 from calibadv.resume import check_identity, save_identity
@@ -165,9 +165,9 @@ class SearchAgentModule(pl.LightningModule):
         """
         clock = Stopwatch()
         with clock.measure("rollout"):
-            rollouts = self.sample(questions, self.rollout_step + 1, self.group_size, self.temperature)
+            own = self.sample(questions, self.rollout_step + 1, self.group_size, self.temperature)
         with clock.measure("evidence"):
-            rollouts = credit_rollouts(score_rollouts(rollouts, self.reward))
+            rollouts = self.share(questions, credit_rollouts(score_rollouts(own, self.reward)), self.group_size)
             batch = to_device(collate(rollouts), self.device)
         with clock.measure("advantages"):
             estimated = self.estimator.estimate(batch)
@@ -204,7 +204,7 @@ class SearchAgentModule(pl.LightningModule):
             temperature: 0 is greedy.
 
         Returns:
-            On every process, ``samples`` rollouts of each question, neighbours in the list.
+            ``samples`` rollouts of each question of this process, neighbours in the list.
 
         Raises:
             RetrievalError: more than half of the rollouts ended in a failed search.
@@ -212,16 +212,30 @@ class SearchAgentModule(pl.LightningModule):
         if self._engine_is_stale:
             self.agent.engine.sync(self.policy)
             self._engine_is_stale = False
-        own = run_rollouts(questions, self.agent, Draws(self.seed, step, samples, temperature), self.processes)
-        blocks = [own[start : start + samples] for start in range(0, len(own), samples)]
-        rollouts = [rollout for block in self.processes.interleave(blocks) for rollout in block]
+        rollouts = run_rollouts(questions, self.agent, Draws(self.seed, step, samples, temperature), self.processes)
         failed = sum(rollout.status is RolloutStatus.SEARCH_FAILED for rollout in rollouts)
-        if failed > _MAX_FAILED_SHARE * len(rollouts):
+        failed = sum(self.processes.gather(failed))
+        if failed > _MAX_FAILED_SHARE * samples * len(questions):
             raise RetrievalError(
-                f"the search failed in {failed} of {len(rollouts)} rollouts of step {step} (limit: half of them); "
-                "see the warnings above, and bring the retriever back before you resume"
+                f"the search failed in {failed} of {samples * len(questions)} rollouts of step {step} (limit: half of "
+                "them); see the warnings above, and bring the retriever back before you resume"
             )
         return rollouts
+
+    def share(self, questions: Sequence[Question], own: Sequence[Rollout], samples: int) -> list[Rollout]:
+        """Put the rollouts of all processes together.
+
+        Args:
+            questions: that were asked.
+            own: ``samples`` rollouts of each question of this process.
+            samples: rollouts per question.
+
+        Returns:
+            On every process, ``samples`` rollouts of each question, in the order of the questions.
+        """
+        groups = [own[start : start + samples] for start in range(0, len(own), samples)]
+        owners = self.processes.owners([question.id for question in questions])
+        return [rollout for group in self.processes.interleave(groups, owners) for rollout in group]
 
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
         """Apply the installed calibrators in order; without any, this is plain GRPO.
@@ -295,7 +309,9 @@ class SearchAgentModule(pl.LightningModule):
             log.warning(
                 "model.group_size is 1: GRPO compares the rollouts of a question, and there is nothing to compare"
             )
+        self.agent.engine.check()
         check_engine(self.agent)
+        check_positions(self.policy, self.agent.protocol.max_rollout_tokens)
         self._engine_is_stale = True  # a checkpoint may be loaded after this, and parameters be sharded
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, QuestionData):
@@ -342,7 +358,8 @@ class SearchAgentModule(pl.LightningModule):
         Returns:
             Scored rollouts, kept until the end of the epoch too.
         """
-        rollouts = score_rollouts(self.sample(questions, self.rollout_step, samples=1, temperature=0.0), self.reward)
+        own = self.sample(questions, self.rollout_step, samples=1, temperature=0.0)
+        rollouts = self.share(questions, score_rollouts(own, self.reward), samples=1)
         self._evaluated.extend(rollouts)
         return rollouts
 

@@ -1,8 +1,8 @@
 """The processes that train together, and the few things that they tell each other.
 
-Every process samples the rollouts of its own questions; then all of them hold all rollouts, so that scores, silver
-documents, advantages, calibrators and curves are computed everywhere from the whole batch, by the code of one process.
-What is dealt out again are the micro-batches: the passes through the model.
+Every process samples the rollouts of its own questions, scores them and finds which searches brought evidence: groups
+are never split. Then all processes hold all rollouts: advantages, calibrators and curves are computed everywhere from
+the whole batch, by the code of one process. What is dealt out again are the passes through the model.
 """
 
 from __future__ import annotations
@@ -40,32 +40,45 @@ class Processes:
             return Processes()
         return Processes(dist.get_rank(), dist.get_world_size())
 
-    def owns(self, place: int) -> bool:
-        """Whether the item at a place of a list that all processes hold is this one's.
+    def owners(self, keys: Sequence[str]) -> list[int]:
+        """Deal the items of a list that all processes hold: in turn, but those of one key together.
 
         Args:
-            place: from 0.
+            keys: of the items, such as the question that a group of rollouts belongs to.
 
         Returns:
-            True for every ``size``-th place from ``rank`` on.
+            The rank that each item belongs to.
         """
-        return place % self.size == self.rank
+        order = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        return [order[key] % self.size for key in keys]
 
-    def interleave(self, own: list[T]) -> list[T]:
-        """Put together what the processes made of the places that they own.
+    def gather(self, item: T) -> list[T]:
+        """Tell every process what each of them has; they wait for each other here.
 
         Args:
-            own: one item per owned place, in order.
+            item: of this process.
 
         Returns:
-            The items of all places, on every process.
+            One item per rank.
         """
         if self.size == 1:
-            return own
-        gathered: list[list[T]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(gathered, own)
-        total = sum(map(len, gathered))
-        return [gathered[place % self.size][place // self.size] for place in range(total)]
+            return [item]
+        gathered: list[T] = [item] * self.size
+        dist.all_gather_object(gathered, item)
+        return gathered
+
+    def interleave(self, own: Sequence[T], owners: Sequence[int]) -> list[T]:
+        """Put together what the processes made of the items that they own.
+
+        Args:
+            own: one per item of this process, in order.
+            owners: of all items, the same on every process.
+
+        Returns:
+            Those of all, on every process.
+        """
+        sources = [iter(items) for items in self.gather(own)]
+        return [next(sources[owner]) for owner in owners]
 
     def deal(self, parts: Sequence[T]) -> list[tuple[T, bool]]:
         """Deal micro-batches out, as many to each process: sharded parameters are gathered in step, pass by pass.
@@ -101,7 +114,7 @@ class Processes:
         Returns:
             Sums of all.
         """
-        everyone = self.interleave([metrics])
+        everyone = self.gather(metrics)
         return {name: sum(one.get(name, 0.0) for one in everyone) for name in sorted({n for m in everyone for n in m})}
 
     def any(self, flag: int) -> int:
@@ -113,7 +126,7 @@ class Processes:
         Returns:
             The largest of all processes.
         """
-        return max(self.interleave([flag]))
+        return max(self.gather(flag))
 
 
 ALONE = Processes()

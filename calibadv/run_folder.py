@@ -124,20 +124,23 @@ class RunFolder:
         return sorted(self.checkpoints.glob("rollout-step=*.ckpt"))
 
     def point_last_at(self, checkpoint: Path) -> None:
-        """Make ``last.ckpt`` the same file as another checkpoint, at no cost where the file system can.
+        """Make ``last.ckpt`` the same as another checkpoint, at no cost where the file system can.
 
         Args:
-            checkpoint: a complete checkpoint.
+            checkpoint: a complete checkpoint; sharded ones are folders, and get a symbolic link.
         """
         if self.last.exists() and self.last.samefile(checkpoint):
             return
         partial = self.last.with_suffix(".partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
-        try:
-            os.link(checkpoint, partial)
-        except OSError:  # no hard links here
-            shutil.copyfile(checkpoint, partial)
+        if checkpoint.is_dir():
+            partial.symlink_to(checkpoint.name)
+        else:
+            try:
+                os.link(checkpoint, partial)
+            except OSError:  # no hard links here
+                shutil.copyfile(checkpoint, partial)
         partial.replace(self.last)
 
     def read_results(self) -> dict[str, Any]:
@@ -159,10 +162,22 @@ class RunFolder:
         for path in written:
             found = _STEP.search(path.name)
             if found and int(found[1]) > step:
-                path.unlink()
+                remove(path)
         for folder in (self.path, self.rollouts, self.checkpoints):
             for path in folder.glob("*.partial"):
-                path.unlink()
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or the folder that a sharded checkpoint is.
+
+    Args:
+        path: what to remove; of a link, the link.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def write_atomically(path: Path, text: str) -> None:

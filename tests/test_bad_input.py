@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from fits import SMALL, fit
 from records import answer, rollout, search
 from tokenizers import Tokenizer, decoders
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from calibadv.cli.errors import is_ours, message_for_users
 from calibadv.cli.main import main
@@ -304,6 +306,46 @@ def test_a_model_without_weights(llama_folder: Path, here: Path, capsys: pytest.
         weights.unlink() if text is None else weights.write_bytes(text)
         line = rf"model.policy '.*model' has no model that loads \({reason}\); save a causal language model into it"
         check([*QUICKSTART, "--model.policy", str(folder)], line, here, capsys)
+
+
+def test_a_model_with_the_tokenizer_of_another(
+    llama_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(llama_folder, here / "model"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(100)
+    model.save_pretrained(folder)
+    line = (
+        r"model.policy '.*model' has a tokenizer of \d{3} tokens and a model with 100; .*: save both of one model into"
+    )
+    check([*QUICKSTART, "--model.policy", str(folder)], line, here, capsys)
+
+
+def test_a_model_with_fewer_positions_than_a_rollout_may_have(
+    llama_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(llama_folder, here / "model"))
+    AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=600, n_embd=16, n_layer=1, n_head=2, n_positions=100)
+    ).save_pretrained(folder)
+    line = r"the policy has 100 positions and protocol.max_rollout_tokens is 512; lower the limit"
+    check([*QUICKSTART, "--model.policy", str(folder)], line, here, capsys)
+
+
+def test_vllm_that_is_not_installed_or_made_for_less(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*QUICKSTART, "--config", "engines/vllm"]
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not there
+    check(words, r"VLLMEngine needs vLLM, which is not installed; run: pip install 'calibadv\[vllm\]'", here, capsys)
+    monkeypatch.setattr("calibadv.engines.vllm.find_spec", lambda name: name)  # as if it were
+    line = r"VLLMEngine takes at most 100 tokens \(max_model_len\) and protocol.max_rollout_tokens is 512; raise"
+    check([*words, "--model.engine.max_model_len", "100"], line, here, capsys)
+
+
+def test_a_vllm_server_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*QUICKSTART, "--config", "engines/vllm_server", "--model.engine.url", "http://127.0.0.1:9"]
+    check(words, r"the vLLM server at http://127.0.0.1:9/v1/models does not answer .*; is it up\?", here, capsys)
 
 
 def test_a_group_of_one_is_warned_of_and_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -40,10 +40,12 @@ def test_work_is_dealt_once_and_in_step(size: int, number: int) -> None:
     assert sorted(part for own in dealt for part, counts in own if counts) == list(range(number))
 
 
-@given(st.integers(1, 5), st.integers(0, 12))
-def test_every_place_has_one_owner(size: int, number: int) -> None:
-    owners = [[rank for rank in range(size) if Processes(rank, size).owns(place)] for place in range(number)]
-    assert owners == [[place % size] for place in range(number)]
+@given(st.integers(1, 5), st.lists(st.sampled_from("abcdef")))
+def test_a_question_has_one_owner_however_often_it_is_asked(size: int, keys: list[str]) -> None:
+    owners = Processes(0, size).owners(keys)
+    assert len(set(zip(keys, owners, strict=True))) == len(set(keys))  # a group is never split
+    shares = [len({key for key, owner in zip(keys, owners, strict=True) if owner == rank}) for rank in range(size)]
+    assert max(shares) - min(shares) <= 1
 
 
 def run(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -94,6 +96,30 @@ def test_two_processes_train_as_one(folder: Path, strategy: str, kind: str) -> N
     assert results(both)["statuses"] == results(alone)["statuses"]
     one, two = ((path / "rollouts" / "train-step-000001.jsonl").read_text() for path in (alone, both))
     assert one == two  # later ones may differ in the last digit of an advantage's mean
+
+
+@pytest.mark.long
+def test_sharded_checkpoints_are_read_by_any_number_of_processes(folder: Path) -> None:
+    alone = folder / "alone-plain"
+    if not alone.exists():
+        assert run(alone.parent, alone.name).returncode == 0
+    (folder / "sharded.yaml").write_text(FSDP.replace("checkpoint: false", "checkpoint: true"))
+    one, two = (("--trainer.devices", number, "--trainer.strategy.data_parallel_size", number) for number in "12")
+    resume = ("--config", str(folder / "sharded.yaml"), "--ckpt_path", "last")
+    first = run(folder, "sharded", *resume[:2], *two, "--model.rollout_steps", "1")
+    assert first.returncode == 0, first.stderr
+    assert (folder / "sharded" / "checkpoints" / "last.ckpt").is_dir()
+    refused = run(folder, "sharded", "--ckpt_path", "last")
+    assert "is sharded, and trainer.strategy is auto; add --config cluster/fsdp" in refused.stderr
+    for steps, processes in (("2", two), ("3", one)):
+        finished = run(folder, "sharded", *resume, *processes, "--model.rollout_steps", steps)
+        assert finished.returncode == 0, finished.stderr
+    expected, found = (
+        torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for path in (alone, folder / "sharded")
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path) -> None:

@@ -118,8 +118,10 @@ def main() -> None:
         shares.add_column(column, justify="right")
     for shape, devices in (("0.5B", 1), ("0.5B", 8), ("1.5B", 8), ("3B", 8), ("7B", 8)):
         step = estimate(shape, devices, options.questions)
-        together = rows["calibration: step correctness and calibrators"], rows["all but the clone"]
-        shares.add_row(shape, str(devices), f"{step:.1f}", *(f"{spent / step:.2%}" for spent in together))
+        # Each process scores and credits its own groups; what follows, all do for the whole batch.
+        method = crediting / devices + tensors
+        everything = method + scoring / devices + packing + estimating
+        shares.add_row(shape, str(devices), f"{step:.1f}", f"{method / step:.2%}", f"{everything / step:.2%}")
     console.print(shares)
     size = " x ".join(map(str, advantages.shape))
     console.print(f"{size}; {platform.machine()}, {os.cpu_count()} cores, {options.threads} threads", highlight=False)

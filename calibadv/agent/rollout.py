@@ -58,11 +58,12 @@ def run_rollouts(
     check_engine(agent)
     episodes: list[Episode] = []
     sampled: Counter[str] = Counter()
-    for place, question in enumerate(questions):
+    owners = processes.owners([question.id for question in questions])
+    for question, owner in zip(questions, owners, strict=True):
         # A question that the batch holds twice goes on counting: equal keys would draw equal rollouts.
         first = sampled[question.id]
         sampled[question.id] += draws.samples
-        if processes.owns(place):
+        if owner == processes.rank:
             prompt = check_prompt(question, agent)
             episodes += [Episode(question, first + n, prompt, list(prompt)) for n in range(draws.samples)]
     sampling = Sampling(draws.temperature, agent.protocol.max_turn_tokens)

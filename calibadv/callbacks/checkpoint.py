@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 
-from calibadv.run_folder import RunFolder
+from calibadv.run_folder import RunFolder, remove
 
 
 class RolloutCheckpoint(Callback):
@@ -104,4 +104,4 @@ class RolloutCheckpoint(Callback):
             folder.point_last_at(path)
             if self.keep:
                 for old in folder.step_checkpoints()[: -self.keep]:
-                    old.unlink()
+                    remove(old)

@@ -31,7 +31,7 @@ from calibadv.cli.help import HELP, VERBS, describe
 from calibadv.cli.plan import Run, Start, plan_start, refuse_second_run, refuse_untrained, resume_command
 from calibadv.cli.quiet import quiet_libraries
 from calibadv.cli.signals import ended_by_sigterm
-from calibadv.cli.trainer import check_trainer, moment
+from calibadv.cli.trainer import check_checkpoint, check_trainer, moment
 from calibadv.data import QuestionData
 from calibadv.module import SearchAgentModule
 from calibadv.run_folder import write_atomically
@@ -125,6 +125,7 @@ class CalibadvCLI(LightningCLI):
         seed = f"seed{config.seed_everything}"
         default_name = "-".join([*prefix, *names, seed, moment()])
         self.start = plan_start(config.run.root, config.run.name, default_name, config.ckpt_path)
+        check_checkpoint(self.start.checkpoint, config.trainer)
         if self.start.checkpoint is not None:
             config.ckpt_path = str(self.start.checkpoint)
         if self.verb == "predict":

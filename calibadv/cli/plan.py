@@ -85,7 +85,7 @@ def read_rollout_step(checkpoint: Path) -> int:
     """Read how many rollout steps were done at a checkpoint.
 
     Args:
-        checkpoint: a file.
+        checkpoint: a file, or the folder of a sharded one.
 
     Returns:
         Rollout steps.
@@ -93,10 +93,11 @@ def read_rollout_step(checkpoint: Path) -> int:
     Raises:
         ValueError: there is no such file, or it is not a checkpoint of a run.
     """
-    if not checkpoint.is_file():
+    file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint  # what Lightning writes of a sharded one
+    if not file.is_file():
         raise ValueError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint, or 'last' with --run.name")
     try:
-        content: Any = torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu")
+        content: Any = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
         return int(content["rollout_step"])
     except (RuntimeError, OSError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from calibadv.cli.configs import is_calibration
@@ -55,11 +56,32 @@ def check_trainer(trainer: Any) -> None:
     _check_strategy(trainer.strategy)
 
 
+def check_checkpoint(checkpoint: Path | None, trainer: Any) -> None:
+    """Refuse a sharded checkpoint where parameters are not sharded.
+
+    Args:
+        checkpoint: to start from, or None.
+        trainer: the parsed section ``trainer``.
+
+    Raises:
+        ValueError: only ModelParallelStrategy reads such a folder.
+    """
+    if checkpoint is not None and checkpoint.is_dir() and _name(trainer.strategy) != "ModelParallelStrategy":
+        raise ValueError(
+            f"checkpoint {checkpoint} is sharded, and trainer.strategy is {_name(trainer.strategy)}; add --config "
+            "cluster/fsdp, with trainer.devices and trainer.strategy.data_parallel_size of any number, 1 included"
+        )
+
+
+def _name(strategy: Any) -> str:
+    return strategy if isinstance(strategy, str) else str(strategy.class_path.rpartition(".")[2])
+
+
 def _check_strategy(strategy: Any) -> None:
     """Processes share the work of the passes, and expect gradients to be averaged and nothing else to be changed."""
     if strategy in ("auto", "ddp"):
         return
-    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
+    name = _name(strategy)
     if isinstance(strategy, str) or name not in ("DDPStrategy", "SingleDeviceStrategy", "ModelParallelStrategy"):
         raise ValueError(f"trainer.strategy is {name}; give auto, ddp, or --config cluster/fsdp (FSDP2)")
     if name == "ModelParallelStrategy" and strategy.init_args.tensor_parallel_size != 1:

@@ -294,7 +294,7 @@ def whole_copy(policy: Policy, copy: nn.Module | None = None) -> nn.Module:
                 original.config, dtype=some.dtype
             )
         copy = made.eval()
-    parameters = dict(copy.named_parameters())
+    parameters = dict(copy.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, weight in policy.weights():
             parameters.pop(name).copy_(weight)

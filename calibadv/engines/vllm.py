@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
-
-from torch import Tensor
 
 from calibadv.agent.tokenizer import AgentTokenizer
 from calibadv.engines.draft import Draft
@@ -81,6 +79,21 @@ class VLLMEngine(StreamingEngine):
         self._numbers = count()
         self._drafts: dict[int, Draft] = {}
 
+    def check(self) -> None:
+        """See that vLLM can be started.
+
+        Raises:
+            ValueError: it is not installed, or is to be spread over GPUs in a run of several processes.
+        """
+        if find_spec("vllm") is None:
+            raise ValueError("VLLMEngine needs vLLM, which is not installed; run: pip install 'calibadv[vllm]'")
+        processes = Processes.current()
+        if processes.size > 1 and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"tensor_parallel_size is {self.tensor_parallel_size} and {processes.size} processes train; it must be "
+                "1 where there are several, or take calibadv.engines.VLLMServerEngine"
+            )
+
     def sync(self, policy: Policy) -> None:
         """Copy the policy's weights into vLLM, and forget what was computed with others.
 
@@ -95,7 +108,7 @@ class VLLMEngine(StreamingEngine):
             self.max_model_len = self._llm.model_config.max_model_len
         self._tokenizer = policy.tokenizer
         self._wake()
-        weights: Any = named_weights(policy)
+        weights: Any = policy.weights()
         if self.tensor_parallel_size > 1:  # the workers are other processes
             weights = [(name, tensor.cpu()) for name, tensor in weights]
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -179,14 +192,8 @@ class VLLMEngine(StreamingEngine):
             self._asleep = False
 
     def _start(self, policy: Policy) -> LLM:
-        if find_spec("vllm") is None:
-            raise ValueError("VLLMEngine needs vLLM, which is not installed; run: pip install 'calibadv[vllm]'")
+        self.check()
         processes = Processes.current()
-        if processes.size > 1 and self.tensor_parallel_size > 1:
-            raise ValueError(
-                f"tensor_parallel_size is {self.tensor_parallel_size} and {processes.size} processes train; it must be "
-                "1 where there are several, or take calibadv.engines.VLLMServerEngine"
-            )
         with hosting(processes):
             from vllm import LLM
             from vllm.platforms import current_platform
@@ -224,22 +231,3 @@ class VLLMEngine(StreamingEngine):
                     f"vLLM does not take this policy, or these settings of model.engine ({reason(error)}); "
                     "change them, or sample with calibadv.engines.TransformersEngine"
                 ) from error
-
-
-def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Give the policy's weights for a sampler's own copy of the model, which may not tie what the policy ties.
-
-    Args:
-        policy: model and tokenizer; sharded ones must be put together on all processes.
-
-    Yields:
-        Names as in the model's folder, and whole tensors; a tied one under each of its names.
-    """
-    names: dict[int, list[str]] = {}
-    for name, parameter in policy.model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name.removeprefix("base_model.model."))
-    aliases = {first: others for first, *others in names.values()}
-    for name, tensor in policy.weights():
-        yield name, tensor
-        for alias in aliases.get(name, ()):
-            yield alias, tensor

@@ -16,7 +16,7 @@ from torch import Tensor
 from calibadv.agent.protocol import STOP_TAGS
 from calibadv.agent.tokenizer import AgentTokenizer
 from calibadv.engines.draft import Draft
-from calibadv.engines.vllm import Dtype, named_weights
+from calibadv.engines.vllm import Dtype
 from calibadv.interfaces import StreamingEngine
 from calibadv.models import Policy
 from calibadv.numerics.draws import request_seed
@@ -71,6 +71,22 @@ class VLLMServerEngine(StreamingEngine):
         self._versions = count()
         self._replies: dict[Future[Completion], int] = {}
 
+    def check(self) -> None:
+        """Ask the server what it serves.
+
+        Raises:
+            ValueError: it was started without a setting that training needs.
+            RuntimeError: it does not answer, or not as it should.
+        """
+        served = self._call("GET", "/v1/models")["data"][0]
+        mode = self._call("GET", "/server_info?config_format=json")["vllm_config"]["model_config"]["logprobs_mode"]
+        if mode != "processed_logprobs":
+            raise ValueError(
+                f"the vLLM server at {self.url} gives {mode}, which leave the temperature out; "
+                "start it with --logprobs-mode processed_logprobs"
+            )
+        self._model, self.max_model_len = served["id"], served["max_model_len"]
+
     def sync(self, policy: Policy) -> None:
         """Hand the policy's weights to the server, and wait until it samples from them.
 
@@ -85,13 +101,13 @@ class VLLMServerEngine(StreamingEngine):
         """
         self._tokenizer = policy.tokenizer
         if not self._model:
-            self._connect()
+            self.check()
         processes = Processes.current()
         weights: dict[str, Tensor] = {}
-        for name, tensor in named_weights(policy):  # sharded ones are put together on all processes at once
+        for name, tensor in policy.weights():  # sharded ones are put together on all processes at once
             if processes.rank == 0:
                 weights[name] = tensor.to("cpu", getattr(torch, self.dtype), copy=True).contiguous()
-        failures = processes.interleave([self._hand_over(weights) if processes.rank == 0 else ""])
+        failures = processes.gather(self._hand_over(weights) if processes.rank == 0 else "")
         if any(failures):
             raise RuntimeError(max(failures))
 
@@ -156,16 +172,6 @@ class VLLMServerEngine(StreamingEngine):
             hint = "; start it with VLLM_SERVER_DEV_MODE=1" if response.status == 404 else ""
             raise RuntimeError(f"the vLLM server at {self.url}{route} answered {response.status}: {told}{hint}")
         return response.json()
-
-    def _connect(self) -> None:
-        served = self._call("GET", "/v1/models")["data"][0]
-        mode = self._call("GET", "/server_info?config_format=json")["vllm_config"]["model_config"]["logprobs_mode"]
-        if mode != "processed_logprobs":
-            raise ValueError(
-                f"the vLLM server at {self.url} gives {mode}, which leave the temperature out; "
-                "start it with --logprobs-mode processed_logprobs"
-            )
-        self._model, self.max_model_len = served["id"], served["max_model_len"]
 
     def _hand_over(self, weights: dict[str, Tensor]) -> str:
         """Have the server load these weights; returns what went wrong, so that other processes can be told."""
