@@ -103,16 +103,18 @@ def test_sharded_checkpoints_are_read_by_any_number_of_processes(folder: Path) -
     alone = folder / "alone-plain"
     if not alone.exists():
         assert run(alone.parent, alone.name).returncode == 0
-    (folder / "sharded.yaml").write_text(FSDP.replace("checkpoint: false", "checkpoint: true"))
+    sharded, joined = (folder / f"{name}.yaml" for name in ("sharded", "fsdp"))
+    joined.write_text(FSDP)
+    sharded.write_text(FSDP.replace("checkpoint: false", "checkpoint: true"))
     one, two = (("--trainer.devices", number, "--trainer.strategy.data_parallel_size", number) for number in "12")
-    resume = ("--config", str(folder / "sharded.yaml"), "--ckpt_path", "last")
-    first = run(folder, "sharded", *resume[:2], *two, "--model.rollout_steps", "1")
+    first = run(folder, "sharded", "--config", str(sharded), *two, "--model.rollout_steps", "1")
     assert first.returncode == 0, first.stderr
     assert (folder / "sharded" / "checkpoints" / "last.ckpt").is_dir()
     refused = run(folder, "sharded", "--ckpt_path", "last")
     assert "is sharded, and trainer.strategy is auto; add --config cluster/fsdp" in refused.stderr
-    for steps, processes in (("2", two), ("3", one)):
-        finished = run(folder, "sharded", *resume, *processes, "--model.rollout_steps", steps)
+    for steps, processes, config in (("2", two, sharded), ("3", one, joined)):
+        words = ("--config", str(config), "--ckpt_path", "last", "--model.rollout_steps", steps)
+        finished = run(folder, "sharded", *words, *processes)
         assert finished.returncode == 0, finished.stderr
     expected, found = (
         torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
