@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_FINAL_EVALUATIONS = 3
+FINAL_EVALUATIONS = 3
 _DROP = 0.2
 _LEAST_VALID = 0.5
 
@@ -26,7 +26,7 @@ def outcome(validations: Sequence[dict[str, float]]) -> dict[str, Any]:
     if not rows:
         return {}
     scores = [row["f1"] for row in rows]
-    final = sum(scores[-_FINAL_EVALUATIONS:]) / len(scores[-_FINAL_EVALUATIONS:])
+    final = sum(scores[-FINAL_EVALUATIONS:]) / len(scores[-FINAL_EVALUATIONS:])
     fallen = [score <= max(scores[: place + 1]) - _DROP for place, score in enumerate(scores)]
     still_up = max((place for place, down in enumerate(fallen) if not down), default=-1)
     return {

@@ -24,6 +24,8 @@ TOOLS = {
     "search": "Search an index for one query and print what is found.",
     "serve": "Answer searches of an index over HTTP.",
     "audit": "Measure whether a corpus holds the answers to questions, and whether a search finds them.",
+    "compare": "Compare trained runs: a report with curves, intervals and paired tests.",
+    "view": "Make a page to read rollouts in a browser.",
     "replay": "Recompute score, evidence and advantages of recorded rollouts, without a model.",
     "world": "Export the embedded world, or make its policy again from nothing.",
 }
@@ -32,11 +34,13 @@ PLACEHOLDERS = {
     "config": "NAME_OR_FILE",
     "corpus": "FILE",
     "index": "DIR",
+    "names": "FILE",
     "out": "PATH",
     "query": "TEXT",
     "questions": "FILE",
     "retriever": "NAME_OR_FILE",
     "rollouts": "FILE",
+    "runs": "RUN",
     "stopwords": "WORD",
     "top_k": "N",
 }

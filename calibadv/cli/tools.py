@@ -123,6 +123,14 @@ def tool_functions(command: str) -> Functions:
         from calibadv.replay import replay
 
         return {"replay": replay}
+    if command == "compare":
+        from calibadv.reports.compare import compare
+
+        return {"compare": compare}
+    if command == "view":
+        from calibadv.reports.view import view
+
+        return {"view": view}
     if command == "world":
         from calibadv.world import command as world
 
@@ -138,6 +146,10 @@ def tool_functions(command: str) -> Functions:
 
 def _joined_lists(arguments: Sequence[str], functions: Functions) -> list[str]:
     """``--config a --config b``, ``--config a b`` and ``--top_k 2 5`` become one option each, which holds a list."""
+    if arguments and not arguments[0].startswith("-") and len(functions) == 1:
+        # What stands before the first option is its first parameter: view FILE ..., compare RUN ...
+        (function,) = functions.values()
+        arguments = [f"--{next(iter(get_type_hints(function)))}", *arguments]
     kinds = {f"--{name}": kind for function in functions.values() for name, kind in get_type_hints(function).items()}
     names: list[str] = []
     words: list[str] = []

@@ -1,0 +1,147 @@
+"""Arms: the runs of a comparison that differ in nothing but the seed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from calibadv.reports.runs import Run, as_text
+
+_SEED_FOLDER = re.compile(r"(?:seed)?[-_=.]?\d+")
+_SEED_SUFFIX = re.compile(r"[-_=.]?(?:seed)?[-_=.]?(\d+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One method in its setting, with a run per seed.
+
+    Attributes:
+        name: unique in the comparison.
+        runs: in the order of their seeds.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def ours(self) -> bool:
+        """Whether this program made the runs."""
+        return self.runs[0].ours
+
+    @property
+    def finished(self) -> list[Run]:
+        """The runs that have figures: trained to the end, with validations."""
+        return [run for run in self.runs if run.finished and run.validations]
+
+    @property
+    def unfinished(self) -> list[Run]:
+        """The other ones."""
+        return [run for run in self.runs if not (run.finished and run.validations)]
+
+
+def group_arms(runs: Sequence[Run]) -> list[Arm]:
+    """Put runs together that differ in nothing but the seed.
+
+    An arm is called as a study calls it, by the folder that holds ``seed0``, ``seed1``, ...; else by what is left of
+    its runs' names without the seed; else by a folder that holds its runs and no others; else by what differs.
+
+    Args:
+        runs: at least one. Those of other programs belong together where their folders' names differ in a number at
+            the end only.
+
+    Returns:
+        Arms in the order of their first runs.
+
+    Raises:
+        ValueError: two runs of an arm have one seed, or two arms would have one name.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_key(run), []).append(run)
+    members = list(groups.values())
+    arms = [Arm(name, tuple(sorted(group, key=_by_seed))) for name, group in zip(_names(members), members, strict=True)]
+    for arm in arms:
+        _check_seeds(arm)
+    return arms
+
+
+def _key(run: Run) -> str:
+    if run.settings is None:
+        return str(run.path.parent / _SEED_SUFFIX.sub("", run.path.name))
+    return json.dumps(run.settings, sort_keys=True, default=str)
+
+
+def _by_seed(run: Run) -> tuple[bool, int, str]:
+    return (run.seed is None, run.seed or 0, run.label)
+
+
+def _check_seeds(arm: Arm) -> None:
+    for before, run in zip(arm.runs, arm.runs[1:], strict=False):
+        if run.seed is not None and before.seed == run.seed:
+            raise ValueError(
+                f"runs '{before.path}' and '{run.path}' have the same settings and the same seed {run.seed}; "
+                "leave one of them out"
+            )
+
+
+def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
+    names = [""] * len(groups)
+    for rule in (_study_name, _name_without_seed, _own_folder):
+        proposed = [rule(group) for group in groups]
+        unique = [name if proposed.count(name) == 1 and name not in names else "" for name in proposed]
+        names = [name or other for name, other in zip(names, unique, strict=True)]
+    settings = differing_settings([group[0] for group in groups])
+    for place, group in enumerate(groups):
+        given = [f"{key.rpartition('.')[2]}={texts[place]}" for key, texts in settings.items() if texts[place]]
+        names[place] = names[place] or ", ".join(given) or group[0].path.name
+    for name, count in Counter(names).items():
+        if count > 1:
+            first, second, *_ = (group[0].path for group, other in zip(groups, names, strict=True) if other == name)
+            raise ValueError(f"the arms of '{first}' and '{second}' would both be called '{name}'; rename a folder")
+    return names
+
+
+def _study_name(group: Sequence[Run]) -> str:
+    """``grpo`` for grpo/seed0 and grpo/seed1, also where they lie in two studies."""
+    folders = {run.path.parent.name for run in group}
+    like_seeds = all(_SEED_FOLDER.fullmatch(run.path.name) for run in group)
+    return folders.pop() if len(folders) == 1 and like_seeds else ""
+
+
+def _name_without_seed(group: Sequence[Run]) -> str:
+    """``grpo-6e-4`` for grpo-6e-4-0 and grpo-6e-4-1."""
+    found = {_SEED_SUFFIX.sub("", run.path.name) for run in group}
+    endings = [_SEED_SUFFIX.search(run.path.name) for run in group]
+    by_seed = all(end and int(end[1]) == run.seed for end, run in zip(endings, group, strict=True))
+    alike = by_seed or not group[0].ours
+    return found.pop() if len(found) == 1 and alike else ""
+
+
+def _own_folder(group: Sequence[Run]) -> str:
+    """``grpo`` for grpo/monday and grpo/tuesday."""
+    folders = {run.path.parent for run in group}
+    return folders.pop().name if len(folders) == 1 and len(group) > 1 else ""
+
+
+def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Compare the configs of runs.
+
+    Args:
+        runs: one per arm.
+
+    Returns:
+        For each setting that is not the same in all of our runs, its value in each run: empty where it has none, as in
+        every run of another program.
+    """
+    known = [run.settings for run in runs if run.settings is not None]
+    keys = dict.fromkeys(key for settings in known for key in settings)
+    differing = [key for key in keys if len({_value(settings, key) for settings in known}) > 1]
+    return {key: ["" if run.settings is None else _value(run.settings, key) for run in runs] for key in differing}
+
+
+def _value(settings: Mapping[str, Any], key: str) -> str:
+    return as_text(settings[key]) if key in settings else ""

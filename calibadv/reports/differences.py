@@ -1,0 +1,145 @@
+"""Paired differences of arms, and what may be said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from calibadv.reports.arms import Arm
+from calibadv.reports.scores import Floats, RunScores
+from calibadv.reports.statistics import bootstrap_interval, sign_flip_test, smallest_p
+
+_SIGNIFICANT = 0.05
+_PAIRED = ("final_f1", "final_em")
+
+
+@dataclass(frozen=True, slots=True)
+class ArmScores:
+    """The finished runs of an arm.
+
+    Attributes:
+        runs: [S] in the order of their seeds.
+        questions: [Q] identities of the questions that all of them answered; empty if they are not known.
+        reason: why they are not.
+    """
+
+    runs: tuple[RunScores, ...]
+    questions: tuple[str, ...]
+    reason: str
+
+    def matrix(self, measure: str) -> Floats:
+        """The scores behind a measure that every run has.
+
+        Args:
+            measure: its name.
+
+        Returns:
+            [S, Q], NaN where a search failed; [S, 1], the runs' own figures, where questions are not known.
+        """
+        if self.questions:
+            return np.stack([run.by_question[measure] for run in self.runs])
+        return np.array([[run.measures[measure]] for run in self.runs])
+
+    @property
+    def failed(self) -> int:
+        """Questions without a score in a run."""
+        missing = [np.isnan(scores) for run in self.runs for scores in run.by_question.values()]
+        return int(np.any(missing, axis=0).sum()) if self.questions and missing else 0
+
+
+def over(table: ArmScores) -> str:
+    """What an interval of an arm's figures is over.
+
+    Args:
+        table: the scores of the arm.
+
+    Returns:
+        ``seeds and questions``, one of the two, or ``nothing``.
+    """
+    parts = ["seeds"] * (len(table.runs) > 1) + ["questions"] * (len(table.questions) > 1)
+    return " and ".join(parts) or "nothing"
+
+
+def difference(arm: Arm, baseline: Arm, tables: Mapping[str, ArmScores]) -> dict[str, Any]:
+    """Compare an arm with the baseline, run by run of equal seed and question by question.
+
+    Args:
+        arm: any other.
+        baseline: what it is compared with.
+        tables: the scores of both by name.
+
+    Returns:
+        ``final_f1`` and ``final_em``, each with mean and interval of the difference; ``seeds`` that are paired;
+        ``over``; ``p`` of the sign-flip test on final F1 over the seeds and ``smallest_p``, with two seeds or more;
+        and ``verdict``, a sentence. Where nothing can be paired, the verdict with the reason only.
+    """
+    reason = _refusal(arm, baseline, tables)
+    if reason:
+        return {"verdict": f"{arm.name} is not compared with {baseline.name}: {reason}."}
+    pair = _paired(tables[arm.name], tables[baseline.name])
+    found: dict[str, Any] = {"seeds": [run.run.seed for run in pair[0].runs], "over": over(pair[0])}
+    measures = [m for m in _PAIRED if all(m in run.measures for table in pair for run in table.runs)]
+    blocks = np.stack([pair[0].matrix(measure) - pair[1].matrix(measure) for measure in measures])
+    whole = blocks[:, :, np.isfinite(blocks).all((0, 1))]
+    ends = bootstrap_interval(whole) if whole[0].size > 1 else np.full((len(measures), 2), np.nan)
+    for measure, (low, high) in zip(measures, ends.tolist(), strict=True):
+        by_seed = [a.measures[measure] - b.measures[measure] for a, b in zip(*(t.runs for t in pair), strict=True)]
+        found[measure] = {"mean": float(np.mean(by_seed)), "low": low, "high": high, "by_seed": by_seed}
+    seeds = len(found["seeds"])
+    if seeds > 1:
+        found |= {"p": sign_flip_test(np.array(found["final_f1"]["by_seed"])), "smallest_p": smallest_p(seeds)}
+    found["verdict"] = _verdict(arm.name, baseline.name, found)
+    return found
+
+
+def _refusal(arm: Arm, baseline: Arm, tables: Mapping[str, ArmScores]) -> str:
+    """Why two arms cannot be compared; empty if they can."""
+    first, second = tables[arm.name], tables[baseline.name]
+    if not first.runs or not second.runs:
+        return f"{(baseline if first.runs else arm).name} has no finished run"
+    if arm.ours != baseline.ours:
+        return "one of them is of another program, whose seeds draw something else"
+    if first.questions and second.questions and first.questions != second.questions:
+        return "they were validated on different questions"
+    if not _shared_seeds(first, second):
+        return "they have no seed in common"
+    return ""
+
+
+def _shared_seeds(first: ArmScores, second: ArmScores) -> list[int]:
+    known = [{run.run.seed for run in table.runs if run.run.seed is not None} for table in (first, second)]
+    return sorted(known[0] & known[1])
+
+
+def _paired(first: ArmScores, second: ArmScores) -> tuple[ArmScores, ArmScores]:
+    """Both arms, with the runs of shared seeds only, and by question only where both know the questions."""
+    seeds = _shared_seeds(first, second)
+    questions = first.questions if first.questions == second.questions else ()
+    kept = [tuple(run for run in table.runs if run.run.seed in seeds) for table in (first, second)]
+    return ArmScores(kept[0], questions, ""), ArmScores(kept[1], questions, "")
+
+
+def _verdict(name: str, baseline: str, found: Mapping[str, Any]) -> str:
+    """One sentence that claims no more than the interval and the test allow together."""
+    gap, seeds = found["final_f1"], len(found["seeds"])
+    if "p" not in found:
+        return (
+            f"{name} is not distinguishable from {baseline} in final F1: {gap['mean']:+.3f} in one seed, "
+            "and one seed says nothing of others."
+        )
+    test = f"p = {found['p']:.3g} over {seeds} paired seeds"
+    ends = sorted(abs(gap[end]) for end in ("low", "high"))
+    by = f"by {abs(gap['mean']):.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
+    side = "higher" if gap["low"] > 0 else "lower" if gap["high"] < 0 else ""
+    if not side:
+        interval = f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+        return f"{name} is not distinguishable from {baseline} in final F1: {interval}, {test}."
+    if found["p"] <= _SIGNIFICANT:
+        return f"{name} is {side} than {baseline} in final F1 {by}, {test}."
+    limit = f" (the smallest possible is {found['smallest_p']:.3g})" if found["smallest_p"] > _SIGNIFICANT else ""
+    return (
+        f"{name} is {side} than {baseline} in final F1 in these seeds {by}, but that is not established: {test}{limit}."
+    )

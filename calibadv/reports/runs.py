@@ -1,0 +1,266 @@
+"""Runs to compare: found below the folders given, and read into one record each."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from calibadv.reports.curves import Curves, event_files, read_curves, rename
+from calibadv.reports.meanings import known_tags
+from calibadv.run_folder import RunFolder
+
+# What may differ between the runs of one arm: it changes no figure, or is the seed.
+_FREE = (
+    "seed_everything",
+    "run",
+    "ckpt_path",
+    "weights_only",
+    "checkpoint",
+    "rollouts",
+    "trainer.logger",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.default_root_dir",
+)
+_SEED = re.compile(r"(?:^|seed|[-_=.])(\d+)$")
+_DIGITS = re.compile(r"(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run folder holds.
+
+    Attributes:
+        path: the folder.
+        label: what it is called in the report: its path below what all runs have in common.
+        seed: None if it is not known.
+        settings: the resolved config, flat, without what may differ in an arm; None for a run of another program.
+        results: what results.json holds; empty without one.
+        curves: by our names.
+        planned: rollout steps that the config asks for; None for a run of another program.
+        notes: what a reader of the report should know of this run.
+    """
+
+    path: Path
+    label: str
+    seed: int | None
+    settings: Mapping[str, Any] | None
+    results: Mapping[str, Any]
+    curves: Curves
+    planned: int | None
+    notes: Sequence[str] = field(default=())
+
+    @property
+    def ours(self) -> bool:
+        """Whether this program made it."""
+        return self.settings is not None
+
+    @property
+    def steps_done(self) -> int:
+        """Rollout steps that results.json or else the curves record."""
+        last = max((max(curve) for curve in self.curves.values()), default=0)
+        return int(self.results.get("rollout_step", last))
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is trained to the end and validated, as far as can be known."""
+        if self.planned is None:
+            return True
+        return bool(self.results.get("validations")) and int(self.results["rollout_step"]) >= self.planned
+
+    @property
+    def validations(self) -> list[dict[str, float]]:
+        """Each validation: ``step``, ``f1`` and whatever else is known of it; empty if F1 is not."""
+        if self.ours:
+            return [dict(row) for row in self.results.get("validations", ()) if "f1" in row]
+        names = [tag.removeprefix("val/") for tag in self.curves if tag.startswith("val/")]
+        steps = self.curves.get("val/f1", {})
+        found = {name: self.curves[f"val/{name}"] for name in names}
+        return [
+            {"step": step, **{name: curve[step] for name, curve in found.items() if step in curve}} for step in steps
+        ]
+
+
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """Find the run folders among and below some folders.
+
+    Args:
+        folders: run folders, or folders that hold such at any depth.
+
+    Returns:
+        Absolute paths, each once: in the order of ``folders``, and below one of them by name, numbers by value.
+
+    Raises:
+        ValueError: a folder does not exist, or has no run.
+    """
+    found: dict[Path, None] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"run '{folder}' is not a folder; give run folders, or folders that hold such")
+        below = list(_walk(folder.resolve()))
+        if not below:
+            raise ValueError(
+                f"'{folder}' holds no run: no config.yaml or results.json of a run, and no TensorBoard event files; "
+                "give run folders, or folders that hold such"
+            )
+        found |= dict.fromkeys(below)
+    return list(found)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    if _is_run(folder):
+        yield folder
+        return
+    for path in sorted(folder.iterdir(), key=_natural):
+        if path.is_dir() and not path.name.startswith("."):
+            yield from _walk(path)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in _DIGITS.split(path.name)]
+
+
+def _is_run(folder: Path) -> bool:
+    return bool(event_files(folder)) or _is_ours(folder)
+
+
+def _is_ours(folder: Path) -> bool:
+    config = folder / "config.yaml"
+    return config.is_file() and "rollout_steps" in config.read_text("utf-8", errors="replace")
+
+
+def read_runs(paths: Sequence[Path], names: Mapping[str, str]) -> Iterator[Run]:
+    """Read run folders.
+
+    Args:
+        paths: as ``find_runs`` gives them.
+        names: for the runs of other programs, their tag by our tag; empty to take tags as they are.
+
+    Yields:
+        One record per folder.
+
+    Raises:
+        ValueError: a file is damaged, or a run of another program has none of our curves.
+    """
+    common = Path(os.path.commonpath([path.parent for path in paths]))
+    for path in paths:
+        label = path.relative_to(common).as_posix()
+        yield _read_ours(path, label) if _is_ours(path) else _read_foreign(path, label, names)
+
+
+def _read_ours(path: Path, label: str) -> Run:
+    folder = RunFolder(path)
+    first = _flat(_read_yaml(folder.config(None)))
+    newest = _flat(_read_yaml(max(path.glob("config-resume-*.yaml"), default=folder.config(None))))
+    try:
+        results = folder.read_results()
+    except ValueError as error:
+        raise ValueError(f"'{folder.results}' is no JSON ({error}); copy it again, or leave its run out") from error
+    settings = {key: value for key, value in newest.items() if not _is_free(key)}
+    changed = [key for key in settings if first.get(key) != settings[key] and key != "model.rollout_steps"]
+    curves = read_curves(path)
+    notes = [f"{label}: resumed with other settings ({', '.join(changed)})"] if changed else []
+    if not curves:
+        notes.append(f"{label}: no TensorBoard curves; only the figures of its validations are shown")
+    notes += _not_finite(curves, label)
+    validations = _validation_curves(results.get("validations", ()))
+    seed = newest.get("seed_everything")
+    return Run(
+        path=path,
+        label=label,
+        seed=seed if isinstance(seed, int) else None,
+        settings=settings,
+        results=results,
+        curves={**curves, **validations},
+        planned=int(newest["model.rollout_steps"]),
+        notes=notes,
+    )
+
+
+def _validation_curves(validations: Sequence[Mapping[str, float]]) -> Curves:
+    """The same as TensorBoard has them, but not rounded to 32 bits."""
+    curves: Curves = {}
+    for row in validations:
+        for name, value in row.items():
+            if name != "step":
+                curves.setdefault(f"val/{name}", {})[int(row["step"])] = float(value)
+    return curves
+
+
+def _read_foreign(path: Path, label: str, names: Mapping[str, str]) -> Run:
+    read = read_curves(path)
+    curves = rename(read, names) if names else {tag: read[tag] for tag in read if _is_known(tag)}
+    if not curves:
+        tags = ", ".join(sorted(read)[:12]) + (", ..." if len(read) > 12 else "")
+        reason = "tags of the name map" if names else "curves; map its tags with --names"
+        raise ValueError(f"run '{path}' is not ours, and has none of our {reason}. It has: {tags or 'no scalars'}")
+    missing = [f"{ours} ({theirs})" for ours, theirs in names.items() if ours not in curves]
+    notes = [f"{label}: without {', '.join(missing)}, which the name map names"] if missing else []
+    notes += _not_finite(curves, label)
+    found = _SEED.search(path.name)
+    return Run(path, label, int(found[1]) if found else None, None, {}, curves, None, notes)
+
+
+def _not_finite(curves: Curves, label: str) -> list[str]:
+    counts = {tag: sum(not math.isfinite(value) for value in curve.values()) for tag, curve in curves.items()}
+    found = [f"{tag} ({count} steps)" for tag, count in counts.items() if count]
+    return [f"{label}: not finite, and so not drawn: {', '.join(found)}"] if found else []
+
+
+def _is_known(tag: str) -> bool:
+    return any(pattern.fullmatch(tag) for pattern in known_tags())
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"'{path}' is no YAML ({reason}); copy it again, or leave its run out") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError(f"'{path}' is no config of a run; copy it again, or leave its run out")
+    return content
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; the class of a part stands under the name of the part, and its arguments right below."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = prefix if key in ("class_path", "init_args") else f"{prefix}.{key}" if prefix else key
+        if isinstance(value, dict):
+            flat |= _flat(value, name)
+        else:
+            flat[name] = value
+    return flat
+
+
+def _is_free(key: str) -> bool:
+    return f"{key}.".startswith(tuple(f"{name}." for name in _FREE))
+
+
+def as_text(value: Any) -> str:
+    """Write a setting in one line, classes as calls.
+
+    Args:
+        value: of a resolved config.
+
+    Returns:
+        ``0.0006``, ``true``, ``AdvantageCalibration(calibrators=[SoftPenalty, AnswerRebalance(target_ratio=1.0)])``.
+    """
+    if isinstance(value, dict) and "class_path" in value:
+        arguments = ", ".join(f"{key}={as_text(item)}" for key, item in (value.get("init_args") or {}).items())
+        name = value["class_path"].rpartition(".")[2]
+        return f"{name}({arguments})" if arguments else name
+    if isinstance(value, list):
+        return f"[{', '.join(as_text(item) for item in value)}]"
+    if isinstance(value, str):
+        return value.rpartition(".")[2] if value.startswith("calibadv.") else value
+    return json.dumps(value, sort_keys=True)

@@ -1,0 +1,205 @@
+"""The figures of a comparison, per arm and per run, as results.json holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from calibadv.reports.arms import Arm, differing_settings
+from calibadv.reports.differences import ArmScores, difference, over
+from calibadv.reports.scores import MEASURES, Floats, RunScores
+from calibadv.reports.statistics import LEVEL, RESAMPLES, bootstrap_interval
+
+Figures = dict[str, Any]
+_RECORDED = ("seed", "threads", "device", "versions")
+_DIGITS = 6
+
+
+def choose_baseline(arms: Sequence[Arm], name: str | None) -> Arm:
+    """The arm to compare with.
+
+    Args:
+        arms: all.
+        name: of the wanted one; None for ``grpo``, or the first arm if none is called that.
+
+    Returns:
+        One of the arms.
+
+    Raises:
+        ValueError: there is no arm of that name; the message lists them.
+    """
+    by_name = {arm.name: arm for arm in arms}
+    if name is None:
+        return by_name.get("grpo", arms[0])
+    if name not in by_name:
+        raise ValueError(f"baseline '{name}' is none of the arms: {', '.join(by_name)}")
+    return by_name[name]
+
+
+def summarise(arms: Sequence[Arm], baseline: Arm, scores: Mapping[str, Sequence[RunScores]]) -> Figures:
+    """Compute all figures of a comparison.
+
+    Args:
+        arms: all.
+        baseline: one of them.
+        scores: of each arm's finished runs, by the name of the arm.
+
+    Returns:
+        The same figures for the same runs, whenever and wherever they are computed.
+    """
+    tables = {arm.name: _arm_scores(scores[arm.name]) for arm in arms}
+    rows = [_arm_figures(arm, tables[arm.name]) for arm in arms]
+    for arm, row in zip(arms, rows, strict=True):
+        if arm is not baseline:
+            row["difference"] = difference(arm, baseline, tables)
+    compared = [row["difference"] for row in rows if "difference" in row]
+    settings = differing_settings([arm.runs[0] for arm in arms])
+    figures: Figures = {
+        "baseline": baseline.name,
+        "untrained": _untrained(arms, tables),
+        "arms": rows,
+        "comparisons": {"tested": sum("p" in row for row in compared), "correction": "none"},
+        "settings": {key: dict(zip(tables, texts, strict=True)) for key, texts in settings.items()},
+        "method": {"interval": LEVEL, "resamples": RESAMPLES},
+        "warnings": _warnings(arms, tables),
+        "runs": [_run_figures(arm, tables[arm.name], run) for arm in arms for run in arm.runs],
+    }
+    rounded: Figures = _rounded(figures)
+    return rounded
+
+
+def _arm_scores(runs: Sequence[RunScores]) -> ArmScores:
+    """Put the runs of an arm into one table, by question where all of its runs were asked the same ones."""
+    reason = next((run.reason for run in runs if run.reason), "")
+    if not reason and len({run.questions for run in runs}) > 1:
+        reason = f"{runs[0].run.label} and others of its arm were validated on different questions"
+    if reason or not runs:
+        return ArmScores(tuple(runs), (), reason)
+    return ArmScores(tuple(runs), runs[0].questions, "")
+
+
+def _arm_figures(arm: Arm, table: ArmScores) -> Figures:
+    collapses = [
+        {"seed": run.run.seed, "step": run.outcome["step_of_collapse"]}
+        for run in table.runs
+        if run.outcome["collapsed"]
+    ]
+    return {
+        "name": arm.name,
+        "seeds": [run.seed for run in arm.runs],
+        "finished": [run.seed for run in arm.finished],
+        **_measures(table),
+        "over": over(table),
+        "collapsed": {"runs": len(collapses), "of": len(table.runs), "when": collapses},
+    }
+
+
+def _measures(table: ArmScores) -> Figures:
+    """Mean over the runs, interval, and the single runs' values, of each measure that all of the runs have."""
+    shared = [measure for measure in MEASURES if table.runs and all(measure in run.measures for run in table.runs)]
+    blocks = np.stack([table.matrix(measure) for measure in shared]) if shared else np.empty((0, 0, 0))
+    if blocks[:1].size < 2:
+        ends: Floats = np.full((len(shared), 2), np.nan)
+    else:
+        ends = bootstrap_interval(blocks[:, :, np.isfinite(blocks).all((0, 1))])
+    found: Figures = {}
+    for measure, (low, high) in zip(shared, ends.tolist(), strict=True):
+        values = [run.measures[measure] for run in table.runs]
+        found[measure] = {"mean": float(np.mean(values)), "low": low, "high": high, "by_run": values}
+    return found
+
+
+def _untrained(arms: Sequence[Arm], tables: Mapping[str, ArmScores]) -> list[Figures]:
+    """Rows of the policy before training: one for all arms that start with the same scores on the same questions."""
+    rows: dict[str, Figures] = {}
+    for arm in arms:
+        table = tables[arm.name]
+        first = ArmScores(table.runs[:1], table.questions, table.reason)  # before training, seeds do not differ
+        figures = _measures(first)
+        if "untrained_f1" in figures:
+            start = str(first.matrix("untrained_f1").tolist())
+            row = rows.setdefault(start, {"arms": [], "f1": figures["untrained_f1"], "em": figures.get("untrained_em")})
+            row["arms"].append(arm.name)
+    for row in rows.values():
+        for name in ("f1", "em"):
+            row[name] = row[name] and {end: row[name][end] for end in ("mean", "low", "high")}
+    return list(rows.values())
+
+
+def _run_figures(arm: Arm, table: ArmScores, run: Any) -> Figures:
+    scored = next((scores for scores in table.runs if scores.run is run), None)
+    figures = {
+        "run": run.label,
+        "arm": arm.name,
+        **{key: run.results.get(key) for key in _RECORDED},
+        "seed": run.seed,
+        "rollout_steps": run.steps_done,
+        "finished": scored is not None,
+    }
+    if scored is not None:
+        figures |= scored.measures | {key: scored.outcome[key] for key in ("collapsed", "step_of_collapse")}
+    kept = ("step", "f1", "em", "format_valid")
+    figures["validations"] = [{key: row[key] for key in kept if key in row} for row in run.validations]
+    return figures
+
+
+def _warnings(arms: Sequence[Arm], tables: Mapping[str, ArmScores]) -> list[str]:
+    found = [
+        f"{run.label} is not finished ({run.steps_done} of {run.planned} rollout steps): it is in the curves, "
+        "and in no table"
+        for arm in arms
+        for run in arm.unfinished
+        if run.planned is not None and run.ours
+    ]
+    found += [
+        f"{run.label} has no val/f1: it is in the curves, and in no table"
+        for arm in arms
+        for run in arm.unfinished
+        if not run.ours
+    ]
+    seeds = sorted({run.seed for arm in arms for run in arm.runs if run.seed is not None})
+    for arm in arms:
+        present = {run.seed for run in arm.runs}
+        missing = [str(seed) for seed in seeds if seed not in present] if present != {None} else []
+        if missing:
+            found.append(f"{arm.name} has no run of seed {', '.join(missing)}, which other arms have")
+        table = tables[arm.name]
+        if table.runs and table.reason:
+            found.append(f"{arm.name}: intervals are over seeds only, not over questions: {table.reason}")
+        if table.failed:
+            found.append(
+                f"{arm.name}: questions whose search failed in a run, and that are in no interval: {table.failed}"
+            )
+        if any("format_valid" not in row for run in table.runs for row in run.run.validations):
+            found.append(f"{arm.name}: format validity is not known, so a run can count as collapsed by its F1 only")
+    found += [f"the runs differ in {name}: {text}" for name, text in _unequal(arms).items()]
+    return found + [note for arm in arms for run in arm.runs for note in run.notes]
+
+
+def _unequal(arms: Sequence[Arm]) -> dict[str, str]:
+    """What all runs should share, and do not."""
+    runs = [run for arm in arms for run in arm.runs if run.results]
+    values = {
+        "threads": {str(run.results.get("threads")) for run in runs},
+        "device": {str(run.results.get("device")) for run in runs},
+    }
+    packages = sorted({name for run in runs for name in run.results.get("versions", {})})
+    for name in packages:
+        values[f"the version of {name}"] = {str(run.results.get("versions", {}).get(name)) for run in runs}
+    values["the steps of validation"] = {
+        str([row["step"] for row in run.validations]) for arm in arms for run in arm.finished
+    }
+    return {name: " / ".join(sorted(found)) for name, found in values.items() if len(found) > 1}
+
+
+def _rounded(value: Any) -> Any:
+    """Round every fraction, so that no noise of the last bits shows; NaN, which JSON lacks, becomes null."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    if isinstance(value, float):
+        return None if np.isnan(value) else round(value, _DIGITS) + 0.0
+    return value
