@@ -17,6 +17,7 @@ from calibadv.types import Completion, Document, DrawKey, Question, RolloutBatch
 
 if TYPE_CHECKING:
     from calibadv.models import Policy
+    from calibadv.processes import Processes
 
 Metrics = dict[str, float]
 
@@ -168,7 +169,32 @@ class Reward(ABC):
 
 
 class AdvantageEstimator(ABC):
-    """Turns rewards into advantages."""
+    """Turns rewards into advantages.
+
+    Attributes:
+        credits_evidence: whether it already turns step correctness into advantages, so that a calibrator which does so
+            too would count it twice.
+    """
+
+    credits_evidence: bool = False
+
+    def prepare(
+        self, batch: RolloutBatch, policy: Policy, micro_batch_tokens: int, processes: Processes
+    ) -> RolloutBatch:
+        """Compute what ``estimate`` needs of the policy itself; most estimators need nothing.
+
+        All processes hold the whole batch and call this together, before the policy is updated on it.
+
+        Args:
+            batch: B rollouts.
+            policy: model and tokenizer.
+            micro_batch_tokens: the most tokens, padding included, of one forward pass.
+            processes: share the work.
+
+        Returns:
+            The batch, perhaps with more in it; equal on all processes.
+        """
+        return batch
 
     @abstractmethod
     def estimate(self, batch: RolloutBatch) -> Tensor:
@@ -202,6 +228,8 @@ class Calibrator(ABC):
 class LossInputs:
     """N trained tokens of one micro-batch, flattened: what a loss or a regularizer may look at.
 
+    A rollout is never split over micro-batches: all its trained tokens are here, or none.
+
     Attributes:
         logprobs: [N] of the policy now, with gradient.
         old_logprobs: [N] of the policy before the first update on this rollout batch.
@@ -209,6 +237,9 @@ class LossInputs:
         advantages: [N] after calibration.
         denominator: trained tokens of the whole mini-batch over all processes; sums are divided by it, so that neither
             the size of a micro-batch nor the number of processes changes the result.
+        rollout_ids: [N] row of each token's rollout in the rollout batch: equal for the tokens of one rollout.
+        turn_ids: [N] turn of each token within its rollout, from 0.
+        num_rollouts: rollouts with a trained token in the whole mini-batch over all processes; for means over rollouts.
     """
 
     logprobs: Tensor
@@ -216,6 +247,9 @@ class LossInputs:
     reference_logprobs: Tensor | None
     advantages: Tensor
     denominator: float
+    rollout_ids: Tensor
+    turn_ids: Tensor
+    num_rollouts: int
 
 
 class PolicyLoss(ABC):
@@ -237,7 +271,14 @@ class PolicyLoss(ABC):
 
 
 class Regularizer(ABC):
-    """A term that is added to the loss."""
+    """A term that is added to the loss.
+
+    Attributes:
+        acts_on_change: whether the term depends on how far the trainer's log-probabilities have moved since the first
+            update of a rollout step. Settings under which that is not known, or never differs from 0, are refused.
+    """
+
+    acts_on_change: bool = False
 
     @abstractmethod
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:

@@ -14,7 +14,7 @@ from calibadv.interfaces import Metrics
 from calibadv.numerics.correction import truncated_weights
 from calibadv.objective import Objective
 from calibadv.processes import ALONE, Processes, drop_gathered, whole
-from calibadv.update import ReadyBatch, deal_micro_batches, loss_inputs, mini_batches
+from calibadv.update import MiniBatchSize, ReadyBatch, deal_micro_batches, loss_inputs, mini_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +144,7 @@ class Learner:
                 "model.sampler_correction is set and model.old_logprobs is engine, whose ratio holds that correction "
                 "already; leave one of them out"
             )
+        self.objective.check(self.mini_batches, self.old_logprobs)
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Make AdamW over the parameters that are trained.
@@ -200,7 +201,7 @@ class Learner:
             Loss, norm of the gradient before clipping, and what the loss reports.
         """
         trainee.optimizer.zero_grad()
-        denominator = float(ready.batch.loss_mask[rows].sum().item())
+        size = MiniBatchSize.of(ready.batch, rows)
         moving, still = (
             deal_micro_batches(ready.batch, some, self.micro_batch_tokens, trainee.processes)
             for some in self.objective.split(ready, rows)
@@ -209,7 +210,7 @@ class Learner:
         for place, (part, counts) in enumerate([*moving, *still]):
             moves = place < len(moving)
             with torch.set_grad_enabled(moves):
-                inputs = loss_inputs(trainee.model, ready, part, self.temperature, denominator)
+                inputs = loss_inputs(trainee.model, ready, part, self.temperature, size)
                 loss, metrics = self.objective.compute(inputs)
             if moves:
                 # Processes take the mean of their gradients, where ours are parts of one sum.

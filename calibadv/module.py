@@ -16,6 +16,7 @@ from torch import Tensor
 from calibadv.agent.collate import collate, to_device
 from calibadv.agent.protocol import Protocol
 from calibadv.agent.rollout import Agent, Draws, check_engine, check_prompt, run_rollouts
+from calibadv.calibrators import check_combination
 from calibadv.data import QuestionData
 from calibadv.interfaces import (
     AdvantageEstimator,
@@ -31,6 +32,7 @@ from calibadv.interfaces import (
 from calibadv.learner import Learner, LearningRate, SamplerCorrection, Trainee, check_at_least
 from calibadv.metrics import evaluation_metrics, rollout_metrics, speed_metrics
 from calibadv.models import Lora, Reference, check_positions, enable_checkpointing, load_policy, make_reference
+from calibadv.numerics.kl import KLEstimator
 from calibadv.objective import Objective
 from calibadv.processes import Processes, shard
 from calibadv.resume import check_identity, save_identity
@@ -61,7 +63,8 @@ class SearchAgentModule(pl.LightningModule):
         protocol: how agent and environment talk, and how long they may.
         lora: train low-rank adapters in the place of all parameters.
         regularizers: further terms of the loss.
-        kl_coef: weight of the KL divergence (k3) to the policy before training; 0 loads no reference.
+        kl_coef: weight of the KL divergence to the policy before training; 0 loads no reference.
+        kl_estimator: how that KL is estimated; the gradient of k1 is not that of a KL (docs/method.md).
         rollout_steps: stop after this many rollout steps, those before a resume included.
         group_size: rollouts per question.
         temperature: of sampling in training; validation is greedy.
@@ -95,6 +98,7 @@ class SearchAgentModule(pl.LightningModule):
         lora: Lora | None = None,
         regularizers: list[Regularizer] | None = None,
         kl_coef: float = 0.0,
+        kl_estimator: KLEstimator = "k3",
         rollout_steps: int = 100,
         group_size: int = 5,
         temperature: float = 1.0,
@@ -118,7 +122,7 @@ class SearchAgentModule(pl.LightningModule):
         check_at_least("rollout_steps", rollout_steps, 1)
         check_at_least("group_size", group_size, 1)
         self.learner = Learner(
-            objective=Objective(loss, kl_coef, tuple(regularizers or ())),
+            objective=Objective(loss, kl_coef, tuple(regularizers or ()), kl_estimator),
             learning_rate=LearningRate(learning_rate, schedule, warmup_steps, rollout_steps),
             betas=betas,
             weight_decay=weight_decay,
@@ -170,6 +174,7 @@ class SearchAgentModule(pl.LightningModule):
             rollouts = self.share(questions, credit_rollouts(score_rollouts(own, self.reward)), self.group_size)
             batch = to_device(collate(rollouts), self.device)
         with clock.measure("advantages"):
+            batch = self.estimator.prepare(batch, self.policy, self.micro_batch_tokens, self.processes)
             estimated = self.estimator.estimate(batch)
             calibrated, calibration_metrics = self.calibrate(batch, estimated)
         with clock.measure("logprobs"):
@@ -307,8 +312,9 @@ class SearchAgentModule(pl.LightningModule):
             )
         if stage == "fit" and self.group_size == 1:
             log.warning(
-                "model.group_size is 1: GRPO compares the rollouts of a question, and there is nothing to compare"
+                "model.group_size is 1: the rollouts of a question are compared, and there is nothing to compare"
             )
+        check_combination(self.estimator, self.calibrators)
         self.agent.engine.check()
         check_engine(self.agent)
         check_positions(self.policy, self.agent.protocol.max_rollout_tokens)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from calibadv.interfaces import LossInputs, Metrics, PolicyLoss, Regularizer
-from calibadv.numerics.kl import k3
+from calibadv.numerics.kl import KL_ESTIMATORS, KLEstimator, k3
 from calibadv.update import ReadyBatch
+
+log = logging.getLogger(__name__)
 
 # Curves of every update, which no part may report another value of.
 _OURS = ("loss", "kl_old", "kl_reference", "grad_norm", "grad_norm_max")
@@ -22,6 +25,44 @@ class Objective:
     loss: PolicyLoss
     kl_coef: float
     regularizers: tuple[Regularizer, ...]
+    kl_estimator: KLEstimator = "k3"
+
+    def check(self, mini_batches: int, old_logprobs: str) -> None:
+        """Refuse terms that cannot act as they are set up, or not together.
+
+        Args:
+            mini_batches: optimizer steps per rollout step.
+            old_logprobs: whose log-probabilities the ratio compares with, ``trainer`` or ``engine``.
+
+        Raises:
+            ValueError: one of them.
+        """
+        if not self.kl_coef and self.kl_estimator != "k3":
+            raise ValueError(
+                f"model.kl_estimator is {self.kl_estimator} and model.kl_coef is 0, so there is no KL to estimate; "
+                "set kl_coef, as in 0.001, or leave kl_estimator out"
+            )
+        if self.kl_estimator == "k1":
+            log.warning(
+                "model.kl_estimator is k1: as a term of the loss, its gradient does not depend on the reference, and "
+                "nothing pulls the policy back to it; k2 and k3 do"
+            )
+        kinds = [type(regularizer).__name__ for regularizer in self.regularizers]
+        for kind, regularizer in zip(kinds, self.regularizers, strict=True):
+            if kinds.count(kind) > 1:
+                raise ValueError(
+                    f"model.regularizers names {kind} {kinds.count(kind)} times; keep one, with the sum of weights"
+                )
+            if regularizer.acts_on_change and old_logprobs == "engine":
+                raise ValueError(
+                    f"model.old_logprobs is engine and {kind} acts on changes of the trainer's log-probabilities: "
+                    "it would take the engine's other numerics for that; set old_logprobs to trainer"
+                )
+            if regularizer.acts_on_change and mini_batches < 2:
+                raise ValueError(
+                    f"model.mini_batches is {mini_batches} and {kind} acts on what earlier updates of a rollout step "
+                    f"have changed, of which there are none; set mini_batches to at least 2, or leave {kind} out"
+                )
 
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
         """Add up the terms for one micro-batch.
@@ -36,7 +77,8 @@ class Objective:
         metrics = _merge({}, reported, self.loss)
         metrics["kl_old"] = k3(inputs.logprobs.detach(), inputs.old_logprobs).sum().item() / inputs.denominator
         if inputs.reference_logprobs is not None:
-            kl = k3(inputs.logprobs, inputs.reference_logprobs).sum() / inputs.denominator
+            estimate = KL_ESTIMATORS[self.kl_estimator]
+            kl = estimate(inputs.logprobs, inputs.reference_logprobs).sum() / inputs.denominator
             loss = loss + self.kl_coef * kl
             metrics["kl_reference"] = kl.item()
         for regularizer in self.regularizers:

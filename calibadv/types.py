@@ -207,6 +207,8 @@ class RolloutBatch:
         step_correctness: [B, K] share of silver documents that each search turn newly found; 0 elsewhere.
         anchor_ids: [B, K] equal within a group where two turns started from the same set of documents; -1 for none.
         sampled_logprobs: [B, T] log-probabilities of the engine at policy tokens, 0 elsewhere.
+        turn_gains: [B, K] how much likelier each search turn made the golden answer, 0 elsewhere; None unless the
+            estimator needs it.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -221,6 +223,7 @@ class RolloutBatch:
     step_correctness: Tensor
     anchor_ids: Tensor
     sampled_logprobs: Tensor
+    turn_gains: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,33 @@ class ReadyBatch:
     before: BatchLogprobs
 
 
+@dataclass(frozen=True, slots=True)
+class MiniBatchSize:
+    """What the sums of a mini-batch are divided by, over all processes.
+
+    Attributes:
+        tokens: that are trained, those without advantage included.
+        rollouts: with at least one of them.
+    """
+
+    tokens: float
+    rollouts: int
+
+    @staticmethod
+    def of(batch: RolloutBatch, rows: Sequence[int]) -> MiniBatchSize:
+        """Count.
+
+        Args:
+            batch: B rollouts, those of all processes.
+            rows: the mini-batch.
+
+        Returns:
+            Its size.
+        """
+        trained: list[int] = batch.loss_mask[rows].sum(dim=1).tolist()
+        return MiniBatchSize(float(sum(trained)), sum(tokens > 0 for tokens in trained))
+
+
 def micro_batches(batch: RolloutBatch, rows: Iterable[int], token_budget: int) -> list[list[int]]:
     """Cut rows into micro-batches, the longest rollouts first, so that little is padded.
 
@@ -146,7 +173,7 @@ def compute_logprobs(
 
 
 def loss_inputs(
-    model: nn.Module, ready: ReadyBatch, rows: Sequence[int], temperature: float, denominator: float
+    model: nn.Module, ready: ReadyBatch, rows: Sequence[int], temperature: float, size: MiniBatchSize
 ) -> LossInputs:
     """Run the policy over one micro-batch, with gradient, and put together what the loss looks at.
 
@@ -155,7 +182,7 @@ def loss_inputs(
         ready: the rollout batch with advantages and old log-probabilities.
         rows: the micro-batch.
         temperature: of sampling.
-        denominator: trained tokens of the whole mini-batch.
+        size: of the whole mini-batch.
 
     Returns:
         The N trained tokens of these rollouts.
@@ -168,7 +195,10 @@ def loss_inputs(
         old_logprobs=ready.before.policy[places],
         reference_logprobs=None if reference is None else reference[places],
         advantages=ready.advantages[places],
-        denominator=denominator,
+        denominator=size.tokens,
+        rollout_ids=places[0],
+        turn_ids=ready.batch.turn_ids[places],
+        num_rollouts=size.rollouts,
     )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -15,7 +16,7 @@ from calibadv.cli.quiet import quiet_environment
 from calibadv.rollout_files import read_records
 
 # Every packaged config, and the calibrators that the recipe installs: none is plain GRPO.
-CALIBRATORS: dict[str, list[tuple[str, dict[str, float]]]] = {
+CALIBRATORS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "base": [],
     "quickstart": [],
     "local": [],
@@ -24,7 +25,36 @@ CALIBRATORS: dict[str, list[tuple[str, dict[str, float]]]] = {
     "calibrators/answer_rebalance": [("AnswerRebalance", {"target_ratio": 1.0})],
     "calibrators/calibadv": [("SoftPenalty", {}), ("AnswerRebalance", {"target_ratio": 1.0})],
     "calibrators/calibadv_lambda_1_5": [("SoftPenalty", {}), ("AnswerRebalance", {"target_ratio": 1.5})],
+    "calibrators/constant_penalty": [
+        ("ConstantPenalty", {"correctness": "batch_mean"}),
+        ("AnswerRebalance", {"target_ratio": 1.0}),
+    ],
+    "calibrators/shuffled_penalty": [("ShuffledPenalty", {"seed": 0}), ("AnswerRebalance", {"target_ratio": 1.0})],
+    "calibrators/negative_scale": [
+        ("NegativeScale", {"positive_weight": 0.1, "negative_weight": 1.0, "match": None}),
+    ],
+    "calibrators/negative_scale_matched": [
+        ("NegativeScale", {"positive_weight": 1.0, "negative_weight": 1.0, "match": "calibadv"}),
+    ],
+    "calibrators/negative_clip": [("NegativeClip", {"bound": 1.0})],
 }
+# What each of these builds is in test_estimators.py.
+ESTIMATORS = [f"estimators/{name}" for name in ("dr_grpo", "gigpo", "igpo", "mt_grpo", "rloo")]
+# The loss of each overlay, and of its parameters what it is about.
+LOSSES: dict[str, tuple[str, dict[str, float | None]]] = {
+    "losses/clip_higher": ("PPOClip", {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None}),
+    "losses/dual_clip": ("PPOClip", {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0}),
+    "losses/cispo": ("CISPO", {"clip_low": 1.0, "clip_high": 4.0}),
+    "losses/gspo": ("GSPO", {"clip_low": 3e-4, "clip_high": 4e-4}),
+    "losses/sequence_mean": ("PPOClip", {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}),
+    "losses/dr_grpo": ("PPOClip", {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}),
+}
+AGGREGATIONS = {
+    "losses/gspo": ("SequenceMean", {}),
+    "losses/sequence_mean": ("SequenceMean", {}),
+    "losses/dr_grpo": ("FixedLength", {"length": 4 * 36}),  # the most policy tokens of a rollout of the quickstart
+}
+REGULARIZERS = {"regularizers/llds": [("LLDS", {"coef": 0.1, "gate": "action", "tolerance": 1e-4})]}
 # What an overlay needs that a test does not have (a model of the hub, files, a service) is set beside it.
 RETRIEVERS: dict[str, tuple[str, dict[str, str]]] = {
     "retrievers/bm25": ("BM25", {}),
@@ -62,7 +92,8 @@ def data(tmp_path: Path) -> list[str]:
 
 
 def test_every_config_is_expected_here() -> None:
-    assert sorted([*CALIBRATORS, *RETRIEVERS, *ENGINES, *CLUSTER]) == sorted(config_name(path) for path in PATHS)
+    expected = [*CALIBRATORS, *ESTIMATORS, *LOSSES, *REGULARIZERS, *RETRIEVERS, *ENGINES, *CLUSTER]
+    assert sorted(expected) == sorted(config_name(path) for path in PATHS)
 
 
 @pytest.mark.parametrize("name", CALIBRATORS)
@@ -78,6 +109,18 @@ def test_a_recipe_is_built_with_its_callbacks_and_no_others(name: str, data: lis
     calibrators = [calibrator for callback in installed for calibrator in callback.calibrators]
     assert [(type(calibrator).__name__, vars(calibrator)) for calibrator in calibrators] == CALIBRATORS[name]
     assert cli.model.agent.protocol.prepend_think is (name != "protocols/no_prepend")
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *REGULARIZERS])
+def test_a_loss_takes_the_place_of_the_recipes_own(name: str) -> None:
+    objective = build("--config", "quickstart", "--config", name).model.learner.objective
+    settings = dict(vars(objective.loss))
+    aggregation = settings.pop("aggregation")
+    default = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}
+    assert (type(objective.loss).__name__, settings) == LOSSES.get(name, ("PPOClip", default))
+    assert (type(aggregation).__name__, vars(aggregation)) == AGGREGATIONS.get(name, ("TokenMean", {}))
+    found = [(type(regularizer).__name__, vars(regularizer)) for regularizer in objective.regularizers]
+    assert found == REGULARIZERS.get(name, [])
 
 
 @pytest.fixture(scope="module")

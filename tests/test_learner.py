@@ -124,7 +124,8 @@ class _Overwriting(Regularizer):
 
 
 def test_a_part_may_not_report_under_a_name_that_is_taken() -> None:
-    inputs = LossInputs(torch.zeros(1), torch.zeros(1), None, torch.ones(1), 1.0)
+    first = torch.zeros(1, dtype=torch.int64)
+    inputs = LossInputs(torch.zeros(1), torch.zeros(1), None, torch.ones(1), 1.0, first, first, 1)
     with pytest.raises(ValueError, match="_Overwriting reports the metric 'kl_old', which is taken"):
         Objective(PPOClip(), 0.0, (_Overwriting(),)).compute(inputs)
 

@@ -218,7 +218,8 @@ def test_the_two_sides_clip_apart() -> None:
 
 
 def ppo_inputs(logprobs: torch.Tensor, rows: slice, denominator: float) -> LossInputs:
-    return LossInputs(logprobs[rows], torch.zeros(5)[rows], None, ADVANTAGES[rows], denominator)
+    ids = torch.arange(5)[rows]  # rollouts of one token
+    return LossInputs(logprobs[rows], torch.zeros(5)[rows], None, ADVANTAGES[rows], denominator, ids, 0 * ids, 5)
 
 
 def test_ppo_clip_loss_metrics_and_gradient() -> None:

@@ -14,6 +14,7 @@ from calibadv.numerics.perplexity import message_perplexities
 from calibadv.types import RolloutBatch, RolloutStatus
 from calibadv.update import (
     BatchLogprobs,
+    MiniBatchSize,
     ReadyBatch,
     compute_logprobs,
     loss_inputs,
@@ -128,14 +129,23 @@ def test_loss_inputs_belong_together() -> None:
     batch = two_rollouts()
     numbers = torch.arange(10.0).reshape(2, 5)
     before = BatchLogprobs(numbers + 10, numbers, reference=numbers + 20)
-    inputs = loss_inputs(Bigram(TABLE), ReadyBatch(batch, numbers, before), [1, 0], temperature=1.0, denominator=7.0)
+    size = MiniBatchSize(tokens=7.0, rollouts=3)
+    inputs = loss_inputs(Bigram(TABLE), ReadyBatch(batch, numbers, before), [1, 0], temperature=1.0, size=size)
     torch.testing.assert_close(inputs.logprobs, torch.tensor([LN3 - LN4, -LN4, -LN2, -LN2]))
     assert inputs.logprobs.requires_grad
     assert inputs.advantages.tolist() == [7, 1, 2, 4]
     assert inputs.old_logprobs.tolist() == [17, 11, 12, 14]
     assert inputs.reference_logprobs is not None
     assert inputs.reference_logprobs.tolist() == [27, 21, 22, 24]
-    assert inputs.denominator == 7.0
+    assert (inputs.denominator, inputs.num_rollouts) == (7.0, 3)
+    assert inputs.rollout_ids.tolist() == [1, 0, 0, 0]
+    assert inputs.turn_ids.tolist() == [0, 0, 0, 1]
+
+
+def test_the_size_of_a_mini_batch_counts_what_is_trained() -> None:
+    batch = failed(batch_of_lengths([2, 4, 5]), 2)  # 1 and 3 trained tokens; the third rollout is not trained
+    assert MiniBatchSize.of(batch, [2, 0, 1]) == MiniBatchSize(tokens=4.0, rollouts=2)
+    assert MiniBatchSize.of(batch, [1]) == MiniBatchSize(tokens=3.0, rollouts=1)
 
 
 # Curves.

@@ -161,7 +161,6 @@ def to_device(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
     Returns:
         The same batch there.
     """
-    tensors: dict[str, Any] = {
-        field.name: getattr(batch, field.name).to(device) for field in fields(batch) if field.name != "rollouts"
-    }
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    tensors: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
     return replace(batch, **tensors)

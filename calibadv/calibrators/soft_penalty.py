@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from calibadv.calibrators.softening import find_punished, soften_searches
 from calibadv.interfaces import Calibrator, Metrics
-from calibadv.numerics.credit import punished_tokens, soften
 from calibadv.types import RolloutBatch
 
 
@@ -27,12 +26,4 @@ class SoftPenalty(Calibrator):
             [B, T]; and ``credit/softened``, the share of the punished search turns whose penalty shrank (left out
             where no search turn is punished).
         """
-        num_turns = batch.step_correctness.shape[1]
-        places, turns = punished_tokens(advantages, batch.turn_ids, num_turns)
-        softened = soften(advantages, batch.step_correctness, places, turns)
-        punished = torch.bincount(turns, minlength=batch.step_correctness.numel()).view(-1, num_turns) > 0
-        punished &= torch.arange(num_turns, device=advantages.device) < batch.answer_turn[:, None]
-        count = int(punished.sum())
-        if count == 0:
-            return softened, {}
-        return softened, {"credit/softened": int((punished & (batch.step_correctness > 0)).sum()) / count}
+        return soften_searches(advantages, batch.step_correctness, find_punished(batch, advantages))

@@ -117,6 +117,13 @@ def _no_value(found: re.Match[str], before: str) -> str:
     return f"{found[1]} has no value; give it one"
 
 
+def _none_of_types(found: re.Match[str], before: str) -> str:
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
+    expected = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.+)\])", found[1])
+    accepted = [kinds.get(kind, kind) if kind else choices for kind, choices in expected]
+    return f"'{found[2]}' is not accepted; it must be {' or '.join(accepted)}"
+
+
 _CAUSES: list[tuple[str, Callable[[re.Match[str], str], str]]] = [
     (r"module '([\w.]+)' has no attribute '(\w+)'", _no_attribute),
     (r"class_path '([\w.]+)':\s+(No module named '[\w.]+')", _no_module),
@@ -128,6 +135,7 @@ _CAUSES: list[tuple[str, Callable[[re.Match[str], str], str]]] = [
     (r'expected "subcommand" to be one of \{(.+)\}', _no_command),
     (r"subcommand: invalid choice: '(.+)' \(choose from (.+)\)", _wrong_command),
     (r"argument (--[\w.+]+)(?:(?:, |/)--[\w.+]+)*: expected (?:one|at least one) argument", _no_value),
+    (r"Errors:\s+((?:- Expected a [^\n]+\s+){2,})Given value type: [^\n]+\s+Given value: ([^\n]+)", _none_of_types),
 ]
 
 

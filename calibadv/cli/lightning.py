@@ -17,6 +17,7 @@ import calibadv.callbacks
 import calibadv.engines
 import calibadv.estimators
 import calibadv.losses
+import calibadv.regularizers
 import calibadv.retrieval
 import calibadv.rewards  # noqa: F401  # only imported subclasses are listed in --help and accepted by short name
 from calibadv.callbacks.checkpoint import RolloutCheckpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from calibadv.estimators.tokens import of_rollouts
 from calibadv.interfaces import AdvantageEstimator
 from calibadv.numerics.advantage import group_normalise
 from calibadv.types import RolloutBatch
@@ -21,5 +22,4 @@ class GRPO(AdvantageEstimator):
         Returns:
             [B, T], 0 outside ``batch.loss_mask``.
         """
-        advantages = group_normalise(batch.rewards, batch.group_ids, batch.included)
-        return advantages[:, None] * batch.loss_mask
+        return of_rollouts(group_normalise(batch.rewards, batch.group_ids, batch.included), batch)

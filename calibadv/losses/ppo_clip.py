@@ -5,24 +5,38 @@ from __future__ import annotations
 from torch import Tensor
 
 from calibadv.interfaces import LossInputs, Metrics, PolicyLoss
-from calibadv.numerics.loss import active_clips, clipped_surrogate
+from calibadv.losses.aggregation import Aggregation, TokenMean
+from calibadv.losses.clips import check_clips, clip_shares
+from calibadv.numerics.loss import active_clips, clipped_surrogate, dual_clip_surrogate
 
 
 class PPOClip(PolicyLoss):
     """-(1/N) x sum over the trained tokens of min(r A, clip(r, 1 - low, 1 + high) A) (arXiv 1707.06347).
 
+    r = exp(logp - logp_old). A larger ``clip_high`` leaves more room to what was rewarded (DAPO, arXiv 2503.14476: 0.2
+    and 0.28).
+
     Args:
         clip_low: How far the probability ratio may fall below 1 before a token has no gradient.
         clip_high: How far the probability ratio may rise above 1 before a token has no gradient.
+        dual_clip: Where A < 0, the ratio above which a token has no gradient (arXiv 1912.09729: 3); none by default.
+        aggregation: How tokens and rollouts are weighed; by default TokenMean, as in the formula.
     """
 
-    def __init__(self, clip_low: float = 0.2, clip_high: float = 0.2) -> None:
-        if not 0 < clip_low <= 1:
-            raise ValueError(f"clip_low is {clip_low}; it must lie in (0, 1], as in 0.2")
-        if clip_high <= 0:
-            raise ValueError(f"clip_high is {clip_high}; it must be above 0, as in 0.2")
+    def __init__(
+        self,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        dual_clip: float | None = None,
+        aggregation: Aggregation | None = None,
+    ) -> None:
+        check_clips(clip_low, clip_high)
+        if dual_clip is not None and not dual_clip > 1:
+            raise ValueError(f"dual_clip is {dual_clip}; it must be above 1, as in 3.0, or null for none")
         self.clip_low = clip_low
         self.clip_high = clip_high
+        self.dual_clip = dual_clip
+        self.aggregation = aggregation or TokenMean()
 
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
         """Compute the part of the loss that this micro-batch contributes.
@@ -32,13 +46,13 @@ class PPOClip(PolicyLoss):
 
         Returns:
             A scalar with gradient; and ``clip_low`` and ``clip_high``, the share of the mini-batch's trained tokens
-            that are clipped on that side.
+            that are clipped on that side, and ``dual_clip``, the share that is at that bound, where it is set.
         """
         ratio = (inputs.logprobs - inputs.old_logprobs).exp()
         clips = {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        loss = -clipped_surrogate(ratio, inputs.advantages, **clips).sum() / inputs.denominator
-        low, high = active_clips(ratio.detach(), inputs.advantages, **clips)
-        return loss, {
-            "clip_low": low.sum().item() / inputs.denominator,
-            "clip_high": high.sum().item() / inputs.denominator,
-        }
+        surrogate = clipped_surrogate(ratio, inputs.advantages, **clips)
+        metrics = clip_shares(*active_clips(ratio.detach(), inputs.advantages, **clips), inputs)
+        if self.dual_clip is not None:
+            surrogate, bounded = dual_clip_surrogate(surrogate, inputs.advantages, self.dual_clip)
+            metrics["dual_clip"] = bounded.sum().item() / inputs.denominator
+        return -self.aggregation.reduce(surrogate, inputs), metrics

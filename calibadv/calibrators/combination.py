@@ -1,0 +1,67 @@
+"""Methods that do not go together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from calibadv.calibrators.answer_rebalance import AnswerRebalance
+from calibadv.calibrators.constant_penalty import ConstantPenalty
+from calibadv.calibrators.negative_scale import NegativeScale
+from calibadv.calibrators.shuffled_penalty import ShuffledPenalty
+from calibadv.calibrators.soft_penalty import SoftPenalty
+from calibadv.interfaces import AdvantageEstimator, Calibrator
+
+_PENALTIES = (SoftPenalty, ConstantPenalty, ShuffledPenalty)
+
+
+def check_combination(estimator: AdvantageEstimator, calibrators: Sequence[Calibrator]) -> None:
+    """Refuse an estimator and calibrators whose sum is no method.
+
+    Args:
+        estimator: turns rewards into advantages.
+        calibrators: applied to them, in this order.
+
+    Raises:
+        ValueError: a calibrator is there twice, two soften the same searches, one that takes CalibAdv's ratio stands
+            beside CalibAdv's parts, or evidence would be counted twice.
+    """
+    _refuse_doubles(calibrators)
+    for calibrator in calibrators:
+        if isinstance(calibrator, NegativeScale) and calibrator.match is not None:
+            _refuse_beside_match(calibrators)
+        if estimator.credits_evidence and _uses_evidence(calibrator):
+            raise ValueError(
+                f"{type(estimator).__name__} already gives credit by step correctness, and "
+                f"{type(calibrator).__name__} would count it twice; use one of the two (GRPO goes with all calibrators)"
+            )
+
+
+def _refuse_doubles(calibrators: Sequence[Calibrator]) -> None:
+    for kind, count in Counter(map(type, calibrators)).items():
+        if count > 1:
+            raise ValueError(f"{kind.__name__} is installed {count} times; keep one")
+    softening = [type(calibrator).__name__ for calibrator in calibrators if isinstance(calibrator, _PENALTIES)]
+    if len(softening) > 1:
+        raise ValueError(
+            f"{' and '.join(softening)} soften the same searches, one after the other; each stands in the place of the "
+            "others: keep one"
+        )
+
+
+def _refuse_beside_match(calibrators: Sequence[Calibrator]) -> None:
+    parts = [type(c).__name__ for c in calibrators if isinstance(c, (*_PENALTIES, AnswerRebalance))]
+    if parts:
+        raise ValueError(
+            f"NegativeScale with match calibadv stands in the place of CalibAdv, so {' and '.join(parts)} cannot be "
+            "installed beside it; keep one of them"
+        )
+
+
+def _uses_evidence(calibrator: Calibrator) -> bool:
+    """Whether it is SoftPenalty, or a control of it that takes something from step correctness."""
+    if isinstance(calibrator, ConstantPenalty):
+        return calibrator.correctness == "batch_mean"
+    if isinstance(calibrator, NegativeScale):
+        return calibrator.match is not None
+    return isinstance(calibrator, SoftPenalty | ShuffledPenalty)

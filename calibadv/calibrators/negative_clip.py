@@ -1,0 +1,45 @@
+"""Bound how negative an advantage may be."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from calibadv.interfaces import Calibrator, Metrics
+from calibadv.numerics.controls import negative_floor
+from calibadv.types import RolloutBatch
+
+
+class NegativeClip(Calibrator):
+    """Raise negative advantages to at least -bound x the mean of the positive advantages of the batch.
+
+    The mean is over the tokens with a positive advantage. A rule that looks at signs alone, beside CalibAdv: all
+    positive advantages, and small negative ones, keep their values. A batch without positive advantages is left alone,
+    since there is nothing to measure by.
+
+    Args:
+        bound: How many times the mean positive advantage a negative one may reach.
+    """
+
+    def __init__(self, bound: float = 1.0) -> None:
+        if not (bound > 0 and math.isfinite(bound)):
+            raise ValueError(f"bound is {bound}; it must be a number above 0, such as 1.0")
+        self.bound = bound
+
+    def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
+        """Clip.
+
+        Args:
+            batch: B rollouts, those of all processes.
+            advantages: [B, T], 0 outside ``batch.loss_mask``.
+
+        Returns:
+            [B, T]; and ``advantage/clipped``, the share of the tokens with a negative advantage that were raised (left
+            out where one side is missing).
+        """
+        floor = negative_floor(advantages, self.bound)
+        negative = int((advantages < 0).sum())
+        if floor is None or not negative:
+            return advantages, {}
+        return advantages.clamp(min=floor), {"advantage/clipped": int((advantages < floor).sum()) / negative}

@@ -1,0 +1,59 @@
+"""The sharpest control of SoftPenalty: the same correctness values, at turns that are drawn."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from calibadv.calibrators.softening import Punished, find_punished, soften_searches
+from calibadv.interfaces import Calibrator, Metrics
+from calibadv.numerics.controls import shuffle
+from calibadv.numerics.draws import uniforms
+from calibadv.types import DrawKey, RolloutBatch
+
+
+class ShuffledPenalty(Calibrator):
+    """SoftPenalty with the step correctness shuffled among the punished search turns of the batch: its control.
+
+    The values are exactly those of SoftPenalty, so their distribution and number are the same in every step, and the
+    answer turns keep their advantages; which turn found evidence, and in which group, is gone. What SoftPenalty gains
+    beyond this control is due to the evidence. The order is drawn from the seed and the rollout step, and does not
+    depend on the order of the rollouts in the batch.
+
+    Args:
+        seed: Of the order.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
+        """Shuffle the correctness of the punished search turns, then soften.
+
+        Args:
+            batch: B rollouts of one step with step correctness, those of all processes.
+            advantages: [B, T], 0 outside ``batch.loss_mask``.
+
+        Returns:
+            [B, T]; and ``credit/softened`` (left out where no search turn is punished).
+        """
+        punished = find_punished(batch, advantages)
+        return soften_searches(advantages, self.shuffled_correctness(batch, punished), punished)
+
+    def shuffled_correctness(self, batch: RolloutBatch, punished: Punished) -> Tensor:
+        """Shuffle.
+
+        Args:
+            batch: B rollouts of one step with step correctness.
+            punished: of ``find_punished``.
+
+        Returns:
+            [B, K]; differs from ``batch.step_correctness`` only at ``punished.searches``.
+        """
+        turns: list[tuple[int, int]] = [(row, turn) for row, turn in punished.searches.nonzero().tolist()]
+        turns.sort(key=lambda turn: (batch.rollouts[turn[0]].question.id, batch.rollouts[turn[0]].sample, turn[1]))
+        rows, columns = [row for row, _ in turns], [turn for _, turn in turns]
+        draws = uniforms(DrawKey(self.seed, batch.rollouts[0].step, "shuffled-penalty", 0, 0), len(turns))
+        correctness = batch.step_correctness.clone()
+        values = shuffle(correctness[rows, columns].tolist(), draws)
+        correctness[rows, columns] = correctness.new_tensor(values)
+        return correctness

@@ -1,0 +1,32 @@
+"""Checks that the estimators share."""
+
+from __future__ import annotations
+
+import math
+
+
+def check_weight(name: str, value: float) -> None:
+    """See that a weight is one.
+
+    Args:
+        name: of the parameter.
+        value: given for it.
+
+    Raises:
+        ValueError: it is negative, infinite or not a number.
+    """
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} is {value}; it must be a number of at least 0 (1.0 weighs both parts alike)")
+
+
+def check_gamma(gamma: float) -> None:
+    """See that a discount is one.
+
+    Args:
+        gamma: factor per turn.
+
+    Raises:
+        ValueError: it is not in (0, 1].
+    """
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma is {gamma}; it must be above 0 and at most 1 (1.0 does not discount)")

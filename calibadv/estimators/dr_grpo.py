@@ -1,0 +1,29 @@
+"""GRPO without its two normalisations: this file drops the first."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from calibadv.estimators.tokens import of_rollouts
+from calibadv.interfaces import AdvantageEstimator
+from calibadv.numerics.advantage import group_centre
+from calibadv.types import RolloutBatch
+
+
+class DrGRPO(AdvantageEstimator):
+    """Reward minus the group's mean: Dr.GRPO (arXiv 2503.20783).
+
+    GRPO divides by the group's standard deviation, which gives much weight to questions that are nearly always or
+    nearly never answered. Dr.GRPO also divides the loss by a constant length, which is a setting of the loss.
+    """
+
+    def estimate(self, batch: RolloutBatch) -> Tensor:
+        """Give every policy token of a rollout the rollout's centred reward.
+
+        Args:
+            batch: B rollouts with rewards.
+
+        Returns:
+            [B, T], 0 outside ``batch.loss_mask``.
+        """
+        return of_rollouts(group_centre(batch.rewards, batch.group_ids, batch.included), batch)

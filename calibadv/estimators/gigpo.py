@@ -1,0 +1,51 @@
+"""Group-in-group policy optimization: compare turns that start from the same state."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from calibadv.estimators.checks import check_gamma, check_weight
+from calibadv.estimators.tokens import of_turns
+from calibadv.interfaces import AdvantageEstimator
+from calibadv.numerics.advantage import group_centre, group_normalise
+from calibadv.numerics.turn_advantage import anchor_advantages
+from calibadv.types import RolloutBatch
+
+
+class GiGPO(AdvantageEstimator):
+    """Compare rollouts, and within the group the turns that start from the same state: GiGPO (arXiv 2505.10978).
+
+    A turn gets A_episode + step_weight x A_step. A_episode compares the rewards of the group, as GRPO does. A_step
+    compares the returns gamma^(T - t) R of the turns that start from one *anchor state*, T being the answer turn; a
+    state that only one turn starts from gives 0. The state is the question and the set of documents that the last
+    search found; public code compares texts instead. All first turns of a group share one state.
+
+    Args:
+        step_weight: Weight of the step part; 0 leaves the episode part alone.
+        gamma: Discount of the reward for each turn between a turn and the answer (public code: 0.95, or 0.9).
+        divide_by_std: Divide both parts by their standard deviations, as GRPO does, or only subtract the means.
+    """
+
+    def __init__(self, step_weight: float = 1.0, gamma: float = 0.95, divide_by_std: bool = True) -> None:
+        check_weight("step_weight", step_weight)
+        check_gamma(gamma)
+        self.step_weight = step_weight
+        self.gamma = gamma
+        self.divide_by_std = divide_by_std
+
+    def estimate(self, batch: RolloutBatch) -> Tensor:
+        """Give every policy token the advantage of its turn.
+
+        Args:
+            batch: B rollouts with rewards and anchors.
+
+        Returns:
+            [B, T], 0 outside ``batch.loss_mask``.
+        """
+        rewards = batch.rewards.cpu().double()
+        compare = group_normalise if self.divide_by_std else group_centre
+        episode = compare(rewards, batch.group_ids, batch.included)
+        step = anchor_advantages(
+            rewards, batch.answer_turn, batch.group_ids, batch.anchor_ids, self.gamma, self.divide_by_std
+        )
+        return of_turns(episode[:, None] + self.step_weight * step, batch)

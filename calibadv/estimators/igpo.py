@@ -1,0 +1,86 @@
+"""Information-gain policy optimization: reward each search by how much likelier it makes the golden answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from calibadv.estimators.checks import check_gamma
+from calibadv.estimators.golden import golden_probabilities, turn_gains
+from calibadv.estimators.tokens import of_turns
+from calibadv.interfaces import AdvantageEstimator
+from calibadv.numerics.turn_advantage import discounted_sums, gain_rewards
+from calibadv.types import RolloutBatch
+
+if TYPE_CHECKING:
+    from calibadv.models import Policy
+    from calibadv.processes import Processes
+
+
+class IGPO(AdvantageEstimator):
+    """Reward a search by how much likelier it makes the golden answer: IGPO (arXiv 2510.14967).
+
+    p_t is the probability that the policy gives the first golden answer after turn t: the exponential of the mean
+    log-probability of the answer's tokens, at temperature 1, when it is written at once, after an empty think. The
+    reward of search turn t is p_t - p_(t-1), that of the answer turn the reward of the rollout: 0 for a broken format,
+    where the paper has a penalty. The rewards of all turns of a group are normalised, and each turn gets the discounted
+    sum of its own and all later ones.
+
+    It costs one pass through the model for each turn of a rollout, over what was written before the turn. Recorded
+    rollouts do not hold the probabilities, so ``calibadv replay`` cannot use it.
+
+    Args:
+        gamma: Discount of later turns' rewards.
+        normalise: Compare gains and answers ``joint``, with one mean and one standard deviation, or ``separate``.
+    """
+
+    def __init__(self, gamma: float = 1.0, normalise: Literal["joint", "separate"] = "joint") -> None:
+        check_gamma(gamma)
+        self.gamma = gamma
+        self.normalise = normalise
+
+    def prepare(
+        self, batch: RolloutBatch, policy: Policy, micro_batch_tokens: int, processes: Processes
+    ) -> RolloutBatch:
+        """Compute the gains of the search turns.
+
+        Args:
+            batch: B rollouts.
+            policy: model and tokenizer.
+            micro_batch_tokens: the most tokens, padding included, of one forward pass.
+            processes: share the work.
+
+        Returns:
+            The batch with ``turn_gains``.
+        """
+        probabilities = golden_probabilities(batch, policy, micro_batch_tokens, processes)
+        return replace(batch, turn_gains=turn_gains(probabilities, batch.answer_turn))
+
+    def estimate(self, batch: RolloutBatch) -> Tensor:
+        """Give every policy token the advantage of its turn.
+
+        Args:
+            batch: B rollouts with rewards and gains.
+
+        Returns:
+            [B, T], 0 outside ``batch.loss_mask``.
+
+        Raises:
+            ValueError: the gains are missing.
+        """
+        if batch.turn_gains is None:
+            raise ValueError(
+                "IGPO needs the policy's probability of the golden answer before each turn, which recorded rollouts do "
+                "not hold; train with it (calibadv fit), or take another estimator here"
+            )
+        normalised = gain_rewards(
+            batch.turn_gains,
+            batch.rewards,
+            batch.answer_turn,
+            batch.group_ids,
+            batch.included,
+            joint=self.normalise == "joint",
+        )
+        return of_turns(discounted_sums(normalised, self.gamma), batch)

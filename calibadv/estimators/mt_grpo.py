@@ -1,0 +1,50 @@
+"""Multi-turn GRPO: a reward for each search beside the one for the answer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calibadv.estimators.checks import check_weight
+from calibadv.estimators.tokens import of_turns
+from calibadv.interfaces import AdvantageEstimator
+from calibadv.numerics.advantage import group_normalise
+from calibadv.numerics.turn_advantage import turn_index_advantages
+from calibadv.types import RolloutBatch
+
+
+class MTGRPO(AdvantageEstimator):
+    """Credit searches for what they find, compared over the group per turn index: MT-GRPO (arXiv 2505.11821).
+
+    A search turn gets A_turn + outcome_weight x A_outcome, the answer turn A_outcome, where A_outcome is GRPO's
+    advantage and A_turn the turn's reward, normalised over the search turns of that index in the group. The reward of a
+    turn is its step correctness, so no labels are needed. The published code has two turns and weighs A_turn instead;
+    with a weight of 1 that is the same.
+
+    Its weakness: turns of one index have different histories, and fewer and fewer rollouts have a late turn. A turn
+    that no other rollout of the group has gets A_turn = 0.
+
+    Args:
+        outcome_weight: Weight of the outcome's advantage at search turns.
+    """
+
+    credits_evidence = True
+
+    def __init__(self, outcome_weight: float = 1.0) -> None:
+        check_weight("outcome_weight", outcome_weight)
+        self.outcome_weight = outcome_weight
+
+    def estimate(self, batch: RolloutBatch) -> Tensor:
+        """Give every policy token the advantage of its turn.
+
+        Args:
+            batch: B rollouts with rewards and step correctness.
+
+        Returns:
+            [B, T], 0 outside ``batch.loss_mask``.
+        """
+        group = batch.group_ids, batch.included
+        outcome = group_normalise(batch.rewards.cpu().double(), *group)[:, None]
+        per_turn = turn_index_advantages(batch.step_correctness, batch.answer_turn, *group)
+        is_answer = torch.arange(per_turn.shape[1]) == batch.answer_turn.cpu()[:, None]
+        return of_turns(torch.where(is_answer, outcome, per_turn + self.outcome_weight * outcome), batch)

@@ -1,0 +1,92 @@
+"""How a policy loss weighs tokens and rollouts: an option of every loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from calibadv.interfaces import LossInputs
+from calibadv.numerics.aggregation import fixed_length, sequence_mean, token_mean
+
+
+class Aggregation(ABC):
+    """Adds up what a loss says of each token, so that the parts of the micro-batches add up to the mini-batch's."""
+
+    @abstractmethod
+    def reduce(self, values: Tensor, inputs: LossInputs) -> Tensor:
+        """Add up.
+
+        Args:
+            values: [N], one per trained token.
+            inputs: the same N tokens.
+
+        Returns:
+            A scalar with the gradient of ``values``.
+        """
+
+
+class TokenMean(Aggregation):
+    """Mean over the trained tokens of the mini-batch: every token weighs the same (DAPO, arXiv 2503.14476)."""
+
+    def reduce(self, values: Tensor, inputs: LossInputs) -> Tensor:
+        """Apply ``calibadv.numerics.aggregation.token_mean``.
+
+        Args:
+            values: [N], one per trained token.
+            inputs: the same N tokens.
+
+        Returns:
+            A scalar with the gradient of ``values``.
+        """
+        return token_mean(values, inputs.denominator)
+
+
+class SequenceMean(Aggregation):
+    """Mean over the tokens of each rollout, then over the rollouts: every rollout weighs the same (arXiv 2402.03300).
+
+    Rollouts without advantage count as rollouts.
+    """
+
+    def reduce(self, values: Tensor, inputs: LossInputs) -> Tensor:
+        """Apply ``calibadv.numerics.aggregation.sequence_mean``.
+
+        Args:
+            values: [N], one per trained token.
+            inputs: the same N tokens.
+
+        Returns:
+            A scalar with the gradient of ``values``.
+        """
+        return sequence_mean(values, inputs.rollout_ids, inputs.num_rollouts)
+
+
+class FixedLength(Aggregation):
+    """Sum over the tokens / (length x rollouts): the weight of a token depends on no sampled length (arXiv 2503.20783).
+
+    It only sets the scale of the policy loss, against the clip of the gradient and against the other terms: the paper
+    takes the most tokens that a rollout may have, so that the loss is smaller than the mean over tokens, by the mean
+    length over this length.
+
+    Args:
+        length: Tokens that every rollout counts for, such as (max_searches + 1) x max_turn_tokens of the protocol.
+    """
+
+    def __init__(self, length: int) -> None:
+        if length < 1:
+            raise ValueError(
+                f"the length of FixedLength is {length}; it must be at least 1, such as the most tokens of a rollout"
+            )
+        self.length = length
+
+    def reduce(self, values: Tensor, inputs: LossInputs) -> Tensor:
+        """Apply ``calibadv.numerics.aggregation.fixed_length``.
+
+        Args:
+            values: [N], one per trained token.
+            inputs: the same N tokens.
+
+        Returns:
+            A scalar with the gradient of ``values``.
+        """
+        return fixed_length(values, inputs.num_rollouts, self.length)

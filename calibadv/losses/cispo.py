@@ -1,0 +1,45 @@
+"""Clipped importance weights in the place of clipped updates."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from calibadv.interfaces import LossInputs, Metrics, PolicyLoss
+from calibadv.losses.aggregation import Aggregation, TokenMean
+from calibadv.losses.clips import check_clips, clip_shares
+from calibadv.numerics.loss import weighted_logprobs
+
+
+class CISPO(PolicyLoss):
+    """-(1/N) x sum over the trained tokens of stopgrad(clip(r, 1 - low, 1 + high)) A logp (arXiv 2506.13585).
+
+    r = exp(logp - logp_old). Where PPO's clip takes the gradient from a token, this one only bounds its weight: rare
+    tokens that a first update has moved far go on learning. The value of the loss means nothing; its gradient does.
+
+    Args:
+        clip_low: How far the weight of a token may fall below 1; 1.0 is no lower bound, as in the paper.
+        clip_high: How far the weight of a token may rise above 1. The paper does not give its value; 4.0 is the bound
+            of 5 that ScaleRL (arXiv 2510.13786, as collected) reports.
+        aggregation: How tokens and rollouts are weighed; by default TokenMean, as in the formula.
+    """
+
+    def __init__(self, clip_low: float = 1.0, clip_high: float = 4.0, aggregation: Aggregation | None = None) -> None:
+        check_clips(clip_low, clip_high)
+        self.clip_low = clip_low
+        self.clip_high = clip_high
+        self.aggregation = aggregation or TokenMean()
+
+    def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
+        """Compute the part of the loss that this micro-batch contributes.
+
+        Args:
+            inputs: N trained tokens.
+
+        Returns:
+            A scalar with gradient; and ``clip_low`` and ``clip_high``, the share of the mini-batch's trained tokens
+            whose weight is cut on that side, those without advantage not counted.
+        """
+        surrogate, low, high = weighted_logprobs(
+            inputs.logprobs, inputs.old_logprobs, inputs.advantages, clip_low=self.clip_low, clip_high=self.clip_high
+        )
+        return -self.aggregation.reduce(surrogate, inputs), clip_shares(low, high, inputs)

@@ -1,0 +1,57 @@
+"""Keep the likelihood of what was not punished."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from calibadv.interfaces import LossInputs, Metrics, Regularizer
+from calibadv.numerics.displacement import lost_likelihood
+
+
+class LLDS(Regularizer):
+    """coef / N x sum of max(logp_old - logp, 0) over the tokens with A >= 0 in turns that have lost likelihood.
+
+    Against lazy likelihood displacement (arXiv 2512.04220, as collected): updates lower the likelihood of rewarded
+    rollouts too, until training collapses. A turn has lost likelihood if the sum of logp_old - logp over its tokens
+    with A >= 0 is above 0. N is the trained tokens of the mini-batch. Rollouts whose advantage is 0 are pulled on too.
+
+    Args:
+        coef: Weight of the term.
+        gate: Sum up what was lost per ``action``, which is a turn, or per ``response``, the whole rollout.
+        tolerance: A change of a log-probability that counts as none, for it may be rounding, which is below 1e-5 in
+            float32. Raise it in half precision; stability/sampler_drift_max of TransformersEngine shows its size.
+    """
+
+    acts_on_change = True
+
+    def __init__(
+        self, coef: float = 0.1, gate: Literal["action", "response"] = "action", tolerance: float = 1e-4
+    ) -> None:
+        if not coef > 0:
+            raise ValueError(f"the coef of LLDS is {coef}; it must be above 0, as in 0.1, or leave LLDS out")
+        if not tolerance >= 0:
+            raise ValueError(f"the tolerance of LLDS is {tolerance}; it must be at least 0, as in 1e-4")
+        self.coef = coef
+        self.gate = gate
+        self.tolerance = tolerance
+
+    def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
+        """Compute the part of the term that this micro-batch contributes, its coefficient included.
+
+        Args:
+            inputs: N trained tokens.
+
+        Returns:
+            A scalar with gradient; and ``llds``, its value, and ``llds_gated``, the share of the mini-batch's trained
+            tokens that have A >= 0 and whose turn or rollout has lost likelihood.
+        """
+        units = inputs.rollout_ids
+        if self.gate == "action":
+            units = units * (inputs.turn_ids.max() + 1) + inputs.turn_ids
+        lost, gated = lost_likelihood(
+            inputs.logprobs, inputs.old_logprobs, inputs.advantages >= 0, units, self.tolerance
+        )
+        term = self.coef * lost.sum() / inputs.denominator
+        return term, {"llds": term.item(), "llds_gated": gated.sum().item() / inputs.denominator}
