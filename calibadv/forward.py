@@ -86,7 +86,7 @@ def _last_states(model: nn.Module, token_ids: Tensor) -> tuple[Tensor, Callable[
         (states,) = seen
         with torch.no_grad():
             alone = head(states[:, :1])
-        if torch.equal(logits, alone):
+        if torch.equal(logits.nan_to_num(), alone.nan_to_num()):  # a policy that has diverged is told of elsewhere
             return states, head
     logits = model(input_ids=token_ids, use_cache=False).logits
     return logits, nn.Identity()

@@ -11,11 +11,14 @@ from agents import ANSWER, SEARCH, agent_of, play, protocol, scripted_agent, tea
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
+from calibadv.agent.rollout import Agent, Draws, run_rollouts
 from calibadv.engines import ScriptedEngine, TransformersEngine
 from calibadv.models import Policy, load_policy
 from calibadv.numerics.draws import uniforms
 from calibadv.numerics.sampling import draw_tokens
+from calibadv.retrieval import BM25
 from calibadv.types import Completion, DrawKey, Sampling, StopReason
+from calibadv.world import embedded_world
 
 
 def keys(*samples: int, question: str = "q") -> list[DrawKey]:
@@ -171,6 +174,24 @@ def test_rollouts_do_not_depend_on_the_batch(taught: Policy, batch_size: int) ->
     ids = {(r.question.id, r.sample): [s.token_ids for s in r.segments] for r in together}
     assert [[s.token_ids for s in r.segments] for r in other] == [ids[r.question.id, r.sample] for r in other]
     assert [r.status for r in other] == [r.status for q in "ca" for r in together if r.question.id == q]
+
+
+def test_rollouts_of_the_embedded_policy_do_not_depend_on_the_batch() -> None:
+    questions = embedded_world().questions["train"][:40]
+    policy = load_policy("embedded")
+    agent = Agent(
+        TransformersEngine(),
+        BM25("embedded", top_k=2),
+        protocol(prepend_think=True, max_searches=3, max_turn_tokens=36),
+        policy.tokenizer,
+    )
+    agent.engine.sync(policy)
+    draws = Draws(seed=0, step=1, samples=6, temperature=1.0)
+    together = run_rollouts(questions, agent, draws)
+    apart = [r for start in (0, 3, 20) for r in run_rollouts(questions[start : start + 3], agent, draws)]
+    expected = {(r.question.id, r.sample): [s.token_ids for s in r.segments] for r in together}
+    assert [[s.token_ids for s in r.segments] for r in apart] == [expected[r.question.id, r.sample] for r in apart]
+    assert len({r.segments for r in apart}) > 30  # not all the same
 
 
 def test_a_longer_limit_draws_the_same_beginning(taught: Policy) -> None:

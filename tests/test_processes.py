@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,12 +50,15 @@ def test_a_question_has_one_owner_however_often_it_is_asked(size: int, keys: lis
     assert max(shares) - min(shares) <= 1
 
 
+COMMAND = [sys.executable, "-m", "calibadv.cli.main", "fit", *THREE_STEPS]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+DDP = ("--trainer.strategy", "ddp", "--trainer.devices", "2")
+
+
 def run(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "calibadv.cli.main", "fit", *THREE_STEPS, "--run.root", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "--run.name", name, *words],
-        env=environment,
+        [*COMMAND, "--run.root", str(folder), "--run.name", name, *words],
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -122,6 +127,38 @@ def test_sharded_checkpoints_are_read_by_any_number_of_processes(folder: Path) -
     )
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.long
+def test_a_signal_to_one_process_during_a_validation_stops_all(folder: Path) -> None:
+    path = folder / "stopped"
+    words = (*DDP, "--data.validation_questions", "200", "--run.root", str(folder), "--run.name", path.name)
+    with subprocess.Popen(
+        [*COMMAND, *words], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as first:
+        for _ in range(600):
+            if (path / "config.yaml").exists():
+                break
+            time.sleep(0.1)
+        time.sleep(1)  # the validation before training has begun, and takes longer than that
+        tasks = Path(f"/proc/{first.pid}/task/{first.pid}/children")
+        (second,) = (int(child) for child in tasks.read_text().split() if "calibadv" in cmdline(child))
+        os.kill(second, signal.SIGTERM)
+        output, _ = first.communicate(timeout=120)
+    assert first.returncode == 128 + signal.SIGTERM, output
+    assert (path / "checkpoints" / "last.ckpt").exists()
+
+
+def cmdline(process: str) -> str:
+    return Path(f"/proc/{process}/cmdline").read_text()
+
+
+def test_shards_for_more_processes_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--config", "cluster/fsdp", "--trainer.devices", "2", "--run.root", str(tmp_path), "--run.name", "x")
+    assert main(["fit", *THREE_STEPS, *words]) == 2
+    error = capsys.readouterr().err
+    assert "data_parallel_size is 8 and there are 2 processes" in error
+    assert error.count("\n") == 1
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path) -> None:

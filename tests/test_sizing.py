@@ -349,6 +349,16 @@ def test_adapters_are_counted(qwen_folder: Path) -> None:
         (("--model.policy", "nowhere"), "model.policy 'nowhere' is not a folder"),
         (("--trainer.devices", "3"), "data.questions_per_step is 16 and there are 3 processes"),
         (("--config", "cluster/fsdp", "--trainer.devices", "4"), "give --trainer.strategy.data_parallel_size 4"),
+        (
+            ("--config", "engines/vllm", "--model.engine.max_model_len", "100"),
+            "model.engine.max_model_len is 100 and protocol.max_rollout_tokens is 512; raise",
+        ),
+        (
+            ("--config", "engines/vllm", "--model.engine.tensor_parallel_size", "2", "--trainer.devices", "4"),
+            "tensor_parallel_size is 2 and 4 processes train; give 1",
+        ),
+        (("--rollout_tokens", "600"), "--rollout_tokens is 600 and protocol.max_rollout_tokens is 512"),
+        (("--rollout_tokens", "300", "--policy_tokens", "301"), "--policy_tokens is 301 and a rollout has 300; lower"),
         (("--trainer.precision", "16-mixed"), "trainer.precision is 16-mixed"),
         (("--trainer.precision", "64-true"), "plan knows 32-true, bf16-mixed, bf16-true"),
         (("--model.group_siz", "3"), "option --model.group_siz is not accepted; did you mean --model.group_size?"),

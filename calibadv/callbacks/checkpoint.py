@@ -44,7 +44,8 @@ class RolloutCheckpoint(Callback):
             if self.stopped_by is not None:
                 raise SystemExit(128 + number)
             self.stopped_by = signal.Signals(number)
-            trainer.should_stop = True
+            if pl_module.processes.size == 1:  # several agree first: one that stops alone leaves the others waiting
+                trainer.should_stop = True
             doing = "the validation" if trainer.validating else f"rollout step {pl_module.rollout_step + 1}"
             Console(stderr=True, soft_wrap=True).print(
                 f"{self.stopped_by.name}: finishing {doing}, then saving; once more to stop at once", highlight=False
@@ -54,11 +55,7 @@ class RolloutCheckpoint(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when it is due; where a validation is due too, after it, so that a resumed run need not repeat it."""
-        number = pl_module.processes.any(self.stopped_by or 0)  # whoever is told to stop, all stop after this step
-        if number:
-            self.stopped_by = signal.Signals(number)
-            trainer.should_stop = True
-        if self.stopped_by:
+        if self._all_stop(trainer, pl_module):
             # Whoever sends SIGTERM will not wait for a validation; a resumed run makes up for it where it was due.
             self._save(trainer, pl_module)
             trainer.limit_val_batches = 0
@@ -67,9 +64,19 @@ class RolloutCheckpoint(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save when it is due, unless only the end of the run is why there was a validation."""
+        if trainer.state.fn == "fit":
+            self._all_stop(trainer, pl_module)
         in_training = trainer.state.fn == "fit" and pl_module.rollout_step > 0
         if in_training and self._is_due(trainer, pl_module) and self._validates(trainer, pl_module):
             self._save(trainer, pl_module)
+
+    def _all_stop(self, trainer: Trainer, pl_module: Any) -> bool:
+        """Whoever was told to stop by now, all processes stop."""
+        number = pl_module.processes.any(self.stopped_by or 0)
+        if number:
+            self.stopped_by = signal.Signals(number)
+            trainer.should_stop = True
+        return bool(number)
 
     def _is_due(self, trainer: Trainer, pl_module: Any) -> bool:
         return trainer.should_stop or bool(pl_module.rollout_step % self.every_n_rollout_steps == 0)

@@ -18,7 +18,7 @@ from calibadv.cli.help import PLAN
 from calibadv.cli.lightning import CalibadvCLI
 from calibadv.cli.quiet import quiet_libraries
 from calibadv.cli.sizing_report import print_report
-from calibadv.cli.trainer import check_trainer
+from calibadv.cli.trainer import check_trainer, number_of_processes
 from calibadv.models import Lora, check_model_folder, with_adapters
 from calibadv.retrieval.manifest import read_manifest
 from calibadv.sizing.job import GIB, GPUS, PRECISIONS, Assumptions, Gpu, Job, Precision, Sampler
@@ -163,21 +163,25 @@ def read_job(settings: Namespace, sizing: Sizing) -> Job:
     model, trainer, data = settings.model, settings.trainer, settings.data
     policy = empty_model(AutoConfig.from_pretrained(check_model_folder(model.policy), local_files_only=True))
     shape = shape_of(policy)
-    nodes = int(trainer.num_nodes)
-    processes = _devices(trainer.devices) * nodes
+    processes = number_of_processes(trainer)
     strategy, options = _strategy(trainer.strategy)
-    sharded = strategy == "ModelParallelStrategy"
-    _check_processes(processes, data.questions_per_step, options.get("data_parallel_size") if sharded else None)
+    sampler = _sampler(model.engine)
     turns = model.protocol.max_searches + 1
     limit = model.protocol.max_rollout_tokens
-    tokens = min(sizing.rollout_tokens or limit, limit)
+    longest = getattr(model.engine.init_args, "max_model_len", None)
+    if longest is not None and longest < limit:
+        raise ValueError(
+            f"model.engine.max_model_len is {longest} and protocol.max_rollout_tokens is {limit}; raise the first"
+        )
+    _check_job(processes, data.questions_per_step, sampler, sizing, limit)
+    tokens = sizing.rollout_tokens or limit
     validations = model.rollout_steps // trainer.val_check_interval + 1 if data.validation else 0
     return Job(
         shape=shape,
         trained=_adapter_parameters(policy, model.lora) if model.lora else shape.parameters,
         gpu=sizing.device(),
         precision=_precision(trainer.precision),
-        sampler=_sampler(model.engine),
+        sampler=sampler,
         questions=data.questions_per_step,
         group_size=model.group_size,
         limit=limit,
@@ -188,8 +192,8 @@ def read_job(settings: Namespace, sizing: Sizing) -> Job:
         reference=bool(model.kl_coef) and model.lora is None,
         compared=bool(model.kl_coef),
         processes=processes,
-        nodes=nodes,
-        sharded=sharded,
+        nodes=int(trainer.num_nodes),
+        sharded=strategy == "ModelParallelStrategy",
         bucket_view=bool(options.get("gradient_as_bucket_view")),
         checkpointing=model.gradient_checkpointing,
         mini_batches=model.mini_batches,
@@ -201,15 +205,6 @@ def read_job(settings: Namespace, sizing: Sizing) -> Job:
     )
 
 
-def _devices(devices: Any) -> int:
-    """Of one machine, by Lightning's rules; for those that it would look for, the ones of this machine."""
-    if devices in ("auto", -1, "-1"):
-        return max(1, torch.cuda.device_count())
-    if isinstance(devices, str) and "," in devices:
-        return len([number for number in devices.split(",") if number.strip()])
-    return len(devices) if isinstance(devices, list) else int(devices)
-
-
 def _strategy(strategy: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(strategy, str):
         return strategy, {}
@@ -217,16 +212,25 @@ def _strategy(strategy: Any) -> tuple[str, dict[str, Any]]:
     return strategy.class_path.rpartition(".")[2], {**options, **(strategy.get("dict_kwargs") or {})}
 
 
-def _check_processes(processes: int, questions: int, sharded_over: Any) -> None:
+def _check_job(processes: int, questions: int, sampler: Sampler, sizing: Sizing, limit: int) -> None:
+    """Refuse what ``fit`` would refuse once it has built everything, and lengths that cannot be."""
     if questions % processes:
         raise ValueError(
             f"data.questions_per_step is {questions} and there are {processes} processes, which must share the "
             "questions evenly; give a multiple"
         )
-    if sharded_over not in (None, processes):
+    if processes > 1 and sampler.tensor_parallel > 1:
         raise ValueError(
-            f"trainer.strategy.data_parallel_size is {sharded_over} and there are {processes} processes (devices x "
-            f"num_nodes); give --trainer.strategy.data_parallel_size {processes}"
+            f"model.engine.tensor_parallel_size is {sampler.tensor_parallel} and {processes} processes train; give 1"
+        )
+    if (sizing.rollout_tokens or 0) > limit:
+        raise ValueError(
+            f"--rollout_tokens is {sizing.rollout_tokens} and protocol.max_rollout_tokens is {limit}; lower the one or "
+            "raise the other"
+        )
+    if (sizing.policy_tokens or 0) > (sizing.rollout_tokens or limit):
+        raise ValueError(
+            f"--policy_tokens is {sizing.policy_tokens} and a rollout has {sizing.rollout_tokens or limit}; lower it"
         )
 
 

@@ -7,6 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from calibadv.cli.configs import is_calibration
 from calibadv.cli.help import STAYS
 
@@ -54,6 +56,32 @@ def check_trainer(trainer: Any) -> None:
     if sum(is_calibration(callback) for callback in callbacks) > 1:
         raise ValueError("two AdvantageCalibration callbacks are installed; list all calibrators in one of them")
     _check_strategy(trainer.strategy)
+    if _name(trainer.strategy) == "ModelParallelStrategy":
+        shards, processes = trainer.strategy.init_args.data_parallel_size, number_of_processes(trainer)
+        if shards != processes:
+            raise ValueError(
+                f"trainer.strategy.data_parallel_size is {shards} and there are {processes} processes (devices x "
+                f"num_nodes); give --trainer.strategy.data_parallel_size {processes}"
+            )
+
+
+def number_of_processes(trainer: Any) -> int:
+    """Count the processes of a run by Lightning's rules; for devices that it would look for, those of this machine.
+
+    Args:
+        trainer: the parsed section ``trainer``.
+
+    Returns:
+        Devices of a machine x machines.
+    """
+    devices = trainer.devices
+    if devices in ("auto", -1, "-1"):
+        here = max(1, torch.cuda.device_count())
+    elif isinstance(devices, str) and "," in devices:
+        here = len([number for number in devices.split(",") if number.strip()])
+    else:
+        here = len(devices) if isinstance(devices, list) else int(devices)
+    return here * int(trainer.num_nodes)
 
 
 def check_checkpoint(checkpoint: Path | None, trainer: Any) -> None:
