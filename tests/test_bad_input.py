@@ -210,7 +210,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "validate of no checkpoint": ("validate --config quickstart --ckpt_path no.ckpt", r"no.ckpt is not a file"),
     "replay of no file": ("replay --rollouts no.jsonl --out o.jsonl", r"rollout file 'no.jsonl' does not exist; give"),
-    "replay without out": ("replay --rollouts ok.jsonl", r"out is required; give --out VALUE$"),
+    "replay of arms into a file": (
+        "replay rollouts.jsonl --arm grpo --out ok.jsonl",
+        r"out 'ok.jsonl' is a file, and with --arm it must be a folder; give another --out$",
+    ),
     "replay abbreviated": ("replay --roll ok.jsonl --out o", r"--roll is not accepted; did you mean --rollouts\?"),
     "replay with a calibrator misspelt": (
         "replay --rollouts rollouts.jsonl --out o --config calibrator.yaml",

@@ -209,7 +209,7 @@ def test_replay_takes_several_overlays(
     good, bad = rollout(search("a", "b"), answer("gold")), rollout(search("a", "x"), answer("gold not"), sample=1)
     write_records(tmp_path / "in.jsonl", [rollout_to_json(good), rollout_to_json(bad)])
     assert main(["replay", "--rollouts", "in.jsonl", *words.split(), "--out", "out.jsonl"]) == 0
-    assert capsys.readouterr().out == "wrote out.jsonl\n"
+    assert capsys.readouterr().out.endswith("\nwrote out.jsonl\n")
     _, second = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
     assert second["score"] == 0.0  # its F1 is 2/3
     # its search found a of {a, x}: half the penalty of -0.7071

@@ -386,14 +386,14 @@ def test_gains_move_with_the_batch() -> None:
 def test_igpo_cannot_replay(tmp_path: Path) -> None:
     write_records(tmp_path / "in.jsonl", [rollout_to_json(GOOD), rollout_to_json(BAD)])
     with pytest.raises(ValueError, match=r"IGPO needs the policy's probability .*; train with it .*, or take another"):
-        replay(tmp_path / "in.jsonl", tmp_path / "out.jsonl", ["estimators/igpo"])
+        replay([tmp_path / "in.jsonl"], tmp_path / "out.jsonl", ["estimators/igpo"])
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_other_estimators_replay(tmp_path: Path) -> None:
     write_records(tmp_path / "in.jsonl", [rollout_to_json(GOOD), rollout_to_json(BAD)])
     for name in ("dr_grpo", "rloo", "mt_grpo", "gigpo"):
-        replay(tmp_path / "in.jsonl", tmp_path / f"{name}.jsonl", [f"estimators/{name}"])
+        replay([tmp_path / "in.jsonl"], tmp_path / f"{name}.jsonl", [f"estimators/{name}"])
         assert (tmp_path / f"{name}.jsonl").read_text().count("\n") == 2
 
 

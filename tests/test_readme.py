@@ -132,6 +132,10 @@ def test_a_command_is_accepted(words: tuple[str, ...], capsys: pytest.CaptureFix
         run_retrieval(words)
         assert capsys.readouterr().out
         return
+    if command in TOOLS and "--out" not in words:
+        assert main(words) == 0
+        assert capsys.readouterr().out
+        return
     if command in TOOLS:
         out = Path(words[words.index("--out") + 1])
         if out.is_dir():  # another command needed it before

@@ -22,7 +22,7 @@ A = 0.7071058  # of rewards 1 and 0
 
 def run(folder: Path, records: list[Record], *config: str | Path) -> list[dict[str, Any]]:
     write_records(folder / "in.jsonl", records)
-    replay(folder / "in.jsonl", folder / "out.jsonl", list(config))
+    replay([folder / "in.jsonl"], folder / "out.jsonl", list(config))
     return [json.loads(line) for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -102,19 +102,25 @@ def test_an_overlay_may_change_the_reward(tmp_path: Path) -> None:
 def test_a_file_may_be_replayed_in_place(tmp_path: Path) -> None:
     path = tmp_path / "rollouts.jsonl"
     write_records(path, [bare(GOOD), bare(BAD)])
-    replay(path, path)
+    replay([path], path)
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("", "is empty; it needs at least one rollout"), ('{"question_id": "q"}\n', "line 1: prepend_think is missing")],
+    [
+        ("", "is empty; it needs at least one rollout"),
+        ('{"question_id": "q"}\n', "line 1: prepend_think is missing"),
+        ('\n{"score": NaN}', "line 2: score is nan; write a finite number, or null where there is none"),
+        ('{"advantages": {"estimated": [0.5, -Infinity]}}', r"line 1: advantages\.estimated\[1\] is -inf; write a"),
+        ('{"metadata": {"logprob": 1e999}}', r"line 1: metadata\.logprob is inf; write a finite number"),
+    ],
 )
 def test_bad_input_leaves_the_output_as_it_was(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "in.jsonl").write_text(text, encoding="utf-8")
     (tmp_path / "out.jsonl").write_text("old", encoding="utf-8")
     with pytest.raises(ValueError, match=problem):
-        replay(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+        replay([tmp_path / "in.jsonl"], tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == "old"
 
 

@@ -84,7 +84,7 @@ OVERLAYS = {
 
 @pytest.mark.parametrize("arm", OVERLAYS)
 def test_replay(arm: str, tmp_path: Path) -> None:
-    replay(VECTORS, tmp_path / "out.jsonl", OVERLAYS[arm])
+    replay([VECTORS], tmp_path / "out.jsonl", OVERLAYS[arm])
     lines, given = read_lines(tmp_path / "out.jsonl"), read_lines(VECTORS)
     computed = ("format_valid", "score", "step_correctness", "advantages")
     assert [{k: v for k, v in line.items() if k not in computed} for line in lines] == given

@@ -26,11 +26,12 @@ TOOLS = {
     "audit": "Measure whether a corpus holds the answers to questions, and whether a search finds them.",
     "compare": "Compare trained runs: a report with curves, intervals and paired tests.",
     "view": "Make a page to read rollouts in a browser.",
-    "replay": "Recompute score, evidence and advantages of recorded rollouts, without a model.",
+    "replay": "Apply one or several methods to recorded rollouts, without a model, and compare their advantages.",
     "world": "Export the embedded world, or make its policy again from nothing.",
 }
 # What stands for the value of a tool's option, where the name of its type would not help.
 PLACEHOLDERS = {
+    "arm": "NAME[=OVERLAY[+OVERLAY...]]",
     "config": "NAME_OR_FILE",
     "corpus": "FILE",
     "index": "DIR",
@@ -42,6 +43,7 @@ PLACEHOLDERS = {
     "rollouts": "FILE",
     "runs": "RUN",
     "stopwords": "WORD",
+    "top": "N",
     "top_k": "N",
 }
 # Settings of the trainer that may not be changed, and why.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from typing import Any, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
@@ -40,7 +41,7 @@ def run_tool(command: str, arguments: Sequence[str]) -> int:
     chosen = parsed.pop("subcommand", None)
     options = (parsed[chosen] if chosen else parsed).as_dict()
     function = functions[chosen or command]
-    if "out" in options:
+    if options.get("out") is not None:
         _run_and_report(function, options)
     else:
         function(**options)
@@ -54,7 +55,8 @@ def _run_and_report(function: Callable[..., Any], options: dict[str, Any]) -> No
         function(**options)
     except OSError as error:
         raise ValueError(f"out '{out}' cannot be written ({error.strerror or error}); give another --out") from error
-    Console(soft_wrap=True).print(f"wrote {out}", highlight=False, markup=False)
+    if not options.get("json"):  # what is printed then is for a program to read
+        Console(soft_wrap=True).print(f"wrote {out}", highlight=False, markup=False)
 
 
 def tool_parser(command: str) -> ArgumentParser:
@@ -153,19 +155,31 @@ def _joined_lists(arguments: Sequence[str], functions: Functions) -> list[str]:
     kinds = {f"--{name}": kind for function in functions.values() for name, kind in get_type_hints(function).items()}
     names: list[str] = []
     words: list[str] = []
+    lists: dict[str, list[str]] = {}
     for setting in read_words(arguments):
         if isinstance(setting, ConfigFile):
             names.append(str(setting.path))
+            continue
+        name, equals, value = setting.words[0].partition("=")
+        if "list[" in str(kinds.get(name)):
+            lists.setdefault(name, []).extend([value] if equals else setting.words[1:])
         else:
-            words += _joined(setting.words, kinds.get(setting.words[0]))
+            words += setting.words
+    for name, values in lists.items():
+        words += _joined(name, values, kinds[name])
     return [*words, "--config", json.dumps(names)] if names else words
 
 
-def _joined(words: Sequence[str], kind: Any) -> Sequence[str]:
-    name, *values = words
+def _joined(name: str, values: Sequence[str], kind: Any) -> list[str]:
     # One word is a list only where nothing else is accepted, and a list that is typed as JSON is one already.
-    several = "list[" in str(kind) and (len(values) > 1 or (get_origin(kind) is list and values != []))
-    return (name, json.dumps(values)) if several and not values[0].startswith("[") else words
+    several = len(values) > 1 or (_is_list(kind) and len(values) == 1)
+    return [name, json.dumps(values)] if several and not values[0].startswith("[") else [name, *values]
+
+
+def _is_list(kind: Any) -> bool:
+    """Whether a word can only be an element: of a list, or of one that may be left out."""
+    accepted = set(get_args(kind)) - {NoneType} if get_origin(kind) is UnionType else {kind}
+    return all(get_origin(one) is list for one in accepted)
 
 
 def _options(parser: ArgumentParser) -> list[str]:
