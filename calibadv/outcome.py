@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 FINAL_EVALUATIONS = 3
-_DROP = 0.2
+DROP = 0.2
 _LEAST_VALID = 0.5
 
 
@@ -27,11 +27,11 @@ def outcome(validations: Sequence[dict[str, float]]) -> dict[str, Any]:
         return {}
     scores = [row["f1"] for row in rows]
     final = sum(scores[-FINAL_EVALUATIONS:]) / len(scores[-FINAL_EVALUATIONS:])
-    fallen = [score <= max(scores[: place + 1]) - _DROP for place, score in enumerate(scores)]
+    fallen = [score <= max(scores[: place + 1]) - DROP for place, score in enumerate(scores)]
     still_up = max((place for place, down in enumerate(fallen) if not down), default=-1)
     return {
         "best_f1": max(scores),
         "final_f1": final,
-        "collapsed": final <= max(scores) - _DROP or rows[-1]["format_valid"] < _LEAST_VALID,
+        "collapsed": final <= max(scores) - DROP or rows[-1]["format_valid"] < _LEAST_VALID,
         "step_of_collapse": rows[still_up + 1]["step"] if still_up + 1 < len(rows) else None,
     }

@@ -72,7 +72,9 @@ CLUSTER = {
     "cluster/qwen2_5_3b": "ModelParallelStrategy",
     "cluster/qwen2_5_7b": "ModelParallelStrategy",
 }
-OURS = ["RunStart", "RolloutWriter", "Results", "RolloutCheckpoint", "Progress"]
+OURS = ["RunStart", "RolloutWriter", "Results", "TensorBoardPages", "RolloutCheckpoint", "Progress"]
+# What it builds is in test_guard.py.
+CALLBACKS = ["callbacks/collapse_guard"]
 PATHS = sorted(configs_folder().rglob("*.yaml"))
 
 
@@ -92,7 +94,7 @@ def data(tmp_path: Path) -> list[str]:
 
 
 def test_every_config_is_expected_here() -> None:
-    expected = [*CALIBRATORS, *ESTIMATORS, *LOSSES, *REGULARIZERS, *RETRIEVERS, *ENGINES, *CLUSTER]
+    expected = [*CALIBRATORS, *ESTIMATORS, *LOSSES, *REGULARIZERS, *RETRIEVERS, *ENGINES, *CLUSTER, *CALLBACKS]
     assert sorted(expected) == sorted(config_name(path) for path in PATHS)
 
 

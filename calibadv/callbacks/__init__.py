@@ -1,5 +1,6 @@
 """Lightning callbacks, one per file."""
 
 from calibadv.callbacks.calibration import AdvantageCalibration
+from calibadv.callbacks.guard import CollapseGuard
 
-__all__ = ["AdvantageCalibration"]
+__all__ = ["AdvantageCalibration", "CollapseGuard"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from calibadv.callbacks.guard import CollapseGuard
 from calibadv.outcome import outcome
 from calibadv.run_folder import RunFolder, write_atomically
 
@@ -59,7 +60,7 @@ class Results(Callback):
         row = {"step": pl_module.rollout_step, **pl_module.evaluation}
         self.validations = [*(v for v in self.validations if v["step"] < row["step"]), row]
         if trainer.state.fn == "fit":
-            self._write(trainer, pl_module, self._training())
+            self._write(trainer, pl_module, self._training(trainer))
         else:
             self._write(trainer, pl_module, {"validate": row})
 
@@ -69,13 +70,15 @@ class Results(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Record the end of training."""
-        self._write(trainer, pl_module, self._training())
+        self._write(trainer, pl_module, self._training(trainer))
 
-    def _training(self) -> dict[str, Any]:
+    def _training(self, trainer: Trainer) -> dict[str, Any]:
+        guard = next((c for c in trainer.callbacks if isinstance(c, CollapseGuard)), None)  # type: ignore[attr-defined]
         return {
             "validations": self.validations,
             **outcome(self.validations),
             "statuses": dict(sorted(self.statuses.items())),
+            **({} if guard is None else {"guard": guard.events}),
             "wall_seconds": round(self.wall_seconds, 1),
         }
 

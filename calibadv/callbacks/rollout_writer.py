@@ -12,7 +12,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from calibadv.agent.collate import turn_values
 from calibadv.rollout_files import write_rollouts
 from calibadv.run_folder import RunFolder
-from calibadv.types import Rollout
+from calibadv.types import Rollout, RolloutStatus, StepOutput
+
+_STATUSES = list(RolloutStatus)  # what broke off before what is only wrong
 
 
 class RolloutWriter(Callback):
@@ -20,7 +22,7 @@ class RolloutWriter(Callback):
 
     Args:
         every_n_rollout_steps: Write the training rollouts of step 1 and of every so many steps.
-        shown: How many of them to show as text in TensorBoard, the worst scores first; 0 for none.
+        shown: How many of them to show as text in TensorBoard, failures and the worst scores first; 0 for none.
     """
 
     def __init__(self, every_n_rollout_steps: int = 10, shown: int = 4) -> None:
@@ -38,10 +40,8 @@ class RolloutWriter(Callback):
         due = output.step == 1 or output.step % self.every_n_rollout_steps == 0
         if not (due and trainer.is_global_zero):  # every process holds all rollouts
             return
-        estimated, calibrated = (turn_values(output.batch, a) for a in (output.estimated, output.calibrated))
-        rollouts = output.batch.rollouts
-        write_rollouts(self._path(trainer, "train", output.step), rollouts, estimated, calibrated)
-        worst = sorted(rollouts, key=lambda rollout: rollout.score)[: self.shown]
+        write_training_rollouts(self._path(trainer, "train", output.step), output)
+        worst = sorted(output.batch.rollouts, key=lambda r: (r.score, _STATUSES.index(r.status)))[: self.shown]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and worst:
                 text = "\n\n---\n\n".join(_as_markdown(rollout) for rollout in worst)
@@ -84,6 +84,17 @@ class RolloutWriter(Callback):
 
     def _path(self, trainer: Trainer, split: str, step: int) -> Path:
         return RunFolder(Path(trainer.default_root_dir)).rollout_file(split, step)
+
+
+def write_training_rollouts(path: Path, output: StepOutput) -> None:
+    """Write the rollouts of a training step, with their advantages.
+
+    Args:
+        path: file to make or replace.
+        output: of the step.
+    """
+    estimated, calibrated = (turn_values(output.batch, a) for a in (output.estimated, output.calibrated))
+    write_rollouts(path, output.batch.rollouts, estimated, calibrated)
 
 
 def _as_markdown(rollout: Rollout) -> str:

@@ -18,8 +18,8 @@ class RunCurves(TensorBoardLogger):
     """
 
     def __init__(self, folder: Path, resumed_from: int | None) -> None:
-        purge = None if resumed_from is None else resumed_from + 1
-        super().__init__(folder, name="", version="", purge_step=purge)
+        # TensorBoard hides what lies beyond from the second marked start on, so the first one is marked too.
+        super().__init__(folder, name="", version="", purge_step=0 if resumed_from is None else resumed_from + 1)
         self._is_open = False
 
     def open(self) -> None:

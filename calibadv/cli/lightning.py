@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
 from argparse import ArgumentError
 from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -21,9 +24,11 @@ import calibadv.regularizers
 import calibadv.retrieval
 import calibadv.rewards  # noqa: F401  # only imported subclasses are listed in --help and accepted by short name
 from calibadv.callbacks.checkpoint import RolloutCheckpoint
+from calibadv.callbacks.guard import RollbackError
 from calibadv.callbacks.progress import Progress
 from calibadv.callbacks.results import Results
 from calibadv.callbacks.rollout_writer import RolloutWriter
+from calibadv.callbacks.tensorboard import TensorBoardPages, swept_settings
 from calibadv.cli.configs import ConfigFile, Option, configs_folder, read_words, scan_settings
 from calibadv.cli.curves import RunCurves
 from calibadv.cli.explain import explain
@@ -170,11 +175,14 @@ class CalibadvCLI(LightningCLI):
             settings["logger"] = curves if self.verb == "fit" else False
         self.checkpoints = self._get(self.config_init, "checkpoint")
         words = [word for setting in self.settings for word in words_of(setting)]
+        rollouts = self._get(self.config_init, "rollouts")
+        swept = swept_settings(yaml.safe_load(self.resolved_config()))
         # Checkpoints hold the state of Results, so what a validation adds to it comes first.
         ours = [
             RunStart(self),
-            self._get(self.config_init, "rollouts"),
+            rollouts,
             Results(shlex.join(["calibadv", self.verb, *words])),
+            TensorBoardPages(swept, rollouts.every_n_rollout_steps),
             self.checkpoints,
             Progress(),
         ]
@@ -240,12 +248,32 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     scan_settings(settings)
     try:
         with ended_by_sigterm():
-            cli = CalibadvCLI(verb, settings)
+            cli = run_to_the_end(verb, settings)
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error
     if not cli.trainer.is_global_zero:
         return 0
     return goodbye(verb, cli.start.folder, cli.model.rollout_step, cli.checkpoints.stopped_by, cli.resume_command)
+
+
+def run_to_the_end(verb: str, settings: Sequence[ConfigFile | Option]) -> CalibadvCLI:
+    """Run a verb; where a CollapseGuard goes back to a checkpoint, go on from there as a resume does.
+
+    Args:
+        verb: one of the four.
+        settings: config files and options of the command line.
+
+    Returns:
+        What has come to its end.
+    """
+    while True:
+        try:
+            return CalibadvCLI(verb, settings)
+        except RollbackError as rollback:
+            earlier = [s for s in settings if not (isinstance(s, Option) and s.name == "--ckpt_path")]
+            settings = [*earlier, *read_words(["--ckpt_path", str(rollback.checkpoint)])]
+        gc.collect()  # before another model and engine are loaded
+        torch.cuda.empty_cache()
 
 
 def command_words(settings: Sequence[ConfigFile | Option]) -> list[str]:
