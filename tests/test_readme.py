@@ -16,13 +16,16 @@ from typing import Any
 
 import pytest
 import yaml
+from fits import fit
+from torch.utils.tensorboard import SummaryWriter
 
 from calibadv.cli.configs import read_words
-from calibadv.cli.help import PLAN, TOOLS, VERBS
+from calibadv.cli.help import PLAN, STUDY, TOOLS, VERBS
 from calibadv.cli.lightning import CalibadvCLI
 from calibadv.cli.main import main
 from calibadv.cli.quiet import quiet_environment
 from calibadv.cli.tools import tool_parser
+from calibadv.study.command import read_study
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -74,12 +77,22 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for number, overlay in enumerate(blocks(page, "yaml")):
         name = "constant_penalty" if "ConstantPenalty" in overlay else f"overlay_{number}"
         (folder / f"{name}.yaml").write_text(overlay, encoding="utf-8")
-    for place in ("tests/vectors/calibration.jsonl", "runs/NAME/rollouts/train-step-000010.jsonl"):
-        (folder / place).parent.mkdir(parents=True)
+    recorded = "tests/vectors/calibration.jsonl"
+    for place in (recorded, "runs/NAME/rollouts/train-step-000010.jsonl", "theirs.jsonl"):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "tests" / "vectors" / "calibration.jsonl", folder / place)
     named = [ROOT / "docs" / page for page in ("retrieval.md", "cluster.md")]
     for config in [block for page in named for block in blocks(page, "yaml") if block.startswith("# ")]:
         (folder / config.partition("\n")[0].removeprefix("# ")).write_text(config, encoding="utf-8")
+    assert fit(folder / "runs" / "first" / "calibadv", "seed0", "--model.rollout_steps", "1") == 0
+    shutil.copytree(folder / "runs" / "first" / "calibadv" / "seed0", folder / "runs" / "x")
+    shutil.copytree(folder / "runs" / "x" / "rollouts", folder / "runs" / "first" / "rollouts")
+    (names,) = (block for block in blocks(ROOT / "docs" / "comparing.md", "yaml") if "names.yaml" in block)
+    (folder / "names.yaml").write_text(names, encoding="utf-8")
+    for number in range(2):
+        with SummaryWriter(str(folder / "other" / f"run_{number}")) as writer:
+            for tag in yaml.safe_load(names).values():
+                writer.add_scalar(tag, 0.5, 1)
     assert main(["world", "export", "--out", str(folder / "world")]) == 0
     passages = (folder / "world" / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "corpus.jsonl").write_text("".join(passages[:40]), encoding="utf-8")  # soon encoded
@@ -124,6 +137,9 @@ def run_retrieval(words: tuple[str, ...]) -> None:
 def test_a_command_is_accepted(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     """Tools run; of a verb, which may need a finished run or hours, everything is parsed and the config printed."""
     command = words[0]
+    words = tuple(
+        name for word in words for name in (map(str, Path().glob(word)) if word.endswith("*.jsonl") else [word])
+    )
     if command == "serve":  # it would not end
         parsed = tool_parser(command).parse_args(list(words[1:]))
         assert Path(parsed.retriever).is_file() if parsed.retriever else str(parsed.index) in BUILDERS
@@ -142,6 +158,10 @@ def test_a_command_is_accepted(words: tuple[str, ...], capsys: pytest.CaptureFix
             shutil.rmtree(out)
         assert main(words) == 0
         assert any(out.iterdir()) if out.is_dir() else out.stat().st_size
+        return
+    if command in STUDY:
+        _, record = read_study(words[1:])
+        assert len(record.arms) == sum(word == "--arm" for word in words)
         return
     if command in PLAN:  # takes the config of a run, and options of its own behind it
         words = ("fit", *words[1 : words.index("--gpu") if "--gpu" in words else None])

@@ -104,6 +104,8 @@ class RolloutCheckpoint(Callback):
         folder = RunFolder(Path(trainer.default_root_dir))
         path = folder.checkpoint(pl_module.rollout_step)
         partial = path.with_suffix(".partial")
+        for logger in trainer.loggers:
+            logger.save()  # points that a resumed run will not write again
         trainer.save_checkpoint(partial, weights_only=False)
         self._saved_step = pl_module.rollout_step
         if trainer.is_global_zero:

@@ -17,7 +17,8 @@ VERBS = {
     "test": "Answer the test questions greedily and print the figures.",
     "predict": "Answer the test questions greedily and write the rollouts.",
 }
-# Takes the options of fit, and its own.
+# These take the options of fit, and their own.
+STUDY = {"study": "Train several methods over seeds with everything else equal, and report how they compare."}
 PLAN = {"plan": "Estimate the memory and the time that a run will take, before it is started."}
 TOOLS = {
     "index": "Build an index of a corpus, to be searched by words or by meaning.",

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from calibadv.cli.errors import message_for_users, report
-from calibadv.cli.help import PLAN, TOOLS, VERBS
+from calibadv.cli.help import PLAN, STUDY, TOOLS, VERBS
 from calibadv.cli.quiet import quiet_environment
 
-_COMMANDS = {**VERBS, **PLAN, **TOOLS}
+_COMMANDS = {**VERBS, **STUDY, **PLAN, **TOOLS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line, without the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, 2 for a mistake in the command or its input, or 128 + signal after an orderly stop.
+        The exit status: 0; 1 if a run of a study failed; 2 for a mistake in the command or its input; or 128 + signal
+        after an orderly stop.
     """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
@@ -37,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from calibadv.cli.lightning import run_verb
 
             return run_verb(command, rest)
+        if command in STUDY:
+            from calibadv.study import study
+
+            return study(rest)
         if command in PLAN:
             from calibadv.cli.sizing import plan
 

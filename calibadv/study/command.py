@@ -1,0 +1,190 @@
+"""``calibadv study``: check everything, run what is left to run, and write the report."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from argparse import SUPPRESS
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
+from calibadv.cli.configs import Option, read_words
+from calibadv.cli.help import describe
+from calibadv.cli.quiet import quiet_libraries
+from calibadv.study.arms import REPORT, ArmCLI, read_arms, resolve_arms
+from calibadv.study.options import LISTS, PER_RUN, StudyOptions, read_options, split
+from calibadv.study.record import Record, versions
+from calibadv.study.runs import StudyRun, runs_of, write_config
+from calibadv.study.schedule import State, run_all
+from calibadv.study.table import Tables
+
+_LOCK = ".study.lock"
+_DESCRIPTION = "Train several methods over seeds with everything else equal, and report how they compare."
+
+
+class StudyHelp(ArmCLI):
+    """The options of ``study``, those of ``fit`` included, for ``--help``."""
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add our own options, before those of ``fit``.
+
+        Args:
+            parser: of the verb.
+        """
+        parser.add_class_arguments(StudyOptions)
+        super().add_default_arguments_to_parser(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Print the help, and end.
+
+        Args:
+            parser: of the verb, as the only subcommand.
+            args: not used.
+
+        Raises:
+            SystemExit: always.
+        """
+        own = self._parser(self.verb)
+        own.usage = (
+            "calibadv study --out DIR --arm NAME[=OVERLAY+...] ... --seeds N ... [--config NAME_OR_FILE ...] ..."
+        )
+        own.description = _DESCRIPTION
+        describe(own)
+        for action in own._actions:
+            if action.dest.partition(".")[0] in PER_RUN:
+                action.help = SUPPRESS
+            elif action.dest in LISTS:
+                action.option_strings, action.metavar = [f"--{action.dest}"], LISTS[action.dest]
+        own.print_help()
+        raise SystemExit(0)
+
+
+def study(arguments: Sequence[str]) -> int:
+    """Train several methods over seeds with everything else equal, and report how they compare.
+
+    Every arm and seed is a run in a process and a folder of its own. A call with the folder of an earlier one
+    continues it: finished runs are kept, and the others go on from their last checkpoint.
+
+    Args:
+        arguments: options of ``StudyOptions``, and those of ``fit``.
+
+    Returns:
+        The exit status: 0; 1 if a run has failed; 128 + signal after an orderly stop.
+
+    Raises:
+        ValueError: a mistake in the arguments or in what they name; nothing has been run then.
+    """
+    quiet_libraries()
+    options, given = read_study(arguments)
+    record = plan(given, options.folder, options.baseline)
+    runs = list(runs_of(record, options.folder))
+    with _alone(options.folder):
+        record.write(options.folder)
+        for arm, config in record.arms.items():
+            write_config(options.folder, arm, config)
+        return _run(runs, _jobs(options, record), options, shlex.join(["calibadv", "study", *arguments]))
+
+
+def read_study(arguments: Sequence[str]) -> tuple[StudyOptions, Record]:
+    """Read a command line, and check all of it.
+
+    Args:
+        arguments: as for ``study``.
+
+    Returns:
+        The study's own options, and what it is made of.
+
+    Raises:
+        ValueError: a mistake in the arguments or in what they name.
+    """
+    own, common = split(read_words(arguments))
+    for option in common:
+        if isinstance(option, Option) and option.name in ("--help", "-h"):
+            StudyHelp([])
+    options = read_options(own)
+    arms = read_arms(options.arm)
+    settings = resolve_arms(arms, common)
+    overlays = {arm.name: [overlay.name for overlay in arm.overlays] for arm in arms}
+    return options, Record(settings, overlays, options.seeds, options.threads, versions())
+
+
+def _alone(out: Path) -> AbstractContextManager[object]:
+    """The lock of a study's folder, which the system frees when its process ends in whatever way."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return FileLock(out / _LOCK).acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another study is at work in {out}; wait for it, or choose another --out") from error
+    except OSError as error:
+        raise ValueError(f"out '{out}' cannot be written to ({error.strerror}); choose another --out") from error
+
+
+def plan(given: Record, out: Path, baseline: str | None = None) -> Record:
+    """Begin a study, continue it, or add arms and seeds to it.
+
+    Args:
+        given: what this call names.
+        out: folder of the study.
+        baseline: of the report; None for any.
+
+    Returns:
+        The whole study. Nothing is written.
+
+    Raises:
+        ValueError: the folder holds something else, or the call contradicts what is recorded.
+    """
+    before = Record.read(out)
+    record = given if before is None else before.extended(given, out)
+    if baseline is not None and baseline not in record.arms:
+        raise ValueError(f"--baseline is '{baseline}'; it must be one of the arms: {', '.join(record.arms)}")
+    known = set() if before is None else {run.folder.path for run in runs_of(before, out)}
+    for run in runs_of(record, out):
+        if run.folder.path not in known and run.folder.path.exists():
+            raise ValueError(
+                f"{run.folder.path} is there, and not of this study; choose another --out, or move it away"
+            )
+    return record
+
+
+def _jobs(options: StudyOptions, record: Record) -> int:
+    if options.jobs is not None:
+        return options.jobs
+    accelerators = {str(settings["trainer"]["accelerator"]) for settings in record.arms.values()}
+    if accelerators - {"auto", "cpu"} or ("auto" in accelerators and torch.accelerator.is_available()):
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // options.threads)
+
+
+def _run(runs: Sequence[StudyRun], jobs: int, options: StudyOptions, command: str) -> int:
+    console = Console(highlight=False, markup=False)
+    tables = Tables(runs, console)
+    with tables.shown():
+        state = run_all(runs, jobs, options.threads, tables)
+    if state.stopped_by is not None or state.failed:
+        return _unfinished(state, runs, command, console)
+    from calibadv.reports.compare import compare
+
+    report = options.folder / REPORT
+    arms = [run.arm for run in runs]
+    compare([options.folder], report, options.baseline or ("grpo" if "grpo" in arms else arms[0]))
+    console.print(f"{len(runs)} of {len(runs)} runs are finished\nreport      {report / 'report.html'}", soft_wrap=True)
+    return 0
+
+
+def _unfinished(state: State, runs: Sequence[StudyRun], command: str, console: Console) -> int:
+    for run in state.failed:
+        console.print(f"{run.name} failed: {run.last_line()}\n  {run.log}", soft_wrap=True)
+    done = f"{len(state.finished)} of {len(runs)} runs are finished"
+    if state.stopped_by is not None:
+        console.print(f"stopped by {state.stopped_by.name}, {done}; to continue:\n  {command}", soft_wrap=True)
+        return 128 + state.stopped_by
+    console.print(f"{done}, so there is no report; to try the others again:\n  {command}", soft_wrap=True)
+    return 1

@@ -1,0 +1,150 @@
+"""The options of a study that are not options of ``fit``."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from calibadv.cli.configs import ConfigFile, Option
+from calibadv.cli.explain import explain
+
+_MAX_SEED = 2**32 - 1  # of NumPy, which LightningCLI seeds too
+# Options that may be given several times or with several values, and what stands for these in --help.
+LISTS = {"arm": "NAME[=OVERLAY[+OVERLAY...]]", "seeds": "N ..."}
+# Options of fit that a study decides for each run, by the beginnings of their names.
+PER_RUN = {
+    "run": "every run has the folder OUT/ARM/seedK; give --out",
+    "seed_everything": "every arm is trained with each of --seeds",
+    "ckpt_path": "unfinished runs continue from their last checkpoint by themselves, and all others start alike",
+}
+
+
+@dataclass
+class StudyOptions:
+    """What is compared, and how many runs go on at a time."""
+
+    out: str
+    """Folder of the study: runs in OUT/ARM/seedK, the report in OUT/report. A second call with it continues."""
+    arm: list[str]
+    """NAME for the configs as they are, or NAME=OVERLAY[+OVERLAY...], packaged configs or files. Once for each arm."""
+    seeds: list[int]
+    """Seeds; every arm is trained with each of them."""
+    jobs: int | None = None
+    """Runs at a time; by default the number of CPU cores by that of threads, and 1 where runs use an accelerator."""
+    threads: int = 1
+    """CPU threads of each run. Rounding may depend on it, so a study keeps to one number."""
+    baseline: str | None = None
+    """The arm that the report compares the others with; by default grpo, or else the first."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ValueError: one is out of its range, or given twice.
+        """
+        for name, value in (("jobs", self.jobs), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 1")
+        if not self.seeds:
+            raise ValueError("--seeds names no seed; give at least one, such as --seeds 0 1 2")
+        for seed in self.seeds:
+            if not 0 <= seed <= _MAX_SEED:
+                raise ValueError(f"--seeds has {seed}; a seed is a whole number from 0 to {_MAX_SEED}")
+            if self.seeds.count(seed) > 1:
+                raise ValueError(f"--seeds has {seed} twice; give each seed once")
+
+    @property
+    def folder(self) -> Path:
+        """``out`` as a path."""
+        return Path(self.out)
+
+
+def split(settings: Sequence[ConfigFile | Option]) -> tuple[list[Option], list[ConfigFile | Option]]:
+    """Tell the options of a study from the settings of ``fit``.
+
+    Args:
+        settings: of the command line.
+
+    Returns:
+        The study's own options; and what ``fit`` is to read, for every arm alike.
+
+    Raises:
+        ValueError: an option of ``fit`` is one that a study sets for each run.
+    """
+    names = {f"--{field.name}" for field in fields(StudyOptions)}
+    own: list[Option] = []
+    others: list[ConfigFile | Option] = []
+    for setting in settings:
+        if isinstance(setting, Option) and setting.name in names:
+            own.append(setting)
+        else:
+            others.append(setting)
+    for setting in others:
+        if isinstance(setting, Option):
+            refuse_per_run(setting.name.lstrip("-"), setting.name)
+    return own, others
+
+
+def refuse_per_run(key: str, shown: str) -> None:
+    """Refuse a setting that a study decides for each run.
+
+    Args:
+        key: dotted name of the setting.
+        shown: what the user calls it.
+
+    Raises:
+        ValueError: it is one of those.
+    """
+    reason = PER_RUN.get(key.partition(".")[0])
+    if reason:
+        raise ValueError(f"{shown} is set by the study: {reason}")
+
+
+def read_options(own: Sequence[Option]) -> StudyOptions:
+    """Read the options of a study.
+
+    Args:
+        own: as typed; of a list, the values of all options of that name.
+
+    Returns:
+        The options, checked.
+
+    Raises:
+        ValueError: one is missing or not accepted.
+    """
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(StudyOptions)
+    try:
+        parsed = parser.parse_args(_words(own))
+    except ArgumentError as error:
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise ValueError(explain(str(error), options)) from error
+    return StudyOptions(**parsed.as_dict())
+
+
+def _words(own: Sequence[Option]) -> list[str]:
+    """The command line, with one option for each list."""
+    words: list[str] = []
+    lists: dict[str, list[Any]] = {}
+    for option in own:
+        if option.name.lstrip("-") not in LISTS:
+            words += option.words
+            continue
+        _, equals, value = option.words[0].partition("=")
+        given = [value] if equals else list(option.words[1:])
+        lists.setdefault(option.name, []).extend(_values(given, option.name))
+    return words + [word for name, values in lists.items() for word in (name, json.dumps(values))]
+
+
+def _values(given: list[str], name: str) -> list[Any]:
+    if not given:
+        raise ValueError(f"{name} has no value; give it one")
+    if name == "--arm":
+        return given
+    return [int(word) if word.lstrip("-").isdecimal() else word for word in given]

@@ -1,0 +1,132 @@
+"""study.json: what a study is made of, so that a second call continues this one and no other."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from calibadv.run_folder import write_atomically
+from calibadv.study.arms import Settings
+
+_FILE = "study.json"
+_PACKAGES = ("calibadv", "torch", "transformers", "lightning")
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What decides the results of a study.
+
+    Attributes:
+        arms: the whole config of each, by name.
+        overlays: names of the overlays of each, by name of the arm.
+        seeds: every arm is trained with each.
+        threads: CPU threads of each run.
+        versions: of Python and of the packages.
+    """
+
+    arms: dict[str, Settings]
+    overlays: dict[str, list[str]]
+    seeds: list[int]
+    threads: int
+    versions: dict[str, str]
+
+    @classmethod
+    def read(cls, out: Path) -> Record | None:
+        """Read the record of a folder.
+
+        Args:
+            out: folder of a study.
+
+        Returns:
+            The record, or None where no study has begun.
+
+        Raises:
+            ValueError: the file is not one.
+        """
+        path = out / _FILE
+        if not path.exists():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"'{path}' is not the record of a study ({error}); choose another --out") from error
+
+    def write(self, out: Path) -> None:
+        """Write the record into a folder, whole or not at all.
+
+        Args:
+            out: folder of the study; it is made.
+        """
+        write_atomically(out / _FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+    def extended(self, given: Record, out: Path) -> Record:
+        """Add what another call names.
+
+        Args:
+            given: of that call.
+            out: folder of the study, for the message.
+
+        Returns:
+            The arms and seeds of both, those of this record first.
+
+        Raises:
+            ValueError: the call contradicts this record; the message names what differs.
+        """
+        differences = list(self._differences(given))
+        if differences:
+            shown = "; ".join(differences[:_SHOWN])
+            more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+            raise ValueError(
+                f"the study in {out} was begun otherwise: {shown}{more}; give what it was begun with, or another --out"
+            )
+        seeds = dict.fromkeys([*self.seeds, *given.seeds])
+        return replace(
+            self, arms={**self.arms, **given.arms}, overlays={**self.overlays, **given.overlays}, seeds=list(seeds)
+        )
+
+    def _differences(self, given: Record) -> Iterator[str]:
+        if given.threads != self.threads:
+            yield f"--threads {self.threads} (now {given.threads})"
+        yield from _changed(self.versions, given.versions)
+        known = {name: arm for name, arm in self.arms.items() if name in given.arms}
+        changes = {name: list(_changed(_flat(arm), _flat(given.arms[name]))) for name, arm in known.items()}
+        common = [text for text in next(iter(changes.values()), []) if all(text in other for other in changes.values())]
+        yield from common
+        for name, texts in changes.items():
+            yield from (f"arm '{name}': {text}" for text in texts if text not in common)
+
+
+def versions() -> dict[str, str]:
+    """What a study runs with.
+
+    Returns:
+        Version by name, of Python and of the packages that results depend on.
+    """
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for key in dict.fromkeys([*before, *now]):
+        old, new = (json.dumps(values[key]) if key in values else "not set" for values in (before, now))
+        if old != new:
+            yield f"{key} {old} (now {new})"
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Values under dotted keys; the places of a list count as keys."""
+    if isinstance(settings, dict) and settings:
+        items = list(settings.items())
+    elif isinstance(settings, list) and settings:
+        items = list(enumerate(settings))
+    else:
+        return {prefix: settings}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

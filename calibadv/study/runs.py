@@ -1,0 +1,153 @@
+"""One run of a study: where it lies, how far it is, and what to type to run it or to continue it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from calibadv.run_folder import RunFolder, remove, write_atomically
+from calibadv.study.arms import Settings
+from calibadv.study.record import Record
+
+_STEP = re.compile(r"step[-=](\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class StudyRun:
+    """One arm with one seed.
+
+    Attributes:
+        out: folder of the study.
+        arm: name of the arm.
+        seed: of the run.
+        steps: rollout steps that it is to have in the end.
+    """
+
+    out: Path
+    arm: str
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return f"{self.arm}/seed{self.seed}"
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it lies."""
+        return RunFolder(self.out / self.arm / f"seed{self.seed}")
+
+    @property
+    def log(self) -> Path:
+        """What it prints, of all its parts."""
+        return self.folder.path.with_suffix(".log")
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that trains it."""
+        return self.folder.path.with_name(f".seed{self.seed}.lock")
+
+    @property
+    def config(self) -> Path:
+        """The whole config of its arm."""
+        return config_of_arm(self.out, self.arm)
+
+    @property
+    def _mark(self) -> Path:
+        return self.folder.path / "finished"
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to its end, with everything written."""
+        return self._mark.exists()
+
+    def mark_finished(self) -> None:
+        """Note that it has come to its end."""
+        self._mark.touch()
+
+    def progress(self) -> tuple[int, float | None]:
+        """Look how far it is, at little cost.
+
+        Returns:
+            The last rollout step that has left a file, which may be some steps ago; and the last validation's F1.
+        """
+        results = self.folder.read_results()
+        files = [*self.folder.rollouts.glob("train-step-*.jsonl"), *self.folder.step_checkpoints()]
+        steps = [int(found[1]) for found in map(_STEP.search, (path.name for path in files)) if found]
+        rows = [row for row in results.get("validations", ()) if "f1" in row]
+        return max([results.get("rollout_step", 0), *steps]), rows[-1]["f1"] if rows else None
+
+    def prepare(self) -> list[str]:
+        """Make the folder ready to be continued, or to be started anew if there is nothing to continue from.
+
+        A run that was killed after its last checkpoint may lack what comes behind that, so it does its last part again:
+        the same, as every resumed run.
+
+        Returns:
+            The words behind ``calibadv``.
+        """
+        for checkpoint in self.folder.step_checkpoints():
+            found = _STEP.search(checkpoint.name)
+            if found and int(found[1]) >= self.steps:
+                remove(checkpoint)
+        words = ["fit", "--config", str(self.config), "--seed_everything", str(self.seed)]
+        words += ["--run.root", str(self.folder.path.parent), "--run.name", self.folder.path.name]
+        if self.folder.step_checkpoints():
+            return [*words, "--ckpt_path", "last"]
+        if self.folder.path.exists():
+            shutil.rmtree(self.folder.path)
+        return words
+
+    def last_line(self) -> str:
+        """Give the end of what it has printed.
+
+        Returns:
+            The last line of its log that is not blank.
+        """
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it has printed nothing")
+
+
+def config_of_arm(out: Path, arm: str) -> Path:
+    """Where the whole config of an arm lies, which its runs read.
+
+    Args:
+        out: folder of the study.
+        arm: name of the arm.
+
+    Returns:
+        A path. Its name is not that of a run's config.
+    """
+    return out / arm / "arm.yaml"
+
+
+def write_config(out: Path, arm: str, settings: Settings) -> None:
+    """Write the config of an arm.
+
+    Args:
+        out: folder of the study.
+        arm: name of the arm.
+        settings: its whole config.
+    """
+    write_atomically(config_of_arm(out, arm), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def runs_of(record: Record, out: Path) -> Iterator[StudyRun]:
+    """List the runs of a study in the order in which they start.
+
+    Args:
+        record: of the study.
+        out: its folder.
+
+    Yields:
+        All arms with the first seed, all with the second, and so on: a study that is cut short has whole seeds.
+    """
+    for seed in record.seeds:
+        for arm, settings in record.arms.items():
+            yield StudyRun(out, arm, seed, int(settings["model"]["rollout_steps"]))

@@ -1,0 +1,69 @@
+"""The process of one run: ``python -m calibadv.study.worker OUT ARM SEED STEPS``, started by a study."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from threading import Thread
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from calibadv.cli.main import main as calibadv
+from calibadv.study.runs import StudyRun
+
+# Lightning starts further processes of a run by this command, with a copy of the first one's environment.
+_WORDS = "CALIBADV_STUDY_WORDS"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run or continue one run, and note when it has come to its end.
+
+    Args:
+        arguments: folder of the study, arm, seed, and rollout steps in the end.
+
+    Returns:
+        The exit status of ``fit``.
+    """
+    if _WORDS in os.environ:
+        return calibadv(shlex.split(os.environ[_WORDS]))
+    out, arm, seed, steps = arguments
+    run = StudyRun(Path(out), arm, int(seed), int(steps))
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    Thread(target=_end_with_the_study, daemon=True).start()
+    with _alone(run, console):
+        if run.finished:  # by the process that this one has waited for
+            return 0
+        words = run.prepare()
+        os.environ[_WORDS] = shlex.join(words)
+        console.print(f"calibadv {os.environ[_WORDS]}")
+        status = calibadv(words)
+        if status == 0:
+            run.mark_finished()
+        return status
+
+
+def _end_with_the_study() -> None:
+    """Stop in an orderly way when the study is gone, killed perhaps: nobody would wait for this run any more."""
+    while os.read(sys.stdin.fileno(), 1):  # a pipe, into which nothing is written; it ends with the study
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _alone(run: StudyRun, console: Console) -> AbstractContextManager[object]:
+    """The lock of a run. A process that a killed study has left still finishes its step, and saves."""
+    lock = FileLock(run.lock)
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        console.print("waiting for the process of an earlier call, which is finishing its step")
+        return lock.acquire()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,412 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from fits import SMALL, curves
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from calibadv.cli.quiet import quiet_environment
+from calibadv.study import study
+from calibadv.study.command import plan, read_study
+from calibadv.study.record import Record
+from calibadv.study.runs import StudyRun, runs_of
+from calibadv.study.schedule import State
+from calibadv.study.table import arm_table
+
+FIT = ("--config", "quickstart", *SMALL, "--model.rollout_steps", "2")
+WORDS = (*FIT, "--seeds", "0", "--arm", "grpo")
+CALIBADV = ("--arm", "calibadv=calibrators/calibadv")
+quiet_environment()
+
+
+def words(*more: str | Path, out: Path) -> list[str]:
+    return [*WORDS, "--out", str(out), *map(str, more)]
+
+
+def refusal(function: Callable[[], object]) -> str:
+    """The one line that a mistake ends in."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # callers look at the message
+        function()
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# --- what is refused before anything is run
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--arm", "no name=calibrators/calibadv"], "arm 'no name': a name has letters, digits"),
+        (["--arm", "../up"], "arm '../up': a name has letters, digits"),
+        (["--arm", "GRPO=calibrators/soft_penalty"], "arm 'GRPO' is there twice"),
+        (["--arm", "report"], "arm 'report': the folder of this name is that of the report"),
+        (["--arm", "again"], "arms 'grpo' and 'again' have the same settings; leave one of them out"),
+        (["--arm", "x=nothing"], "arm 'x': config 'nothing' is neither a file nor a packaged config"),
+        (["--arm", "x=calibrators/soft_penalty+calibrators/calibadv"], "arm 'x': 'calibrators/soft_penalty' and 'cal"),
+        (["--run.name", "mine"], "--run.name is set by the study: every run has the folder OUT/ARM/seedK; give --out"),
+        (["--seed_everything=3"], "--seed_everything is set by the study: every arm is trained with each of --seeds"),
+        (["--ckpt_path", "last"], "--ckpt_path is set by the study: unfinished runs continue from their last"),
+        (["--model.learningrate", "1"], "option --model.learningrate is not accepted; did you mean"),
+        (["--model.learning_rate", "fast"], "model.learning_rate: 'fast' is not accepted; it must be a number"),
+        (["--trainer.max_steps", "5"], "trainer.max_steps is 5; it must stay -1"),
+        (
+            ["--arm", "x=protocols/no_prepend", "--model.protocol.prepend_think", "true"],
+            "arm 'x': --model.protocol.prepend_think sets in every arm what 'protocols/no_prepend' sets in this one",
+        ),
+        (["--seeds", "1", "one"], "seeds: 'one' is not accepted; it must be a whole number"),
+        (["--seeds", "0"], "--seeds has 0 twice; give each seed once"),
+        (["--seeds", "-1"], "--seeds has -1; a seed is a whole number from 0 to 4294967295"),
+        (["--jobs", "0"], "--jobs is 0; it must be at least 1"),
+        (["--threads", "0"], "--threads is 0; it must be at least 1"),
+        (["--baseline", "ppo"], "--baseline is 'ppo'; it must be one of the arms: grpo"),
+    ],
+)
+def test_a_mistake_is_refused_before_anything_is_written(more: list[str], message: str, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    assert message in refusal(lambda: study(words(*more, out=out)))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("overlay", "message"),
+    [
+        ("model: {learning_rate: fast}", "arm 'last': model.learning_rate: 'fast' is not accepted"),
+        ("model: {clip_norm: -1}", "arm 'last': "),
+        (
+            "trainer: {callbacks+: [{class_path: calibadv.callbacks.AdvantageCalibration, init_args: {calibrators: "
+            "[{class_path: calibadv.calibrators.AnswerRebalance, init_args: {target_ratio: -1}}]}}]}",
+            "arm 'last': target_ratio is -1.0; it must be",
+        ),
+        ("seed_everything: 3", "arm 'last': 'seed_everything' of"),
+        ("run: {name: mine}", "arm 'last': 'run.name' of"),
+    ],
+)
+def test_a_mistake_in_the_last_arm_shows_at_once_and_names_it(overlay: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "last.yaml").write_text(overlay)
+    more = ("--arm", f"last={tmp_path / 'last.yaml'}")
+    assert message in refusal(lambda: study(words(*more, out=tmp_path / "x")))
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_is_missing_is_named() -> None:
+    assert "out and seeds are required; give --out VALUE --seeds VALUE" in refusal(lambda: study(["--arm", "grpo"]))
+
+
+def test_two_studies_in_one_folder(tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".study.lock"):
+        message = refusal(lambda: study(words(out=tmp_path)))
+    assert message == f"another study is at work in {tmp_path}; wait for it, or choose another --out"
+    assert [path.name for path in tmp_path.iterdir()] == [".study.lock"]
+
+
+def test_a_folder_that_is_not_of_the_study_is_left_alone(tmp_path: Path) -> None:
+    precious = tmp_path / "grpo" / "seed0" / "precious"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    assert "is there, and not of this study" in refusal(lambda: study(words(out=tmp_path)))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [precious]
+
+
+# --- a second call
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that has been begun, and no run of it."""
+    out = tmp_path_factory.mktemp("begun")
+    overlay = out / "slower.yaml"
+    overlay.write_text("model: {learning_rate: 1.0e-4}")
+    _, given = read_study(words("--arm", f"slower={overlay}", out=out))
+    given.write(out)
+    return out
+
+
+def second(begun: Path, *more: str) -> Record:
+    _, given = read_study([*words(*more, out=begun), "--arm", f"slower={begun / 'slower.yaml'}"])
+    return plan(given, begun)
+
+
+def test_the_same_call_continues(begun: Path) -> None:
+    assert second(begun) == Record.read(begun)
+
+
+def test_further_seeds_and_arms_extend(begun: Path) -> None:
+    record = second(begun, "--seeds", "7", "--arm", "soft=calibrators/soft_penalty")
+    assert record.seeds == [0, 7]
+    assert list(record.arms) == ["grpo", "slower", "soft"]
+    assert record.overlays["soft"] == ["calibrators/soft_penalty"]
+
+
+def test_what_an_earlier_call_named_stays(begun: Path) -> None:
+    _, given = read_study([*FIT, "--arm", "grpo", "--seeds", "5", "--out", str(begun)])
+    record = plan(given, begun)
+    assert (list(record.arms), record.seeds) == (["grpo", "slower"], [0, 5])
+
+
+def test_another_setting_is_refused_and_named(begun: Path) -> None:
+    message = refusal(lambda: second(begun, "--model.group_size", "3"))
+    assert message.startswith(f"the study in {begun} was begun otherwise: model.group_size 2 (now 3); give")
+
+
+def test_another_content_of_an_overlay_is_refused_and_named(begun: Path, tmp_path: Path) -> None:
+    (tmp_path / "slower.yaml").write_text("model: {learning_rate: 2.0e-4}")
+    _, given = read_study(words("--arm", f"slower={tmp_path / 'slower.yaml'}", out=begun))
+    assert "otherwise: arm 'slower': model.learning_rate 0.0001 (now 0.0002);" in refusal(lambda: plan(given, begun))
+
+
+def test_other_threads_and_other_versions_are_refused_and_named(begun: Path) -> None:
+    assert "otherwise: --threads 1 (now 2);" in refusal(lambda: second(begun, "--threads", "2"))
+    record = Record.read(begun)
+    assert record is not None
+    older = replace(record, versions={**record.versions, "torch": "2.0.0"})
+    newer = record.versions["torch"]
+    assert f'torch "2.0.0" (now "{newer}")' in refusal(lambda: older.extended(record, begun))
+
+
+def test_a_damaged_record_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text('{"arms":')
+    assert "is not the record of a study" in refusal(lambda: study(words(out=tmp_path)))
+    assert (tmp_path / "study.json").read_text() == '{"arms":'
+
+
+# --- runs
+
+
+def small_record(arms: Sequence[str], seeds: Sequence[int], steps: int = 6) -> Record:
+    settings: dict[str, Any] = {"model": {"rollout_steps": steps}}
+    return Record(dict.fromkeys(arms, settings), {arm: [] for arm in arms}, list(seeds), 1, {})
+
+
+@given(
+    st.lists(st.sampled_from(["grpo", "soft", "calibadv"]), min_size=1, unique=True),
+    st.lists(st.integers(0, 9), min_size=1, unique=True),
+)
+def test_every_arm_has_a_seed_before_any_has_the_next(arms: list[str], seeds: list[int]) -> None:
+    order = [(run.seed, run.arm) for run in runs_of(small_record(arms, seeds), Path("x"))]
+    assert order == list(product(seeds, arms))
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "kept", "continues"),
+    [
+        ([], [], False),
+        ([2, 4], [2, 4], True),
+        # Killed when the last checkpoint was there and what comes behind it perhaps not: its end is run again.
+        ([4, 6], [4], True),
+        ([6], [], False),
+    ],
+)
+def test_an_unfinished_run_continues_or_starts_anew(
+    checkpoints: list[int], kept: list[int], continues: bool, tmp_path: Path
+) -> None:
+    run = StudyRun(tmp_path, "grpo", 3, steps=6)
+    run.folder.checkpoints.mkdir(parents=True)
+    (run.folder.path / "config.yaml").touch()
+    for step in checkpoints:
+        run.folder.checkpoint(step).touch()
+    command = run.prepare()
+    assert run.folder.path.exists() is continues
+    assert run.folder.step_checkpoints() == [run.folder.checkpoint(step) for step in kept]
+    expected = ["fit", "--config", f"{tmp_path}/grpo/arm.yaml", "--seed_everything", "3"]
+    expected += ["--run.root", f"{tmp_path}/grpo", "--run.name", "seed3"]
+    assert command == expected + (["--ckpt_path", "last"] if continues else [])
+
+
+def test_progress_is_read_from_what_lies_in_the_folder(tmp_path: Path) -> None:
+    run = StudyRun(tmp_path, "grpo", 0, steps=60)
+    assert run.progress() == (0, None)
+    run.folder.rollouts.mkdir(parents=True)
+    run.folder.results.write_text(json.dumps({"rollout_step": 10, "validations": [{"f1": 0.5}, {"f1": 0.75}]}))
+    assert run.progress() == (10, 0.75)
+    run.folder.rollout_file("train", 20).touch()
+    assert run.progress() == (20, 0.75)
+
+
+def test_the_table_has_a_line_for_each_arm() -> None:
+    runs = list(runs_of(small_record(["grpo", "soft"], [0, 1, 2], steps=60), Path("x")))
+    done, failed, running, *_ = runs  # grpo/seed0, soft/seed0, grpo/seed1
+    state = State(waiting=runs[3:], finished=[done], running={running: None}, failed=[failed])  # type: ignore[dict-item]
+    progress = {**dict.fromkeys(runs, (0, None)), done: (60, 0.9), running: (20, 0.625)}
+    console = Console(width=120, file=open(os.devnull, "w"), record=True)  # noqa: PTH123, SIM115
+    console.print(arm_table(runs, state, progress))
+    console.file.close()
+    rows = [line.split() for line in console.export_text().splitlines() if line.strip()]
+    assert rows[2] == ["grpo", "1/3", "1", "0.900", "seed1", "20/60", "F1", "0.625"]
+    assert rows[3] == ["soft", "0/3", "2", "1"]
+
+
+# --- whole studies
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two arms of one protocol with one seed, two steps each."""
+    out = tmp_path_factory.mktemp("studies") / "whole"
+    assert study(words(*CALIBADV, "--jobs", "2", out=out)) == 0
+    return out
+
+
+def rollouts(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "rollouts" / "train-step-000001.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_the_first_rollouts_of_two_arms_are_identical(whole: Path) -> None:
+    one, other = (rollouts(whole / arm / "seed0") for arm in ("grpo", "calibadv"))
+    for records in (one, other):
+        assert len(records) == 4  # 2 questions x 2 rollouts
+        for record in records:
+            del record["advantages"]["calibrated"]  # the one thing that the arms do differently
+    assert one == other
+
+
+def test_every_run_has_its_folder_its_log_and_its_threads(whole: Path) -> None:
+    for arm in ("grpo", "calibadv"):
+        results = json.loads((whole / arm / "seed0" / "results.json").read_text())
+        assert (results["rollout_step"], results["seed"], results["threads"]) == (2, 0, 1)
+        assert "validation F1" in (whole / arm / "seed0.log").read_text()
+    saved, given = ((whole / "calibadv" / name).read_text() for name in ("seed0/config.yaml", "arm.yaml"))
+    assert "AnswerRebalance" in saved
+    assert "AnswerRebalance" in given
+    assert json.loads((whole / "study.json").read_text())["threads"] == 1
+    report = json.loads((whole / "report" / "results.json").read_text())
+    assert [arm["name"] for arm in report["arms"]] == ["calibadv", "grpo"]
+
+
+def test_a_second_call_repeats_no_run_and_writes_the_same_report(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = whole / "report" / "results.json"
+    before, text = times(whole), report.read_bytes()
+    report.unlink()
+    assert study(words(*CALIBADV, out=whole)) == 0
+    assert times(whole) == before
+    assert report.read_bytes() == text
+    assert "2 of 2 runs are finished" in capsys.readouterr().out
+
+
+def times(out: Path) -> dict[Path, int]:
+    """When each file of a run was written."""
+    return {path: path.stat().st_mtime_ns for path in out.glob("*/seed*/**/*") if path.is_file()}
+
+
+PROGRAM = [sys.executable, "-m", "calibadv.cli.main", "study"]
+# Enough steps for a kill to fall between checkpoints; validations and checkpoints are not always due together.
+STEPS = ("--model.rollout_steps", "6", "--trainer.val_check_interval", "2", "--checkpoint.every_n_rollout_steps", "3")
+LONGER = [*FIT, *STEPS, "--arm", "grpo", *CALIBADV, "--seeds", "0", "1", "--out", "x", "--jobs", "2"]
+
+
+def start(folder: Path, words: Sequence[str] = LONGER) -> subprocess.Popen[str]:
+    """A study in a folder of its own, so that all paths are the same in each."""
+    folder.mkdir(exist_ok=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*PROGRAM, *words], cwd=folder, stdout=pipe, stderr=pipe, text=True)
+
+
+def written(folder: Path) -> int:
+    return sum(path.is_file() for path in folder.glob("x/*/seed*/**/*"))
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while process.poll() is None and not condition():
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "here"
+    process = start(folder)
+    _, error = process.communicate()
+    assert (process.returncode, error) == (0, "")
+    return folder
+
+
+def kill_with_runs(process: subprocess.Popen[str]) -> None:
+    """As a machine does that goes down."""
+    runs = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False).stdout.split()
+    for number in [process.pid, *map(int, runs)]:
+        os.kill(number, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("repetition", range(2))
+def test_a_study_that_is_killed_and_started_again_has_the_same_results(
+    repetition: int, undisturbed: Path, tmp_path: Path
+) -> None:
+    moment = random.randrange(1, written(undisturbed))
+    process = start(tmp_path)
+    wait_until(lambda: written(tmp_path) >= moment, process)
+    kill_with_runs(process)
+    done = [path.parent for path in tmp_path.glob("x/*/seed*/finished")]
+    before = {run: times(tmp_path / "x")[run / "results.json"] for run in done}
+
+    process = start(tmp_path)
+    _, error = process.communicate()
+    where = f"killed when {moment} files were there"
+    assert (process.returncode, error) == (0, ""), where
+    results = Path("x/report/results.json")
+    assert (tmp_path / results).read_bytes() == (undisturbed / results).read_bytes(), where
+    assert {run: times(tmp_path / "x")[run / "results.json"] for run in done} == before, where
+    for run in undisturbed.glob("x/*/seed[01]"):
+        assert curves(tmp_path / run.relative_to(undisturbed)) == curves(run), where
+
+
+@pytest.mark.long
+def test_a_signal_lets_the_runs_save_and_the_printed_command_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+    process = start(tmp_path)
+    wait_until(lambda: written(tmp_path) >= 8, process)  # in the first two runs
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate()
+    assert process.returncode == 130
+    assert "SIGINT: each run finishes its step, then saves; once more to stop at once" in out
+    assert "stopped by SIGINT, 0 of 4 runs are finished; to continue:" in out
+    assert out.splitlines()[-1].split() == ["calibadv", "study", *LONGER]
+    for run in tmp_path.glob("x/*/seed0"):
+        assert (run / "checkpoints" / "last.ckpt").exists()
+    process = start(tmp_path)
+    assert process.communicate()[1] == ""
+    results = Path("x/report/results.json")
+    assert (tmp_path / results).read_bytes() == (undisturbed / results).read_bytes()
+    resumed = [run.name for run in tmp_path.glob("x/*/seed0") if any(run.glob("config-resume-*.yaml"))]
+    assert len(resumed) == 2
+
+
+@pytest.mark.long
+def test_when_a_study_is_killed_its_runs_stop_by_themselves(tmp_path: Path) -> None:
+    process = start(tmp_path, [*LONGER, "--model.rollout_steps", "100000"])
+    wait_until(lambda: written(tmp_path) >= 8, process)
+    process.kill()
+    process.communicate()
+    for lock in tmp_path.glob("x/*/.seed0.lock"):
+        with FileLock(lock, timeout=60):
+            assert "stopped by SIGTERM after rollout step" in (lock.parent / "seed0.log").read_text()
+
+
+@pytest.mark.long
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("model: {protocol: {max_rollout_tokens: 8}}")  # shorter than any prompt
+    process = start(tmp_path, [*WORDS, "--arm", "broken=broken.yaml", "--out", "x"])
+    out, _ = process.communicate()
+    assert process.returncode == 1
+    assert re.search(r"broken/seed0 failed: calibadv: error: .*8.*\n  x/broken/seed0\.log\n", out)
+    assert "1 of 2 runs are finished, so there is no report; to try the others again:" in out
+    assert not (tmp_path / "x" / "report").exists()
