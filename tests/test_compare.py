@@ -209,6 +209,20 @@ def test_a_run_that_is_not_finished_is_named_and_in_no_table(study: Path, tmp_pa
     ]
 
 
+def test_a_run_that_its_guard_stopped_is_not_left_out(study: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(study, runs)
+    stopped = runs / "grpo" / "seed2"
+    write_run(stopped, 2, [[RIGHT, RIGHT], [WRONG, WRONG]], planned=30)
+    results = json.loads((stopped / "results.json").read_text())
+    (stopped / "results.json").write_text(json.dumps({**results, "stopped_by_guard": True}))
+    figures, _ = compare_runs([runs])
+    assert arm(figures, "grpo")["final_f1"]["by_run"][2] == 0.5  # the mean of 1 and 0
+    assert figures["warnings"][0] == (
+        "grpo/seed2 was stopped by its guard after 10 of 30 rollout steps: its figures are those up to there"
+    )
+
+
 def test_a_resume_with_more_steps_belongs_to_the_longer_arm(study: Path, tmp_path: Path) -> None:
     shutil.copytree(study, tmp_path / "runs")
     for run in (tmp_path / "runs").glob("*/*"):
@@ -262,6 +276,13 @@ def test_a_question_whose_search_failed_is_in_no_interval(tmp_path: Path) -> Non
     # The run's own figure has it where it was answered: (2/3 + 2/3 + 1) / 3.
     assert arm(figures, "grpo")["final_f1"] == {"mean": 0.777778, "low": 1, "high": 1, "by_run": [0.777778]}
     assert figures["warnings"] == ["grpo: questions whose search failed in a run, and that are in no interval: 1"]
+
+
+def test_where_no_question_is_left_there_is_no_interval(tmp_path: Path) -> None:
+    for seed, row in enumerate(([FAILED, RIGHT], [RIGHT, FAILED])):
+        write_run(tmp_path / "grpo" / f"seed{seed}", seed, [[RIGHT, RIGHT]] * 3 + [row])
+    figures, _ = compare_runs([tmp_path])
+    assert arm(figures, "grpo")["final_f1"] == {"mean": 1, "low": None, "high": None, "by_run": [1, 1]}
 
 
 def test_a_difference_that_seeds_and_questions_agree_on(tmp_path: Path) -> None:

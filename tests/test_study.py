@@ -85,6 +85,12 @@ def test_a_mistake_is_refused_before_anything_is_written(more: list[str], messag
     assert not out.exists()
 
 
+def test_arms_that_differ_only_in_what_they_leave_behind(tmp_path: Path) -> None:
+    (tmp_path / "often.yaml").write_text("rollouts: {every_n_rollout_steps: 3}")
+    more = words("--arm", f"often={tmp_path / 'often.yaml'}", out=tmp_path / "x")
+    assert "arms 'grpo' and 'often' have the same settings" in refusal(lambda: read_study(more))
+
+
 @pytest.mark.parametrize(
     ("overlay", "message"),
     [

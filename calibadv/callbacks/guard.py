@@ -70,7 +70,7 @@ class CollapseGuard(Callback):
         self.events: list[Event] = []
         self._watch = Watch(self.limits)
         self._latest: StepOutput | None = None
-        self._stopping = False
+        self.stopping = False
         self._peak: float | None = None
 
     @property
@@ -102,7 +102,7 @@ class CollapseGuard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Lower the learning rate as often as the run was sent back."""
-        self._stopping = False
+        self.stopping = False
         folder = RunFolder(Path(trainer.default_root_dir))
         self.events = pl_module.processes.gather(_events_until(folder, pl_module.rollout_step, self.events))[0]
         self._write(trainer, folder)
@@ -136,19 +136,19 @@ class CollapseGuard(Callback):
     def _look(self, trainer: Trainer, pl_module: Any, metrics: Metrics) -> None:
         # Processes see equal curves up to rounding; the first one decides for all.
         alarms: list[Alarm] = pl_module.processes.gather(self._watch.observe(metrics, pl_module.rollout_step))[0]
-        if not alarms or self._stopping:  # whatever the last validation shows has the same cause
+        if not alarms or self.stopping:  # whatever the last validation shows has the same cause
             return
         folder = RunFolder(Path(trainer.default_root_dir))
         serious = [alarm for alarm in alarms if alarm.acts]
         healthy: Path | None = pl_module.processes.gather(self._checkpoint_before(folder, serious))[0]
-        self._stopping = bool(serious) and self.action != "warn" and healthy is None
-        trainer.should_stop = trainer.should_stop or self._stopping
+        self.stopping = bool(serious) and self.action != "warn" and healthy is None
+        trainer.should_stop = trainer.should_stop or self.stopping
         self._record(trainer, alarms, None if healthy is None else step_of(healthy))
         self._plot(pl_module)
         if trainer.is_global_zero and self._latest is not None:
             write_training_rollouts(folder.rollout_file("train", self._latest.step), self._latest)
         if healthy is not None:
-            self._roll_back(trainer, folder, healthy, pl_module.rollout_step)
+            self._roll_back(trainer, folder, healthy, pl_module)
         self._write(trainer, folder)
 
     def _plot(self, pl_module: Any) -> None:
@@ -180,23 +180,27 @@ class CollapseGuard(Callback):
     def _what_follows(self, back_to: int | None) -> str:
         if back_to is not None:
             return f"going back to rollout step {back_to} with the learning rate times {self.rate_factor:g}"
-        if not self._stopping:
+        if not self.stopping:
             return "training goes on"
         if self.action == "stop":
             return "stopping"
         spent = len(self.rollbacks) >= self.max_rollbacks
         return f"stopping, {'max_rollbacks is reached' if spent else 'there is no healthy checkpoint to go back to'}"
 
-    def _roll_back(self, trainer: Trainer, folder: RunFolder, checkpoint: Path, step: int) -> None:
+    def _roll_back(self, trainer: Trainer, folder: RunFolder, checkpoint: Path, pl_module: Any) -> None:
         """Leave the folder as a resume from that checkpoint needs it, and end this attempt."""
         if trainer.is_global_zero:
-            rollouts = folder.rollout_file("train", step)
+            rollouts = folder.rollout_file("train", pl_module.rollout_step)
             if rollouts.exists():
-                rollouts.replace(folder.rollout_file("alarm", step))  # which no resume removes
+                rollouts.replace(folder.rollout_file("alarm", pl_module.rollout_step))  # which no resume removes
             folder.drop_beyond(step_of(checkpoint))
             folder.point_last_at(checkpoint)
         self._write(trainer, folder)
         trainer.strategy.barrier()
+        told = max((c.stopped_by or 0 for c in trainer.callbacks if isinstance(c, RolloutCheckpoint)), default=0)  # type: ignore[attr-defined]
+        told = pl_module.processes.any(int(told))
+        if told:  # whoever wants the run to end would wait for what the rollback begins
+            raise SystemExit(128 + told)
         raise RollbackError(checkpoint)
 
     def _write(self, trainer: Trainer, folder: RunFolder) -> None:

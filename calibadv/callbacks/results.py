@@ -78,7 +78,7 @@ class Results(Callback):
             "validations": self.validations,
             **outcome(self.validations),
             "statuses": dict(sorted(self.statuses.items())),
-            **({} if guard is None else {"guard": guard.events}),
+            **({} if guard is None else {"guard": guard.events, "stopped_by_guard": guard.stopping}),
             "wall_seconds": round(self.wall_seconds, 1),
         }
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from calibadv.reports.arms import Arm
 from calibadv.reports.scores import Floats, RunScores
-from calibadv.reports.statistics import bootstrap_interval, sign_flip_test, smallest_p
+from calibadv.reports.statistics import interval_over_whole, sign_flip_test, smallest_p
 
 _SIGNIFICANT = 0.05
 _PAIRED = ("final_f1", "final_em")
@@ -83,8 +83,7 @@ def difference(arm: Arm, baseline: Arm, tables: Mapping[str, ArmScores]) -> dict
     found: dict[str, Any] = {"seeds": [run.run.seed for run in pair[0].runs], "over": over(pair[0])}
     measures = [m for m in _PAIRED if all(m in run.measures for table in pair for run in table.runs)]
     blocks = np.stack([pair[0].matrix(measure) - pair[1].matrix(measure) for measure in measures])
-    whole = blocks[:, :, np.isfinite(blocks).all((0, 1))]
-    ends = bootstrap_interval(whole) if whole[0].size > 1 else np.full((len(measures), 2), np.nan)
+    ends = interval_over_whole(blocks)
     for measure, (low, high) in zip(measures, ends.tolist(), strict=True):
         by_seed = [a.measures[measure] - b.measures[measure] for a, b in zip(*(t.runs for t in pair), strict=True)]
         found[measure] = {"mean": float(np.mean(by_seed)), "low": low, "high": high, "by_seed": by_seed}

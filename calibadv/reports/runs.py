@@ -74,7 +74,13 @@ class Run:
         """Whether it is trained to the end and validated, as far as can be known."""
         if self.planned is None:
             return True
-        return bool(self.results.get("validations")) and int(self.results["rollout_step"]) >= self.planned
+        done = int(self.results.get("rollout_step", 0)) >= self.planned or self.stopped_by_guard
+        return done and bool(self.results.get("validations"))
+
+    @property
+    def stopped_by_guard(self) -> bool:
+        """Whether a CollapseGuard ended it: what is left out of a comparison then would be its failures."""
+        return bool(self.results.get("stopped_by_guard"))
 
     @property
     def validations(self) -> list[dict[str, float]]:
@@ -164,7 +170,7 @@ def _read_ours(path: Path, label: str) -> Run:
         results = folder.read_results()
     except ValueError as error:
         raise ValueError(f"'{folder.results}' is no JSON ({error}); copy it again, or leave its run out") from error
-    settings = {key: value for key, value in newest.items() if not _is_free(key)}
+    settings = _without_free(newest)
     changed = [key for key in settings if first.get(key) != settings[key] and key != "model.rollout_steps"]
     curves = read_curves(path)
     notes = [f"{label}: resumed with other settings ({', '.join(changed)})"] if changed else []
@@ -242,8 +248,21 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _is_free(key: str) -> bool:
-    return f"{key}.".startswith(tuple(f"{name}." for name in _FREE))
+def method_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells one arm from another.
+
+    Args:
+        config: a resolved config.
+
+    Returns:
+        Its settings, flat, without what may differ between the runs of an arm.
+    """
+    return _without_free(_flat(config))
+
+
+def _without_free(settings: Mapping[str, Any]) -> dict[str, Any]:
+    free = tuple(f"{name}." for name in _FREE)
+    return {key: value for key, value in settings.items() if not f"{key}.".startswith(free)}
 
 
 def as_text(value: Any) -> str:

@@ -51,6 +51,21 @@ def bootstrap_interval(scores: Floats, resamples: int = RESAMPLES, level: float 
     return np.quantile(means, [tail, 1 - tail], axis=1).T
 
 
+def interval_over_whole(scores: Floats) -> Floats:
+    """Intervals over the questions that every run has answered.
+
+    Args:
+        scores: [M, S, Q], nan where a question has no result.
+
+    Returns:
+        [M, 2]; nan where fewer than two scores are left, of which there is no interval.
+    """
+    whole = scores[:, :, np.isfinite(scores).all((0, 1))]
+    if whole.shape[1] * whole.shape[2] < 2:
+        return np.full((len(scores), 2), np.nan)
+    return bootstrap_interval(whole)
+
+
 def _weights(generator: np.random.Generator, count: int, size: int) -> Floats:
     """[count, size] how often each of ``size`` is drawn in ``size`` draws with replacement, over ``size``."""
     return generator.multinomial(size, np.full(size, 1 / size), count) / size

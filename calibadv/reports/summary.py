@@ -9,8 +9,8 @@ import numpy as np
 
 from calibadv.reports.arms import Arm, differing_settings
 from calibadv.reports.differences import ArmScores, difference, over
-from calibadv.reports.scores import MEASURES, Floats, RunScores
-from calibadv.reports.statistics import LEVEL, RESAMPLES, bootstrap_interval
+from calibadv.reports.scores import MEASURES, RunScores
+from calibadv.reports.statistics import LEVEL, RESAMPLES, interval_over_whole
 
 Figures = dict[str, Any]
 _RECORDED = ("seed", "threads", "device", "versions")
@@ -100,10 +100,7 @@ def _measures(table: ArmScores) -> Figures:
     """Mean over the runs, interval, and the single runs' values, of each measure that all of the runs have."""
     shared = [measure for measure in MEASURES if table.runs and all(measure in run.measures for run in table.runs)]
     blocks = np.stack([table.matrix(measure) for measure in shared]) if shared else np.empty((0, 0, 0))
-    if blocks[:1].size < 2:
-        ends: Floats = np.full((len(shared), 2), np.nan)
-    else:
-        ends = bootstrap_interval(blocks[:, :, np.isfinite(blocks).all((0, 1))])
+    ends = interval_over_whole(blocks)
     found: Figures = {}
     for measure, (low, high) in zip(shared, ends.tolist(), strict=True):
         values = [run.measures[measure] for run in table.runs]
@@ -158,6 +155,13 @@ def _warnings(arms: Sequence[Arm], tables: Mapping[str, ArmScores]) -> list[str]
         for arm in arms
         for run in arm.unfinished
         if not run.ours
+    ]
+    found += [
+        f"{run.label} was stopped by its guard after {run.steps_done} of {run.planned} rollout steps: its figures are "
+        "those up to there"
+        for arm in arms
+        for run in arm.finished
+        if run.stopped_by_guard
     ]
     seeds = sorted({run.seed for arm in arms for run in arm.runs if run.seed is not None})
     for arm in arms:

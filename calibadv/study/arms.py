@@ -18,6 +18,7 @@ from calibadv.cli.configs import ConfigFile, Option, read_config, resolve_config
 from calibadv.cli.errors import message_for_users
 from calibadv.cli.lightning import CalibadvCLI
 from calibadv.cli.trainer import check_trainer
+from calibadv.reports.runs import method_of
 from calibadv.study.options import refuse_per_run
 
 Settings = dict[str, Any]
@@ -109,7 +110,7 @@ def resolve_arms(arms: Sequence[Arm], common: Sequence[ConfigFile | Option]) -> 
             settings = _resolve(arm, common)
         except ValueError as error:
             raise ValueError(f"arm '{arm.name}': {message_for_users(error) or error}") from error
-        same = next((name for name, other in resolved.items() if other == settings), None)
+        same = next((name for name, other in resolved.items() if method_of(other) == method_of(settings)), None)
         if same is not None:
             raise ValueError(f"arms '{same}' and '{arm.name}' have the same settings; leave one of them out")
         resolved[arm.name] = settings
