@@ -181,7 +181,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
 COMMANDS: dict[str, tuple[str, str]] = {
     "no such command": (
         "fitt",
-        r"there is no command 'fitt'; choose one of fit, validate, test, predict, study, plan, index, search, serve, audit, ",
+        r"there is no command 'fitt'; choose one of fit, validate, test, predict, study, plan, index, search, serve, ",
     ),
     "no config": ("fit", r"model.policy and model.retriever are required; give --model.policy VALUE --model.retriever"),
     "no corpus": (
