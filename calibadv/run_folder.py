@@ -160,12 +160,24 @@ class RunFolder:
         """
         written = [*self.rollouts.glob("train-*.jsonl"), *self.rollouts.glob("val-*.jsonl"), *self.step_checkpoints()]
         for path in written:
-            found = _STEP.search(path.name)
-            if found and int(found[1]) > step:
+            if step_of(path) > step:
                 remove(path)
         for folder in (self.path, self.rollouts, self.checkpoints):
             for path in folder.glob("*.partial"):
                 remove(path)
+
+
+def step_of(path: Path) -> int:
+    """Read a rollout step off a file's name.
+
+    Args:
+        path: such as ``rollout-step=000060.ckpt`` or ``train-step-000010.jsonl``.
+
+    Returns:
+        Rollout steps done; -1 where the name does not say.
+    """
+    found = _STEP.search(path.name)
+    return int(found[1]) if found else -1
 
 
 def remove(path: Path) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from calibadv.callbacks.checkpoint import RolloutCheckpoint
 from calibadv.callbacks.rollout_writer import write_training_rollouts
+from calibadv.callbacks.surroundings import installed, writers
 from calibadv.guarding import Alarm, Watch
 from calibadv.healthy import Limits
 from calibadv.interfaces import Metrics
-from calibadv.run_folder import RunFolder, write_atomically
+from calibadv.run_folder import RunFolder, step_of, write_atomically
 from calibadv.types import StepOutput
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class CollapseGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Refuse to go back in a run that may have thrown its healthy checkpoints away by then."""
-        checkpoints = next((c for c in trainer.callbacks if isinstance(c, RolloutCheckpoint)), None)  # type: ignore[attr-defined]
+        checkpoints = installed(trainer, RolloutCheckpoint)
         if self.action != "rollback" or stage != "fit" or checkpoints is None or checkpoints.keep == 0:
             return
         unsure = max(self.limits.patience, int(trainer.val_check_interval) - 1)  # steps since the last healthy value
@@ -197,8 +197,8 @@ class CollapseGuard(Callback):
             folder.point_last_at(checkpoint)
         self._write(trainer, folder)
         trainer.strategy.barrier()
-        told = max((c.stopped_by or 0 for c in trainer.callbacks if isinstance(c, RolloutCheckpoint)), default=0)  # type: ignore[attr-defined]
-        told = pl_module.processes.any(int(told))
+        checkpoints = installed(trainer, RolloutCheckpoint)
+        told = pl_module.processes.any((checkpoints and checkpoints.stopped_by) or 0)
         if told:  # whoever wants the run to end would wait for what the rollback begins
             raise SystemExit(128 + told)
         raise RollbackError(checkpoint)
@@ -209,21 +209,8 @@ class CollapseGuard(Callback):
             write_atomically(path, json.dumps({"events": self.events}, indent=2) + "\n")
 
     def _show(self, trainer: Trainer, text: str, step: int) -> None:
-        for logger in trainer.loggers:
-            if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("guard/why", text, step)
-
-
-def step_of(checkpoint: Path) -> int:
-    """How many rollout steps were done at a checkpoint.
-
-    Args:
-        checkpoint: ``rollout-step=NNNNNN.ckpt``.
-
-    Returns:
-        Rollout steps.
-    """
-    return int(checkpoint.stem.partition("=")[2])
+        for writer in writers(trainer):
+            writer.add_text("guard/why", text, step)
 
 
 def _events_until(folder: RunFolder, step: int, own: list[Event]) -> list[Event]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from calibadv.callbacks.guard import CollapseGuard
+from calibadv.callbacks.surroundings import installed
 from calibadv.outcome import outcome
 from calibadv.run_folder import RunFolder, write_atomically
-
-_PACKAGES = ("calibadv", "torch", "transformers", "lightning")
+from calibadv.versions import versions
 
 
 class Results(Callback):
@@ -73,7 +71,7 @@ class Results(Callback):
         self._write(trainer, pl_module, self._training(trainer))
 
     def _training(self, trainer: Trainer) -> dict[str, Any]:
-        guard = next((c for c in trainer.callbacks if isinstance(c, CollapseGuard)), None)  # type: ignore[attr-defined]
+        guard = installed(trainer, CollapseGuard)
         return {
             "validations": self.validations,
             **outcome(self.validations),
@@ -92,7 +90,7 @@ class Results(Callback):
             "seed": pl_module.seed,
             "threads": torch.get_num_threads(),
             "device": str(pl_module.device),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+            "versions": versions(),
             "command": self.command,
         }
         if trainer.state.fn == "fit":

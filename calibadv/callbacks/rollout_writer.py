@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from calibadv.agent.collate import turn_values
+from calibadv.callbacks.surroundings import writers
 from calibadv.rollout_files import write_rollouts
 from calibadv.run_folder import RunFolder
 from calibadv.types import Rollout, RolloutStatus, StepOutput
@@ -42,10 +42,9 @@ class RolloutWriter(Callback):
             return
         write_training_rollouts(self._path(trainer, "train", output.step), output)
         worst = sorted(output.batch.rollouts, key=lambda r: (r.score, _STATUSES.index(r.status)))[: self.shown]
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and worst:
-                text = "\n\n---\n\n".join(_as_markdown(rollout) for rollout in worst)
-                logger.experiment.add_text("rollouts/lowest_scores", text, output.step)
+        text = "\n\n---\n\n".join(_as_markdown(rollout) for rollout in worst)
+        for writer in writers(trainer) if worst else ():
+            writer.add_text("rollouts/lowest_scores", text, output.step)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any

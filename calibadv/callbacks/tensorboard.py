@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from calibadv.callbacks.results import Results
+from calibadv.callbacks.surroundings import installed, writers
 from calibadv.outcome import outcome
 from calibadv.types import StepOutput
 
@@ -92,7 +92,7 @@ class TensorBoardPages(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Plot the outcome so far, from the validations that the results hold."""
-        results = next((c for c in trainer.callbacks if isinstance(c, Results)), None)  # type: ignore[attr-defined]
+        results = installed(trainer, Results)
         if trainer.state.fn != "fit" or results is None:
             return
         found = outcome(results.validations)
@@ -100,19 +100,6 @@ class TensorBoardPages(Callback):
             for name in ("best_f1", "final_f1", "collapsed"):
                 if name in found:
                     writer.add_scalar(f"outcome/{name}", float(found[name]), pl_module.rollout_step)
-
-
-def writers(trainer: Trainer) -> list[Any]:
-    """TensorBoard's own writers: only loggers of this kind, and only on the first process.
-
-    Args:
-        trainer: with any loggers.
-
-    Returns:
-        One ``SummaryWriter`` per logger.
-    """
-    loggers = trainer.loggers if trainer.is_global_zero else []
-    return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def histograms(output: StepOutput) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from calibadv.cli.help import describe
 from calibadv.cli.quiet import quiet_libraries
 from calibadv.study.arms import REPORT, ArmCLI, read_arms, resolve_arms
 from calibadv.study.options import LISTS, PER_RUN, StudyOptions, read_options, split
-from calibadv.study.record import Record, versions
+from calibadv.study.record import Record
 from calibadv.study.runs import StudyRun, runs_of, write_config
 from calibadv.study.schedule import State, run_all
 from calibadv.study.table import Tables
+from calibadv.versions import versions
 
 _LOCK = ".study.lock"
 _DESCRIPTION = "Train several methods over seeds with everything else equal, and report how they compare."

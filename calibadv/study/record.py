@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from calibadv.run_folder import write_atomically
 from calibadv.study.arms import Settings
 
 _FILE = "study.json"
-_PACKAGES = ("calibadv", "torch", "transformers", "lightning")
 _SHOWN = 3
 
 
@@ -100,15 +97,6 @@ class Record:
         yield from common
         for name, texts in changes.items():
             yield from (f"arm '{name}': {text}" for text in texts if text not in common)
-
-
-def versions() -> dict[str, str]:
-    """What a study runs with.
-
-    Returns:
-        Version by name, of Python and of the packages that results depend on.
-    """
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

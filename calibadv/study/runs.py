@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,11 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from calibadv.run_folder import RunFolder, remove, write_atomically
+from calibadv.run_folder import RunFolder, remove, step_of, write_atomically
 from calibadv.study.arms import Settings
 from calibadv.study.record import Record
-
-_STEP = re.compile(r"step[-=](\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +76,8 @@ class StudyRun:
         """
         results = self.folder.read_results()
         files = [*self.folder.rollouts.glob("train-step-*.jsonl"), *self.folder.step_checkpoints()]
-        steps = [int(found[1]) for found in map(_STEP.search, (path.name for path in files)) if found]
         rows = [row for row in results.get("validations", ()) if "f1" in row]
-        return max([results.get("rollout_step", 0), *steps]), rows[-1]["f1"] if rows else None
+        return max([results.get("rollout_step", 0), *map(step_of, files)]), rows[-1]["f1"] if rows else None
 
     def prepare(self) -> list[str]:
         """Make the folder ready to be continued, or to be started anew if there is nothing to continue from.
@@ -93,8 +89,7 @@ class StudyRun:
             The words behind ``calibadv``.
         """
         for checkpoint in self.folder.step_checkpoints():
-            found = _STEP.search(checkpoint.name)
-            if found and int(found[1]) >= self.steps:
+            if step_of(checkpoint) >= self.steps:
                 remove(checkpoint)
         words = ["fit", "--config", str(self.config), "--seed_everything", str(self.seed)]
         words += ["--run.root", str(self.folder.path.parent), "--run.name", self.folder.path.name]
