@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import count
@@ -32,12 +32,16 @@ def question_order(seed: int, epoch: int, num_questions: int) -> NDArray[np.int6
     Returns:
         [N] read-only permutation of ``range(N)``.
     """
-    digest = blake2b(f"questions/{seed}/{epoch}".encode(), digest_size=16).digest()
-    # NumPy promises the raw stream of a bit generator for ever, but not what Generator.permutation makes of it.
-    draws = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(num_questions)
-    order = np.argsort(draws, kind="stable")
+    order = _permutation(f"questions/{seed}/{epoch}", num_questions)
     order.flags.writeable = False
     return order
+
+
+def _permutation(key: str, size: int) -> NDArray[np.int64]:
+    digest = blake2b(key.encode(), digest_size=16).digest()
+    # NumPy promises the raw stream of a bit generator for ever, but not what Generator.permutation makes of it.
+    draws = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(size)
+    return np.argsort(draws, kind="stable")
 
 
 def question_at(position: int, seed: int, num_questions: int) -> int:
@@ -159,6 +163,24 @@ class QuestionData(LightningDataModule):
         if stage == "fit":
             return self.train_questions + self.validation_questions
         return self.validation_questions if stage == "validate" else self.test_questions
+
+    def spare_questions(self, step: int, asked: Sequence[Question]) -> Iterator[Question]:
+        """Further training questions for one rollout step, in the place of some that are dropped.
+
+        They are drawn for that step alone. The next ones of the training order would be shorter to explain, but then
+        the questions of every later step would depend on what was dropped: on the method that is trained.
+
+        Args:
+            step: from 0.
+            asked: the step's questions.
+
+        Yields:
+            All others of the training questions, in an order that depends on the seed and the step only.
+        """
+        known = {question.id for question in asked}
+        for row in _permutation(f"spares/{self.seed}/{step}", len(self.train_questions)):
+            if self.train_questions[row].id not in known:
+                yield self.train_questions[row]
 
     def setup(self, stage: str) -> None:
         """Refuse a stage without questions."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from calibadv.types import Completion, Document, DrawKey, Question, RolloutBatch, Sampling, ScoredDocument
+from calibadv.types import Completion, Document, DrawKey, Question, Rollout, RolloutBatch, Sampling, ScoredDocument
 
 if TYPE_CHECKING:
     from calibadv.models import Policy
@@ -168,15 +168,39 @@ class Reward(ABC):
         """
 
 
+class GroupFilter(ABC):
+    """Decides which groups a rollout step trains on. Those that it drops make room for other questions' groups.
+
+    Attributes:
+        max_tries: how often a step asks further questions.
+    """
+
+    max_tries: int
+
+    @abstractmethod
+    def keep(self, group: Sequence[Rollout]) -> bool:
+        """Decide on one group.
+
+        Args:
+            group: all rollouts of one question, scored and with step correctness.
+
+        Returns:
+            Whether to train on it.
+        """
+
+
 class AdvantageEstimator(ABC):
     """Turns rewards into advantages.
 
     Attributes:
         credits_evidence: whether it already turns step correctness into advantages, so that a calibrator which does so
             too would count it twice.
+        learns_from_ties: whether it is made to learn from groups whose rewards are all equal too, so that a filter
+            which drops these would throw away what it is for.
     """
 
     credits_evidence: bool = False
+    learns_from_ties: bool = False
 
     def prepare(
         self, batch: RolloutBatch, policy: Policy, micro_batch_tokens: int, processes: Processes

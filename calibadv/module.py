@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -15,17 +16,18 @@ from torch import Tensor
 
 from calibadv.agent.collate import collate, to_device
 from calibadv.agent.protocol import Protocol
-from calibadv.agent.rollout import Agent, Draws, check_engine, check_prompt, run_rollouts
+from calibadv.agent.rollout import Agent, Draws, check_engine, check_prompt, check_searches, run_rollouts
 from calibadv.calibrators import check_combination
 from calibadv.data import QuestionData
+from calibadv.filters import Group, check_filter, refill
 from calibadv.interfaces import (
     AdvantageEstimator,
     Calibrator,
     Engine,
+    GroupFilter,
     Metrics,
     PolicyLoss,
     Regularizer,
-    RetrievalError,
     Retriever,
     Reward,
 )
@@ -39,13 +41,11 @@ from calibadv.resume import check_identity, save_identity
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
 from calibadv.stopwatch import Stopwatch
-from calibadv.types import Question, Rollout, RolloutBatch, RolloutStatus, StepOutput
+from calibadv.types import Question, Rollout, RolloutBatch, StepOutput
 from calibadv.update import BatchLogprobs, ReadyBatch, compute_logprobs, stability_metrics
 
 log = logging.getLogger(__name__)
 
-# A retriever that fails this often is down; going on would train on what is left by chance.
-_MAX_FAILED_SHARE = 0.5
 # Of a larger file only the longest questions are checked before the run: encoding all would take minutes.
 _PROMPTS_CHECKED = 5000
 
@@ -61,6 +61,7 @@ class SearchAgentModule(pl.LightningModule):
         estimator: turns rewards into advantages.
         loss: the surrogate that is minimised.
         protocol: how agent and environment talk, and how long they may.
+        group_filter: which groups to train on; others take the place of those it drops. By default all are kept.
         lora: train low-rank adapters in the place of all parameters.
         regularizers: further terms of the loss.
         kl_coef: weight of the KL divergence to the policy before training; 0 loads no reference.
@@ -95,6 +96,7 @@ class SearchAgentModule(pl.LightningModule):
         estimator: AdvantageEstimator,
         loss: PolicyLoss,
         protocol: Protocol,
+        group_filter: GroupFilter | None = None,
         lora: Lora | None = None,
         regularizers: list[Regularizer] | None = None,
         kl_coef: float = 0.0,
@@ -121,6 +123,7 @@ class SearchAgentModule(pl.LightningModule):
         self.automatic_optimization = False
         check_at_least("rollout_steps", rollout_steps, 1)
         check_at_least("group_size", group_size, 1)
+        check_filter(group_filter, estimator, group_size)
         self.learner = Learner(
             objective=Objective(loss, kl_coef, tuple(regularizers or ()), kl_estimator),
             learning_rate=LearningRate(learning_rate, schedule, warmup_steps, rollout_steps),
@@ -142,6 +145,7 @@ class SearchAgentModule(pl.LightningModule):
         self.reference: Reference | None = make_reference(self.policy, lora) if kl_coef else None
         self.agent = Agent(engine, retriever, protocol, self.policy.tokenizer)
         self.reward = reward
+        self.group_filter = group_filter
         self.estimator = estimator
         self.calibrators = ()
         self.rollout_steps = rollout_steps
@@ -168,11 +172,9 @@ class SearchAgentModule(pl.LightningModule):
             ``{"output": StepOutput}`` for callbacks.
         """
         clock = Stopwatch()
-        with clock.measure("rollout"):
-            own = self.sample(questions, self.rollout_step + 1, self.group_size, self.temperature)
+        groups, filter_metrics = self.collect(questions, clock)
         with clock.measure("evidence"):
-            rollouts = self.share(questions, credit_rollouts(score_rollouts(own, self.reward)), self.group_size)
-            batch = to_device(collate(rollouts), self.device)
+            batch = to_device(collate(list(chain.from_iterable(groups))), self.device)
         with clock.measure("advantages"):
             batch = self.estimator.prepare(batch, self.policy, self.micro_batch_tokens, self.processes)
             estimated = self.estimator.estimate(batch)
@@ -189,6 +191,7 @@ class SearchAgentModule(pl.LightningModule):
         self.rollout_step += 1
         metrics = {
             **rollout_metrics(batch, estimated, calibrated),
+            **filter_metrics,
             **calibration_metrics,
             **stability_metrics(batch, before, self.garbled_perplexity),
             **update_metrics,
@@ -199,8 +202,35 @@ class SearchAgentModule(pl.LightningModule):
         self.trainer.should_stop = self.trainer.should_stop or self.rollout_step >= self.rollout_steps
         return {"output": StepOutput(self.rollout_step, batch, estimated, calibrated, metrics, clock.seconds)}
 
+    def collect(self, questions: Sequence[Question], clock: Stopwatch) -> tuple[list[Group], Metrics]:
+        """Make the groups of a rollout step: sample, score and find evidence; ask others where the filter drops some.
+
+        Args:
+            questions: of this rollout step.
+            clock: measures ``rollout`` and ``evidence``.
+
+        Returns:
+            On every process, one group per question, in their order; and what the filter did.
+
+        Raises:
+            RetrievalError: more than half of the rollouts ended in a failed search.
+        """
+
+        def ask(asked: Sequence[Question]) -> list[Group]:
+            with clock.measure("rollout"):
+                own = self.sample(asked, self.rollout_step + 1, self.group_size, self.temperature)
+            with clock.measure("evidence"):
+                return self.share(asked, credit_rollouts(score_rollouts(own, self.reward)), self.group_size)
+
+        groups = ask(questions)
+        check_searches(groups, self.rollout_step + 1)
+        if self.group_filter is None:
+            return groups, {}
+        data = cast("QuestionData", getattr(self.trainer, "datamodule", None))
+        return refill(groups, self.group_filter, data.spare_questions(self.rollout_step, questions), ask)
+
     def sample(self, questions: Sequence[Question], step: int, samples: int, temperature: float) -> list[Rollout]:
-        """Sample rollouts, each process those of its own questions; refuse to go on when the retriever is down.
+        """Sample rollouts, each process those of its own questions.
 
         Args:
             questions: what to ask.
@@ -210,24 +240,13 @@ class SearchAgentModule(pl.LightningModule):
 
         Returns:
             ``samples`` rollouts of each question of this process, neighbours in the list.
-
-        Raises:
-            RetrievalError: more than half of the rollouts ended in a failed search.
         """
         if self._engine_is_stale:
             self.agent.engine.sync(self.policy)
             self._engine_is_stale = False
-        rollouts = run_rollouts(questions, self.agent, Draws(self.seed, step, samples, temperature), self.processes)
-        failed = sum(rollout.status is RolloutStatus.SEARCH_FAILED for rollout in rollouts)
-        failed = sum(self.processes.gather(failed))
-        if failed > _MAX_FAILED_SHARE * samples * len(questions):
-            raise RetrievalError(
-                f"the search failed in {failed} of {samples * len(questions)} rollouts of step {step} (limit: half of "
-                "them); see the warnings above, and bring the retriever back before you resume"
-            )
-        return rollouts
+        return run_rollouts(questions, self.agent, Draws(self.seed, step, samples, temperature), self.processes)
 
-    def share(self, questions: Sequence[Question], own: Sequence[Rollout], samples: int) -> list[Rollout]:
+    def share(self, questions: Sequence[Question], own: Sequence[Rollout], samples: int) -> list[Group]:
         """Put the rollouts of all processes together.
 
         Args:
@@ -236,11 +255,11 @@ class SearchAgentModule(pl.LightningModule):
             samples: rollouts per question.
 
         Returns:
-            On every process, ``samples`` rollouts of each question, in the order of the questions.
+            On every process, one group of ``samples`` rollouts per question, in the order of the questions.
         """
-        groups = [own[start : start + samples] for start in range(0, len(own), samples)]
+        groups = [list(own[start : start + samples]) for start in range(0, len(own), samples)]
         owners = self.processes.owners([question.id for question in questions])
-        return [rollout for group in self.processes.interleave(groups, owners) for rollout in group]
+        return self.processes.interleave(groups, owners)
 
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
         """Apply the installed calibrators in order; without any, this is plain GRPO.
@@ -329,6 +348,10 @@ class SearchAgentModule(pl.LightningModule):
             asked = data.questions_for(stage)
             for question in sorted(asked, key=lambda question: -len(question.question))[:_PROMPTS_CHECKED]:
                 check_prompt(question, self.agent)
+        elif stage == "fit" and self.group_filter is not None:
+            raise ValueError(
+                "model.group_filter asks further questions of QuestionData; give that to fit as datamodule"
+            )
 
     def on_fit_start(self) -> None:
         """Move the reference to the device, on which the policy is by now."""
@@ -365,7 +388,9 @@ class SearchAgentModule(pl.LightningModule):
             Scored rollouts, kept until the end of the epoch too.
         """
         own = self.sample(questions, self.rollout_step, samples=1, temperature=0.0)
-        rollouts = self.share(questions, score_rollouts(own, self.reward), samples=1)
+        groups = self.share(questions, score_rollouts(own, self.reward), samples=1)
+        check_searches(groups, self.rollout_step)
+        rollouts = list(chain.from_iterable(groups))
         self._evaluated.extend(rollouts)
         return rollouts
 

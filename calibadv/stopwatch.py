@@ -11,7 +11,7 @@ class Stopwatch:
     """Collects seconds by stage.
 
     Attributes:
-        seconds: wall time of each stage measured so far.
+        seconds: wall time of each stage, all its measurements so far added up.
     """
 
     def __init__(self) -> None:
@@ -29,4 +29,4 @@ class Stopwatch:
         """
         start = time.perf_counter()
         yield
-        self.seconds[stage] = time.perf_counter() - start
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

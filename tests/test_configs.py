@@ -73,8 +73,8 @@ CLUSTER = {
     "cluster/qwen2_5_7b": "ModelParallelStrategy",
 }
 OURS = ["RunStart", "RolloutWriter", "Results", "TensorBoardPages", "RolloutCheckpoint", "Progress"]
-# What it builds is in test_guard.py.
-CALLBACKS = ["callbacks/collapse_guard"]
+# What these build is in test_guard.py and test_filters.py.
+MORE = ["callbacks/collapse_guard", "filters/dynamic_sampling"]
 PATHS = sorted(configs_folder().rglob("*.yaml"))
 
 
@@ -94,7 +94,7 @@ def data(tmp_path: Path) -> list[str]:
 
 
 def test_every_config_is_expected_here() -> None:
-    expected = [*CALIBRATORS, *ESTIMATORS, *LOSSES, *REGULARIZERS, *RETRIEVERS, *ENGINES, *CLUSTER, *CALLBACKS]
+    expected = [*CALIBRATORS, *ESTIMATORS, *LOSSES, *REGULARIZERS, *RETRIEVERS, *ENGINES, *CLUSTER, *MORE]
     assert sorted(expected) == sorted(config_name(path) for path in PATHS)
 
 

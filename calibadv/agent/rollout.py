@@ -11,9 +11,12 @@ from calibadv.agent.episode import Episode, finish, observe, search, speak
 from calibadv.agent.protocol import Protocol
 from calibadv.agent.streaming import Key, stream
 from calibadv.agent.tokenizer import AgentTokenizer
-from calibadv.interfaces import Engine, Retriever, StreamingEngine
+from calibadv.interfaces import Engine, RetrievalError, Retriever, StreamingEngine
 from calibadv.processes import ALONE, Processes
-from calibadv.types import DrawKey, Question, Rollout, Sampling
+from calibadv.types import DrawKey, Question, Rollout, RolloutStatus, Sampling
+
+# A retriever that fails this often is down; going on would train on what is left by chance.
+_MAX_FAILED_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +136,22 @@ def check_prompt(question: Question, agent: Agent) -> tuple[int, ...]:
             f"{limit}; raise the limit, or leave the question out"
         )
     return prompt
+
+
+def check_searches(groups: Sequence[Sequence[Rollout]], step: int) -> None:
+    """Refuse to go on when the retriever is down.
+
+    Args:
+        groups: sampled rollouts.
+        step: rollout step, for the message.
+
+    Raises:
+        RetrievalError: more than half of the rollouts ended in a failed search.
+    """
+    statuses = [rollout.status for group in groups for rollout in group]
+    failed = statuses.count(RolloutStatus.SEARCH_FAILED)
+    if failed > _MAX_FAILED_SHARE * len(statuses):
+        raise RetrievalError(
+            f"the search failed in {failed} of {len(statuses)} rollouts of step {step} (limit: half of them); see the "
+            "warnings above, and bring the retriever back before you resume"
+        )

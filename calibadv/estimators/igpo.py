@@ -36,6 +36,8 @@ class IGPO(AdvantageEstimator):
         normalise: Compare gains and answers ``joint``, with one mean and one standard deviation, or ``separate``.
     """
 
+    learns_from_ties = True
+
     def __init__(self, gamma: float = 1.0, normalise: Literal["joint", "separate"] = "joint") -> None:
         check_gamma(gamma)
         self.gamma = gamma

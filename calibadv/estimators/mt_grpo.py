@@ -29,6 +29,7 @@ class MTGRPO(AdvantageEstimator):
     """
 
     credits_evidence = True
+    learns_from_ties = True
 
     def __init__(self, outcome_weight: float = 1.0) -> None:
         check_weight("outcome_weight", outcome_weight)

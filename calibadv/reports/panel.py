@@ -16,6 +16,7 @@ _GROUPS = {
     "reward": "Reward",
     "advantage": "Advantage",
     "credit": "Credit",
+    "filter": "Filter",
     "rollout": "Rollouts",
     "update": "Updates",
 }
