@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from calibadv.outcome import outcome
 from calibadv.reports.compare import compare, compare_runs, write_report
 from calibadv.reports.curves import band, read_curves, windows
+from calibadv.reports.differences import conclude
 from calibadv.reports.figures import Chart, chart_svg
 from calibadv.reports.meanings import meaning
 from calibadv.rewards import F1
@@ -128,14 +129,14 @@ def test_the_figures_of_a_study(study: Path) -> None:
     # one question twice with probability 1/2, so the ends are those of a single question: 0 (seed 0 twice, question 0
     # twice: 1/16 of the draws) and 1.
     assert (gap["final_f1"]["low"], gap["final_f1"]["high"]) == (0, 1)
-    assert (gap["p"], gap["smallest_p"], gap["over"]) == (0.5, 0.5, "seeds and questions")
+    assert (gap["p"], gap["p_holm"], gap["smallest_p"], gap["over"]) == (0.5, 0.5, 0.5, "seeds and questions")
     assert gap["verdict"].startswith("calibadv is not distinguishable from grpo in final F1: +0.556 [+0.000, +1.000]")
     assert figures["untrained"][0]["arms"] == ["calibadv", "grpo"]
     assert figures["untrained"][0]["f1"] == {"mean": 0.5, "low": 0, "high": 1}
     assert figures["settings"] == {
         "trainer.callbacks": {"calibadv": "[AdvantageCalibration(calibrators=[])]", "grpo": "[]"}
     }
-    assert figures["comparisons"] == {"tested": 1, "correction": "none"}
+    assert figures["comparisons"] == {"tested": 1, "correction": "Holm"}
     assert figures["warnings"] == []
 
 
@@ -298,6 +299,24 @@ def test_a_difference_that_seeds_and_questions_agree_on(tmp_path: Path) -> None:
     )
     figures, _ = compare_runs([tmp_path], baseline="high")
     assert arm(figures, "low")["difference"]["verdict"].startswith("low is lower than high in final F1 by 1.000 [")
+
+
+def test_a_verdict_holds_after_correction_for_the_number_of_arms() -> None:
+    def found(p: float) -> dict[str, Any]:
+        gap = {"mean": 0.2, "low": 0.1, "high": 0.3}
+        return {"seeds": list(range(6)), "final_f1": gap, "p": p, "smallest_p": 2 / 64}
+
+    alone, three = {"a": found(0.03)}, {"a": found(0.03), "b": found(0.01), "c": {"verdict": "not compared"}}
+    conclude(alone, "grpo")
+    conclude(three, "grpo")
+    assert alone["a"]["verdict"].endswith(
+        "higher than grpo in final F1 by 0.200 [0.100, 0.300], p = 0.03 over 6 paired seeds."
+    )
+    assert three["b"]["verdict"].endswith("[0.100, 0.300], p = 0.01 (0.02 corrected for 2 tests) over 6 paired seeds.")
+    doubtful = {"a": found(0.03), "b": found(0.04)}
+    conclude(doubtful, "grpo")
+    assert "not established: p = 0.03 (0.06 corrected for 2 tests) over 6 paired" in doubtful["a"]["verdict"]
+    assert three["c"] == {"verdict": "not compared"}
 
 
 def test_five_seeds_cannot_establish_a_difference(tmp_path: Path) -> None:

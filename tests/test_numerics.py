@@ -14,7 +14,13 @@ from torch.testing import assert_close
 from calibadv.interfaces import LossInputs
 from calibadv.losses import PPOClip
 from calibadv.numerics.advantage import group_normalise
-from calibadv.numerics.credit import answer_rebalance, negative_search_turns, rebalance_factors, soft_penalty
+from calibadv.numerics.credit import (
+    negative_search_turns,
+    punished_tokens,
+    rebalance_factors,
+    scale_answers,
+    soften,
+)
 from calibadv.numerics.draws import keyed_stream, uniforms
 from calibadv.numerics.kl import k3
 from calibadv.numerics.logprobs import entropy, token_logprobs
@@ -121,6 +127,16 @@ def test_a_group_does_not_depend_on_its_place_in_the_batch(groups: list[list[flo
 
 
 # --- CalibAdv
+
+
+def soft_penalty(advantages: torch.Tensor, correctness: torch.Tensor, turn_ids: torch.Tensor) -> torch.Tensor:
+    return soften(advantages, correctness, *punished_tokens(advantages, turn_ids, correctness.shape[1]))
+
+
+def answer_rebalance(
+    advantages: torch.Tensor, answers: torch.Tensor, groups: torch.Tensor, ratio: float
+) -> torch.Tensor:
+    return scale_answers(advantages, answers, groups, rebalance_factors(advantages, answers, groups, ratio))
 
 
 def test_soft_penalty_by_hand() -> None:

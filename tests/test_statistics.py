@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import permutation_test
 
-from calibadv.reports.statistics import bootstrap_interval, sign_flip_test, smallest_p
+from calibadv.reports.statistics import bootstrap_interval, holm, sign_flip_test, smallest_p
 
 tables = arrays(float, (1, 3, 4), elements=st.floats(0, 1, width=16))
 
@@ -90,6 +90,31 @@ def test_the_p_value_is_scipys(differences: np.ndarray) -> None:
 @given(arrays(float, 6, elements=st.floats(0.01, 1)))
 def test_seeds_that_all_agree_give_the_smallest_p(differences: np.ndarray) -> None:
     assert sign_flip_test(differences) == sign_flip_test(-differences) == smallest_p(6) == 2 / 64
+
+
+@pytest.mark.parametrize(
+    ("p_values", "corrected"),
+    [
+        ([], []),
+        ([0.03], [0.03]),
+        # Sorted 0.01, 0.03, 0.04: times 3, 2 and 1 they are 0.03, 0.06 and 0.04, which may not be below 0.06.
+        ([0.04, 0.01, 0.03], [0.06, 0.03, 0.06]),
+        ([0.5, 0.6], [1.0, 1.0]),
+        ([0.02, 0.02], [0.04, 0.04]),
+    ],
+)
+def test_holms_correction_by_hand(p_values: list[float], corrected: list[float]) -> None:
+    assert holm(p_values) == pytest.approx(corrected)
+
+
+@given(st.lists(st.floats(0, 1)))
+def test_holm_rejects_what_the_step_down_procedure_rejects(p_values: list[float]) -> None:
+    rejected: set[int] = set()
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[place] * (len(p_values) - rank) > 0.05:
+            break
+        rejected.add(place)
+    assert {place for place, p in enumerate(holm(p_values)) if p <= 0.05} == rejected
 
 
 def test_more_seeds_than_can_be_enumerated() -> None:

@@ -27,6 +27,7 @@ from calibadv.study.command import plan, read_study
 from calibadv.study.record import Record
 from calibadv.study.runs import StudyRun, runs_of
 from calibadv.study.schedule import State
+from calibadv.study.sources import digests
 from calibadv.study.table import arm_table
 
 FIT = ("--config", "quickstart", *SMALL, "--model.rollout_steps", "2")
@@ -187,6 +188,55 @@ def test_other_threads_and_other_versions_are_refused_and_named(begun: Path) -> 
     assert f'torch "2.0.0" (now "{newer}")' in refusal(lambda: older.extended(record, begun))
 
 
+def test_files_and_parts_that_have_changed_are_refused_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    part, questions, policy = tmp_path / "my_part.py", tmp_path / "mine.jsonl", tmp_path / "policy"
+    policy.mkdir()
+    for path in (part, questions, policy / "model.safetensors"):
+        path.write_text("one")
+    settings = {
+        "trainer": {"callbacks": [{"class_path": "my_part.Mine"}], "default_root_dir": str(tmp_path)},
+        "data": {"train": [str(questions)], "validation": "embedded"},
+        "model": {"rollout_steps": 6, "policy": str(policy), "reward": {"class_path": "calibadv.rewards.F1"}},
+    }
+    sources = digests([settings])
+    assert list(sources) == ["calibadv", "my_part.Mine", str(questions), str(policy)]
+    record = replace(small_record(["grpo"], [0]), arms={"grpo": settings}, sources=sources)
+    record.check_sources()
+    for path, name in (
+        (part, "my_part.Mine"),
+        (questions, str(questions)),
+        (policy / "model.safetensors", str(policy)),
+    ):
+        path.write_text("two")
+        message = f"{name} has changed since the study began"
+        assert refusal(record.check_sources).startswith(message)
+        assert message in refusal(lambda: record.extended(replace(record, sources=digests([settings])), tmp_path))
+        path.write_text("one")
+    record.check_sources()
+    other = replace(record, sources={**sources, "calibadv": "other"})
+    assert refusal(other.check_sources).startswith(
+        "the code of calibadv has changed since the study began: put it back"
+    )
+
+
+def test_both_ends_of_a_large_file_count(tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+
+    def digest(place: int, byte: bytes) -> str:
+        with weights.open("wb") as file:
+            file.truncate(70 << 20)
+            file.seek(place)
+            file.write(byte)
+        return digests([{"model": {"policy": str(weights)}}])[str(weights)]
+
+    same = digest(0, b"\0")
+    assert digest(0, b"1") != same
+    assert digest((70 << 20) - 1, b"1") != same
+
+
 def test_a_damaged_record_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text('{"arms":')
     assert "is not the record of a study" in refusal(lambda: study(words(out=tmp_path)))
@@ -198,7 +248,7 @@ def test_a_damaged_record_is_not_overwritten(tmp_path: Path) -> None:
 
 def small_record(arms: Sequence[str], seeds: Sequence[int], steps: int = 6) -> Record:
     settings: dict[str, Any] = {"model": {"rollout_steps": steps}}
-    return Record(dict.fromkeys(arms, settings), {arm: [] for arm in arms}, list(seeds), 1, {})
+    return Record(dict.fromkeys(arms, settings), {arm: [] for arm in arms}, list(seeds), 1, {}, {})
 
 
 @given(
@@ -414,5 +464,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     out, _ = process.communicate()
     assert process.returncode == 1
     assert re.search(r"broken/seed0 failed: calibadv: error: .*8.*\n  x/broken/seed0\.log\n", out)
-    assert "1 of 2 runs are finished, so there is no report; to try the others again:" in out
-    assert not (tmp_path / "x" / "report").exists()
+    assert "1 of 2 runs are finished; to try the others again:" in out
+    figures = json.loads((tmp_path / "x" / "report" / "results.json").read_text())
+    assert figures["warnings"] == ["broken/seed0 failed, and is in no table"]
+    assert [row["name"] for row in figures["arms"]] == ["grpo"]

@@ -28,7 +28,7 @@ class AnswerRebalance(Calibrator):
         self.target_ratio = target_ratio
 
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
-        """Apply ``calibadv.numerics.credit.answer_rebalance``.
+        """Balance; the formulas are ``rebalance_factors`` and ``scale_answers`` of ``calibadv.numerics.credit``.
 
         Args:
             batch: B rollouts.

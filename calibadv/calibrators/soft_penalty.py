@@ -16,7 +16,7 @@ class SoftPenalty(Calibrator):
     """
 
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
-        """Apply ``calibadv.numerics.credit.soft_penalty``.
+        """Soften; the formula is ``calibadv.numerics.credit.soften``.
 
         Args:
             batch: B rollouts with step correctness.

@@ -71,7 +71,11 @@ def tool_parser(command: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     functions = tool_functions(command)
     if command in functions:
-        return _function_parser(f"calibadv {command}", TOOLS[command], functions[command])
+        parser = _function_parser(f"calibadv {command}", TOOLS[command], functions[command])
+        first = _first_parameter(functions[command])
+        action = next(action for action in parser._actions if action.dest == first)
+        action.help = f"{action.help} May stand first, without --{first}."
+        return parser
     parser = _new_parser(f"calibadv {command}", TOOLS[command])
     subcommands = parser.add_subcommands(title="what to do", help="One of these:")
     for name, function in functions.items():
@@ -151,7 +155,7 @@ def _joined_lists(arguments: Sequence[str], functions: Functions) -> list[str]:
     if arguments and not arguments[0].startswith("-") and len(functions) == 1:
         # What stands before the first option is its first parameter: view FILE ..., compare RUN ...
         (function,) = functions.values()
-        arguments = [f"--{next(iter(get_type_hints(function)))}", *arguments]
+        arguments = [f"--{_first_parameter(function)}", *arguments]
     kinds = {f"--{name}": kind for function in functions.values() for name, kind in get_type_hints(function).items()}
     names: list[str] = []
     words: list[str] = []
@@ -168,6 +172,10 @@ def _joined_lists(arguments: Sequence[str], functions: Functions) -> list[str]:
     for name, values in lists.items():
         words += _joined(name, values, kinds[name])
     return [*words, "--config", json.dumps(names)] if names else words
+
+
+def _first_parameter(function: Callable[..., Any]) -> str:
+    return next(iter(get_type_hints(function)))
 
 
 def _joined(name: str, values: Sequence[str], kind: Any) -> list[str]:

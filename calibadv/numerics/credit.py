@@ -8,21 +8,6 @@ from torch import Tensor
 from calibadv.numerics.shapes import check_shapes
 
 
-def soft_penalty(advantages: Tensor, step_correctness: Tensor, turn_ids: Tensor) -> Tensor:
-    """Multiply negative advantages by (1 - correctness of the turn).
-
-    Args:
-        advantages: [B, T], 0 outside the loss mask.
-        step_correctness: [B, K] in [0, 1], 0 for the answer turn.
-        turn_ids: [B, T] turn of each policy token, -1 elsewhere.
-
-    Returns:
-        [B, T]; differs from ``advantages`` only at negative tokens of turns that found evidence.
-    """
-    check_shapes("B T, B K, B T", advantages, step_correctness, turn_ids)
-    return soften(advantages, step_correctness, *punished_tokens(advantages, turn_ids, step_correctness.shape[1]))
-
-
 def punished_tokens(advantages: Tensor, turn_ids: Tensor, num_turns: int) -> tuple[Tensor, Tensor]:
     """Find the policy's tokens with a negative advantage: few of a batch, so that what follows need not read it all.
 
@@ -41,7 +26,7 @@ def punished_tokens(advantages: Tensor, turn_ids: Tensor, num_turns: int) -> tup
 
 
 def soften(advantages: Tensor, step_correctness: Tensor, places: Tensor, turns: Tensor) -> Tensor:
-    """Multiply some advantages by (1 - correctness of the turn).
+    """Multiply some advantages by (1 - correctness of the turn): CalibAdv's soft penalty where these are negative.
 
     Args:
         advantages: [B, T].
@@ -76,7 +61,8 @@ def negative_search_turns(turn_advantages: Tensor, answer_turn: Tensor) -> Tenso
 def rebalance_factors(advantages: Tensor, answer_mask: Tensor, group_ids: Tensor, target_ratio: float) -> Tensor:
     """target_ratio x N / P of each group, over the answer tokens of all its rollouts.
 
-    P is the sum of their positive advantages and N the sum of their absolute negative ones.
+    P is the sum of their positive advantages and N the sum of their absolute negative ones. Applied by
+    ``scale_answers``, these factors are CalibAdv's answer rebalance.
 
     Args:
         advantages: [B, T].
@@ -114,21 +100,3 @@ def scale_answers(advantages: Tensor, answer_mask: Tensor, group_ids: Tensor, fa
     scale = factors.to(advantages)[group_ids[places[0]]]
     scaled = torch.where(answers > 0, answers * scale, torch.where(scale > 0, answers, 0.0))
     return advantages.index_put(places, scaled)
-
-
-def answer_rebalance(advantages: Tensor, answer_mask: Tensor, group_ids: Tensor, target_ratio: float) -> Tensor:
-    """Scale the positive answer advantages of each group so that P = target_ratio x N.
-
-    Where P or N is 0 there is nothing to balance, and all answer tokens of the group get 0.
-
-    Args:
-        advantages: [B, T].
-        answer_mask: [B, T] bool, True at the trained tokens of the answer turns.
-        group_ids: [B] group of each rollout, from 0.
-        target_ratio: what P / N shall be (lambda in the paper).
-
-    Returns:
-        [B, T]; differs from ``advantages`` only inside ``answer_mask``.
-    """
-    factors = rebalance_factors(advantages, answer_mask, group_ids, target_ratio)
-    return scale_answers(advantages, answer_mask, group_ids, factors)

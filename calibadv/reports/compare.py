@@ -46,7 +46,7 @@ def compare(runs: list[Path], out: Path, baseline: str | None = None, names: Pat
         raise ValueError(f"out '{out}' is not a folder; give one, or a name that is free")
     figures, arms = compare_runs(runs, baseline, names)
     write_report(out, figures, arms)
-    _print(figures)
+    print_figures(figures)
 
 
 def compare_runs(
@@ -161,7 +161,12 @@ def _progress(items: Any, what: str, total: int) -> Any:
     return track(items, what, total, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _print(figures: Figures) -> None:
+def print_figures(figures: Figures) -> None:
+    """Print what a report says in words.
+
+    Args:
+        figures: the content of results.json.
+    """
     console = Console(soft_wrap=True)
     for warning in figures["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)

@@ -10,7 +10,7 @@ import numpy as np
 
 from calibadv.reports.arms import Arm
 from calibadv.reports.scores import Floats, RunScores
-from calibadv.reports.statistics import interval_over_whole, sign_flip_test, smallest_p
+from calibadv.reports.statistics import holm, interval_over_whole, sign_flip_test, smallest_p
 
 _SIGNIFICANT = 0.05
 _PAIRED = ("final_f1", "final_em")
@@ -73,8 +73,8 @@ def difference(arm: Arm, baseline: Arm, tables: Mapping[str, ArmScores]) -> dict
 
     Returns:
         ``final_f1`` and ``final_em``, each with mean and interval of the difference; ``seeds`` that are paired;
-        ``over``; ``p`` of the sign-flip test on final F1 over the seeds and ``smallest_p``, with two seeds or more;
-        and ``verdict``, a sentence. Where nothing can be paired, the verdict with the reason only.
+        ``over``; and ``p`` of the sign-flip test on final F1 over the seeds and ``smallest_p``, with two seeds or more.
+        Where nothing can be paired, only ``verdict``, a sentence with the reason.
     """
     reason = _refusal(arm, baseline, tables)
     if reason:
@@ -90,8 +90,22 @@ def difference(arm: Arm, baseline: Arm, tables: Mapping[str, ArmScores]) -> dict
     seeds = len(found["seeds"])
     if seeds > 1:
         found |= {"p": sign_flip_test(np.array(found["final_f1"]["by_seed"])), "smallest_p": smallest_p(seeds)}
-    found["verdict"] = _verdict(arm.name, baseline.name, found)
     return found
+
+
+def conclude(differences: Mapping[str, dict[str, Any]], baseline: str) -> None:
+    """Correct the p values of a comparison for their number, and put every difference into words.
+
+    Args:
+        differences: of ``difference``, by the name of the arm; ``p_holm`` and ``verdict`` are added.
+        baseline: name of the arm that all are compared with.
+    """
+    tested = [found for found in differences.values() if "p" in found]
+    for found, corrected in zip(tested, holm([found["p"] for found in tested]), strict=True):
+        found["p_holm"] = corrected
+    for name, found in differences.items():
+        if "verdict" not in found:
+            found["verdict"] = _verdict(name, baseline, found, len(tested))
 
 
 def _refusal(arm: Arm, baseline: Arm, tables: Mapping[str, ArmScores]) -> str:
@@ -121,22 +135,23 @@ def _paired(first: ArmScores, second: ArmScores) -> tuple[ArmScores, ArmScores]:
     return ArmScores(kept[0], questions, ""), ArmScores(kept[1], questions, "")
 
 
-def _verdict(name: str, baseline: str, found: Mapping[str, Any]) -> str:
-    """One sentence that claims no more than the interval and the test allow together."""
+def _verdict(name: str, baseline: str, found: Mapping[str, Any], tests: int) -> str:
+    """One sentence that claims no more than the interval and the corrected test allow together."""
     gap, seeds = found["final_f1"], len(found["seeds"])
     if "p" not in found:
         return (
             f"{name} is not distinguishable from {baseline} in final F1: {gap['mean']:+.3f} in one seed, "
             "and one seed says nothing of others."
         )
-    test = f"p = {found['p']:.3g} over {seeds} paired seeds"
+    corrected = f" ({found['p_holm']:.3g} corrected for {tests} tests)" if tests > 1 else ""
+    test = f"p = {found['p']:.3g}{corrected} over {seeds} paired seeds"
     ends = sorted(abs(gap[end]) for end in ("low", "high"))
     by = f"by {abs(gap['mean']):.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
     side = "higher" if gap["low"] > 0 else "lower" if gap["high"] < 0 else ""
     if not side:
         interval = f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
         return f"{name} is not distinguishable from {baseline} in final F1: {interval}, {test}."
-    if found["p"] <= _SIGNIFICANT:
+    if found["p_holm"] <= _SIGNIFICANT:
         return f"{name} is {side} than {baseline} in final F1 {by}, {test}."
     limit = f" (the smallest possible is {found['smallest_p']:.3g})" if found["smallest_p"] > _SIGNIFICANT else ""
     return (

@@ -5,6 +5,8 @@ Shapes: **S** seeds, **Q** questions, **M** measures.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -91,6 +93,25 @@ def sign_flip_test(differences: Floats) -> float:
     sums = np.abs((1 - 2 * patterns) @ differences)
     tolerance = 1e-9 * np.abs(differences).sum()  # rounding must not tell equal sums apart
     return float(np.mean(sums >= np.abs(differences.sum()) - tolerance))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p values for their number, so that one false alarm among all is no likelier than in a single test.
+
+    Holm 1979: the k-th smallest of m is multiplied by m - k + 1, and is at least as large as those before it.
+
+    Args:
+        p_values: of m tests.
+
+    Returns:
+        The corrected ones in the same order, at most 1.
+    """
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected
 
 
 def smallest_p(seeds: int) -> float:

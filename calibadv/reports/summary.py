@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from calibadv.reports.arms import Arm, differing_settings
-from calibadv.reports.differences import ArmScores, difference, over
+from calibadv.reports.differences import ArmScores, conclude, difference, over
 from calibadv.reports.scores import MEASURES, RunScores
 from calibadv.reports.statistics import LEVEL, RESAMPLES, interval_over_whole
 
@@ -54,13 +54,14 @@ def summarise(arms: Sequence[Arm], baseline: Arm, scores: Mapping[str, Sequence[
     for arm, row in zip(arms, rows, strict=True):
         if arm is not baseline:
             row["difference"] = difference(arm, baseline, tables)
-    compared = [row["difference"] for row in rows if "difference" in row]
+    compared = {row["name"]: row["difference"] for row in rows if "difference" in row}
+    conclude(compared, baseline.name)
     settings = differing_settings([arm.runs[0] for arm in arms])
     figures: Figures = {
         "baseline": baseline.name,
         "untrained": _untrained(arms, tables),
         "arms": rows,
-        "comparisons": {"tested": sum("p" in row for row in compared), "correction": "none"},
+        "comparisons": {"tested": sum("p" in found for found in compared.values()), "correction": "Holm"},
         "settings": {key: dict(zip(tables, texts, strict=True)) for key, texts in settings.items()},
         "method": {"interval": LEVEL, "resamples": RESAMPLES},
         "warnings": _warnings(arms, tables),

@@ -23,6 +23,7 @@ from calibadv.study.options import LISTS, PER_RUN, StudyOptions, read_options, s
 from calibadv.study.record import Record
 from calibadv.study.runs import StudyRun, runs_of, write_config
 from calibadv.study.schedule import State, run_all
+from calibadv.study.sources import digests
 from calibadv.study.table import Tables
 from calibadv.versions import versions
 
@@ -113,7 +114,7 @@ def read_study(arguments: Sequence[str]) -> tuple[StudyOptions, Record]:
     arms = read_arms(options.arm)
     settings = resolve_arms(arms, common)
     overlays = {arm.name: [overlay.name for overlay in arm.overlays] for arm in arms}
-    return options, Record(settings, overlays, options.seeds, options.threads, versions())
+    return options, Record(settings, overlays, options.seeds, options.threads, versions(), digests(settings.values()))
 
 
 def _alone(out: Path) -> AbstractContextManager[object]:
@@ -165,27 +166,31 @@ def _jobs(options: StudyOptions, record: Record) -> int:
 
 
 def _run(runs: Sequence[StudyRun], jobs: int, options: StudyOptions, command: str) -> int:
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     tables = Tables(runs, console)
     with tables.shown():
         state = run_all(runs, jobs, options.threads, tables)
-    if state.stopped_by is not None or state.failed:
-        return _unfinished(state, runs, command, console)
-    from calibadv.reports.compare import compare
-
-    report = options.folder / REPORT
-    arms = [run.arm for run in runs]
-    compare([options.folder], report, options.baseline or ("grpo" if "grpo" in arms else arms[0]))
-    console.print(f"{len(runs)} of {len(runs)} runs are finished\nreport      {report / 'report.html'}", soft_wrap=True)
-    return 0
-
-
-def _unfinished(state: State, runs: Sequence[StudyRun], command: str, console: Console) -> int:
-    for run in state.failed:
-        console.print(f"{run.name} failed: {run.last_line()}\n  {run.log}", soft_wrap=True)
     done = f"{len(state.finished)} of {len(runs)} runs are finished"
     if state.stopped_by is not None:
-        console.print(f"stopped by {state.stopped_by.name}, {done}; to continue:\n  {command}", soft_wrap=True)
+        console.print(f"stopped by {state.stopped_by.name}, {done}; to continue:\n  {command}")
         return 128 + state.stopped_by
-    console.print(f"{done}, so there is no report; to try the others again:\n  {command}", soft_wrap=True)
-    return 1
+    if state.finished:
+        _report(state, options)
+        console.print(f"{done}\nreport      {options.folder / REPORT / 'report.html'}")
+    for run in state.failed:
+        console.print(f"{run.name} failed: {run.last_line()}\n  {run.log}")
+    if state.failed:
+        console.print(f"{done}; to try the others again:\n  {command}")
+    return 1 if state.failed else 0
+
+
+def _report(state: State, options: StudyOptions) -> None:
+    """Write the report of what is finished. It begins with what has failed, which may have left no folder at all."""
+    from calibadv.reports.compare import compare_runs, print_figures, write_report
+
+    arms = list(dict.fromkeys(run.arm for run in state.finished))
+    wanted = options.baseline or "grpo"
+    figures, compared = compare_runs([options.folder], wanted if wanted in arms else arms[0])
+    figures["warnings"][:0] = [f"{run.name} failed, and is in no table" for run in state.failed]
+    write_report(options.folder / REPORT, figures, compared)
+    print_figures(figures)

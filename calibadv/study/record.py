@@ -10,6 +10,7 @@ from typing import Any
 
 from calibadv.run_folder import write_atomically
 from calibadv.study.arms import Settings
+from calibadv.study.sources import digests
 
 _FILE = "study.json"
 _SHOWN = 3
@@ -25,6 +26,7 @@ class Record:
         seeds: every arm is trained with each.
         threads: CPU threads of each run.
         versions: of Python and of the packages.
+        sources: digests of the code and of the files that the settings name, of ``calibadv.study.sources``.
     """
 
     arms: dict[str, Settings]
@@ -32,6 +34,7 @@ class Record:
     seeds: list[int]
     threads: int
     versions: dict[str, str]
+    sources: dict[str, str]
 
     @classmethod
     def read(cls, out: Path) -> Record | None:
@@ -84,19 +87,40 @@ class Record:
             )
         seeds = dict.fromkeys([*self.seeds, *given.seeds])
         return replace(
-            self, arms={**self.arms, **given.arms}, overlays={**self.overlays, **given.overlays}, seeds=list(seeds)
+            self,
+            arms={**self.arms, **given.arms},
+            overlays={**self.overlays, **given.overlays},
+            seeds=list(seeds),
+            sources={**self.sources, **given.sources},
         )
+
+    def check_sources(self) -> None:
+        """See that what the record names is what it was.
+
+        Raises:
+            ValueError: the code or a file has changed; the message names it.
+        """
+        changed = list(_changed_sources(self.sources, digests(self.arms.values())))
+        if changed:
+            raise ValueError(f"{'; '.join(changed)}: put it back as it was, or begin with another --out")
 
     def _differences(self, given: Record) -> Iterator[str]:
         if given.threads != self.threads:
             yield f"--threads {self.threads} (now {given.threads})"
         yield from _changed(self.versions, given.versions)
+        yield from _changed_sources(self.sources, given.sources)
         known = {name: arm for name, arm in self.arms.items() if name in given.arms}
         changes = {name: list(_changed(_flat(arm), _flat(given.arms[name]))) for name, arm in known.items()}
         common = [text for text in next(iter(changes.values()), []) if all(text in other for other in changes.values())]
         yield from common
         for name, texts in changes.items():
             yield from (f"arm '{name}': {text}" for text in texts if text not in common)
+
+
+def _changed_sources(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    for name, digest in before.items():
+        if now.get(name, digest) != digest:
+            yield f"{'the code of ' if name == 'calibadv' else ''}{name} has changed since the study began"
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from calibadv.cli.main import main as calibadv
+from calibadv.study.record import Record
 from calibadv.study.runs import StudyRun
 
 # Lightning starts further processes of a run by this command, with a copy of the first one's environment.
@@ -39,6 +40,13 @@ def main(arguments: Sequence[str]) -> int:
     with _alone(run, console):
         if run.finished:  # by the process that this one has waited for
             return 0
+        record = Record.read(run.out)
+        assert record is not None, "the study has written it"
+        try:
+            record.check_sources()
+        except ValueError as error:
+            console.print(f"not started: {error}")
+            return 1
         words = run.prepare()
         os.environ[_WORDS] = shlex.join(words)
         console.print(f"calibadv {os.environ[_WORDS]}")

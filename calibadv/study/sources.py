@@ -1,0 +1,78 @@
+"""What the results of a study depend on beside its settings: the code, and the files that the settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import calibadv
+
+_PARTS = ("data", "model")  # other sections name places to write to
+_OURS = "calibadv"
+_INSTALLED = (_OURS, "lightning", "torch")  # the record holds their versions, and the code of the first
+# Of a larger file, such as the weights of a model, only the size and both ends are read.
+_WHOLE = 64 << 20
+_END = 1 << 20
+
+
+def digests(arms: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Sum up the contents of everything that results depend on and that can change under an unchanged name.
+
+    Args:
+        arms: settings of each.
+
+    Returns:
+        A digest by name: of ``calibadv``, of each module of the user's own that a part comes from, and of each file or
+        folder that a setting of ``data`` or ``model`` names.
+    """
+    found = {_OURS: _digest(Path(calibadv.__file__).parent)}
+    for settings in arms:
+        for key, text in _texts({part: settings[part] for part in ("trainer", *_PARTS) if part in settings}):
+            if text in found:
+                continue
+            path = _module(text) if key.endswith("class_path") else Path(text) if key.startswith(_PARTS) else None
+            if path is not None and path.exists():
+                found[text] = _digest(path)
+    return found
+
+
+def _texts(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of the settings, with its dotted key."""
+    if isinstance(settings, str):
+        if settings:
+            yield key, settings
+    elif isinstance(settings, dict):
+        for name, value in settings.items():
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from _texts(value, key)
+
+
+def _module(class_path: str) -> Path | None:
+    """The file of a class, None for those whose version is recorded."""
+    name = class_path.rpartition(".")[0]
+    if name.partition(".")[0] in _INSTALLED:
+        return None
+    spec = find_spec(name)
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _digest(path: Path) -> str:
+    digest = blake2b(digest_size=8)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    for file in files:
+        if "__pycache__" in file.parts:
+            continue
+        name = file.relative_to(path).as_posix() if path.is_dir() else ""
+        size = file.stat().st_size
+        digest.update(f"{name}/{size}/".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_WHOLE if size <= _WHOLE else _END))
+            if size > _WHOLE:
+                stream.seek(-_END, 2)
+                digest.update(stream.read())
+    return digest.hexdigest()
