@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 
+from calibadv.progress import tracked
 from calibadv.replay.arms import ReplayArm, load_arms
 from calibadv.replay.comparison import Comparison
 from calibadv.replay.figures import Figures
@@ -67,9 +67,8 @@ def _apply(recorded: Recorded, arms: list[ReplayArm], top: int, keep: bool) -> t
     """The figures; and, if they are to be kept, the filled records by the name of the arm."""
     comparison = Comparison([arm.name for arm in arms], recorded)
     filled = {arm.name: list(recorded.records) for arm in arms} if keep else {}
-    console = Console(stderr=True)
     batches = recorded.batches()
-    for rows in track(batches, "Replaying", console=console, transient=True, disable=not console.is_terminal):
+    for rows in tracked(batches, "Replaying", len(batches)):
         outcomes = {arm.name: arm.apply([recorded.rollouts[row] for row in rows]) for arm in arms}
         comparison.add(rows, outcomes)
         for name, records in filled.items():

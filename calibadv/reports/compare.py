@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 
+from calibadv.progress import tracked
 from calibadv.reports.arms import Arm, group_arms
 from calibadv.reports.curves import read_names
 from calibadv.reports.figures import figure_png, figure_svg
@@ -69,13 +69,13 @@ def compare_runs(
         raise ValueError("runs names no folder; give run folders, or folders that hold such")
     mapped = {} if names is None else read_names(names, known_tags())
     paths = find_runs(runs)
-    found = list(_progress(read_runs(paths, mapped), "Reading runs", len(paths)))
+    found = list(tracked(read_runs(paths, mapped), "Reading runs", len(paths)))
     if mapped and all(run.ours for run in found):
         raise ValueError(f"name map '{names}' is for runs of other programs, and all of these are ours; leave it out")
     arms = group_arms(found)
     chosen = choose_baseline(arms, baseline)
     finished = [run for arm in arms for run in arm.finished]
-    scored = iter(list(_progress(map(score_run, finished), "Scoring questions", len(finished))))
+    scored = iter(list(tracked(map(score_run, finished), "Scoring questions", len(finished))))
     scores = {arm.name: [next(scored) for _ in arm.finished] for arm in arms}
     return summarise(arms, chosen, scores), arms
 
@@ -92,7 +92,7 @@ def write_report(out: Path, figures: Figures, arms: Sequence[Arm]) -> None:
     sections = panel(arms)
     arm_names = [arm.name for arm in arms]
     total = sum(len(section.charts) for section in sections)
-    pictures = dict(_progress(draw_charts(sections, arm_names), "Drawing", total))
+    pictures = dict(tracked(draw_charts(sections, arm_names), "Drawing", total))
     drawn = [(section, [pictures[entry.tag] for entry in section.charts]) for section in sections]
     contents: dict[str, str | bytes] = {
         "report.html": render_html(figures, timing, arms, drawn),
@@ -154,11 +154,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
-
-
-def _progress(items: Any, what: str, total: int) -> Any:
-    console = Console(stderr=True)
-    return track(items, what, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def print_figures(figures: Figures) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibadv.interfaces import Retriever
+from calibadv.progress import blocks, progress_bar
 from calibadv.retrieval.corpus import searched_text
-from calibadv.retrieval.progress import blocks, progress_bar
 from calibadv.rewards.answer import normalise_answer
 from calibadv.types import Document, Question, ScoredDocument
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibadv.progress import progress_bar
 from calibadv.retrieval.arrays import save_array
 from calibadv.retrieval.corpus import Corpus, searched_text
 from calibadv.retrieval.estimate import Sample, index_size, peak_memory
 from calibadv.retrieval.manifest import Backend
-from calibadv.retrieval.progress import progress_bar
 from calibadv.types import Document
 
 # Documents whose embeddings are one file, the most that a kill costs; and how many are encoded between two steps of the

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibadv.interfaces import Retriever
+from calibadv.progress import blocks
 from calibadv.retrieval.corpus import Corpus, open_corpus, searched_text
 from calibadv.retrieval.errors import one_line
 from calibadv.retrieval.manifest import INDEX_NAMES, Manifest, open_index
 from calibadv.retrieval.postings import Postings
-from calibadv.retrieval.progress import blocks
 from calibadv.retrieval.ranking import best_rows, check_search, check_top_k
 from calibadv.types import Document, ScoredDocument
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibadv.progress import progress_bar
 from calibadv.retrieval.errors import one_line
 from calibadv.retrieval.faiss_parts import has_numbers, most_centroids, train_plainly
-from calibadv.retrieval.progress import progress_bar
 
 # From this many vectors on, filling an index may take longer than about two seconds.
 _LARGE_INDEX = 100_000

@@ -9,8 +9,6 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
-from rich.console import Console
-from rich.progress import track
 
 from calibadv.calibrators import check_combination
 from calibadv.callbacks import AdvantageCalibration
@@ -18,6 +16,7 @@ from calibadv.cli.configs import ConfigFile, Option, read_config, resolve_config
 from calibadv.cli.errors import message_for_users
 from calibadv.cli.lightning import CalibadvCLI
 from calibadv.cli.trainer import check_trainer
+from calibadv.progress import tracked
 from calibadv.reports.runs import method_of
 from calibadv.study.options import refuse_per_run
 
@@ -104,8 +103,7 @@ def resolve_arms(arms: Sequence[Arm], common: Sequence[ConfigFile | Option]) -> 
     """
     scan_settings(common)
     resolved: dict[str, Settings] = {}
-    console = Console()
-    for arm in track(arms, "checking arms", console=console, transient=True, disable=not console.is_terminal):
+    for arm in tracked(arms, "Checking arms", len(arms)):
         try:
             settings = _resolve(arm, common)
         except ValueError as error:
@@ -137,6 +135,28 @@ def _refuse_to_undo(option: Option, overlays: Sequence[ConfigFile]) -> None:
                 raise ValueError(
                     f"{option.name} sets in every arm what '{overlay.name}' sets in this one; leave one of the two out"
                 )
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Put nested settings side by side.
+
+    Args:
+        settings: mappings and lists, nested.
+        prefix: of all keys.
+
+    Returns:
+        Values under dotted keys; the places of a list count as keys.
+    """
+    if isinstance(settings, dict) and settings:
+        items = list(settings.items())
+    elif isinstance(settings, list) and settings:
+        items = list(enumerate(settings))
+    else:
+        return {prefix: settings}
+    found: dict[str, Any] = {}
+    for key, value in items:
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
 
 
 class ArmCLI(CalibadvCLI):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calibadv.run_folder import write_atomically
-from calibadv.study.arms import Settings
+from calibadv.study.arms import Settings, flat
 from calibadv.study.sources import digests
 
 _FILE = "study.json"
@@ -110,7 +110,7 @@ class Record:
         yield from _changed(self.versions, given.versions)
         yield from _changed_sources(self.sources, given.sources)
         known = {name: arm for name, arm in self.arms.items() if name in given.arms}
-        changes = {name: list(_changed(_flat(arm), _flat(given.arms[name]))) for name, arm in known.items()}
+        changes = {name: list(_changed(flat(arm), flat(given.arms[name]))) for name, arm in known.items()}
         common = [text for text in next(iter(changes.values()), []) if all(text in other for other in changes.values())]
         yield from common
         for name, texts in changes.items():
@@ -128,17 +128,3 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         old, new = (json.dumps(values[key]) if key in values else "not set" for values in (before, now))
         if old != new:
             yield f"{key} {old} (now {new})"
-
-
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Values under dotted keys; the places of a list count as keys."""
-    if isinstance(settings, dict) and settings:
-        items = list(settings.items())
-    elif isinstance(settings, list) and settings:
-        items = list(enumerate(settings))
-    else:
-        return {prefix: settings}
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

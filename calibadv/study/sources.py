@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import calibadv
+from calibadv.study.arms import Settings, flat
 
-_PARTS = ("data", "model")  # other sections name places to write to
+_PARTS = ("data.", "model.")  # other sections name places to write to
 _OURS = "calibadv"
 _INSTALLED = (_OURS, "lightning", "torch")  # the record holds their versions, and the code of the first
 # Of a larger file, such as the weights of a model, only the size and both ends are read.
@@ -18,7 +18,7 @@ _WHOLE = 64 << 20
 _END = 1 << 20
 
 
-def digests(arms: Iterable[dict[str, Any]]) -> dict[str, str]:
+def digests(arms: Iterable[Settings]) -> dict[str, str]:
     """Sum up the contents of everything that results depend on and that can change under an unchanged name.
 
     Args:
@@ -30,26 +30,13 @@ def digests(arms: Iterable[dict[str, Any]]) -> dict[str, str]:
     """
     found = {_OURS: _digest(Path(calibadv.__file__).parent)}
     for settings in arms:
-        for key, text in _texts({part: settings[part] for part in ("trainer", *_PARTS) if part in settings}):
-            if text in found:
+        for key, text in flat(settings).items():
+            if not isinstance(text, str) or not text or text in found:
                 continue
             path = _module(text) if key.endswith("class_path") else Path(text) if key.startswith(_PARTS) else None
             if path is not None and path.exists():
                 found[text] = _digest(path)
     return found
-
-
-def _texts(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of the settings, with its dotted key."""
-    if isinstance(settings, str):
-        if settings:
-            yield key, settings
-    elif isinstance(settings, dict):
-        for name, value in settings.items():
-            yield from _texts(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(settings, list):
-        for value in settings:
-            yield from _texts(value, key)
 
 
 def _module(class_path: str) -> Path | None:

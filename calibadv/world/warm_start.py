@@ -8,12 +8,12 @@ from pathlib import Path
 from random import Random
 
 import torch
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from calibadv.agent.tokenizer import AgentTokenizer
+from calibadv.progress import tracked
 from calibadv.world.demonstrations import CLEAN, PER_WORLD, Demonstration, Noise, demonstrate
 from calibadv.world.tokenizer import build_tokenizer
 
@@ -47,7 +47,7 @@ def make_policy(out: Path, seed: int = 0, clean_steps: int = 250, noisy_steps: i
     clean = islice(demonstrate(agent_tokenizer, seed, CLEAN), clean_steps * _BATCH)
     noisy = islice(demonstrate(agent_tokenizer, seed + 1, Noise()), noisy_steps * _BATCH)
     batches = (batch for demonstrations in (clean, noisy) for batch in _batched(demonstrations, Random(seed)))
-    train(model, track(batches, "warm start", steps), steps)
+    train(model, tracked(batches, "Warm start", steps), steps)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -29,6 +29,23 @@ def progress_bar(description: str, total: int, hidden: bool) -> Iterator[Callabl
     hidden = hidden or not console.is_terminal  # there it would leave an empty line
     with Progress(console=console, transient=True, disable=hidden) as progress:
         yield partial(progress.advance, progress.add_task(description, total=total))
+
+
+def tracked(items: Iterable[_T], description: str, total: int) -> Iterator[_T]:
+    """Show how many items are behind.
+
+    Args:
+        items: what to go through.
+        description: what is done with them.
+        total: how many there are.
+
+    Yields:
+        The items.
+    """
+    with progress_bar(description, total, hidden=False) as advance:
+        for item in items:
+            yield item
+            advance(1)
 
 
 def blocks(items: Sequence[_T], size: int, description: str, hidden: bool) -> Iterator[Sequence[_T]]:
