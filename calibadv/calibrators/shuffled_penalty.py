@@ -20,7 +20,7 @@ class ShuffledPenalty(Calibrator):
     depend on the order of the rollouts in the batch.
 
     Args:
-        seed: Of the order.
+        seed: Of the order. It does not follow the seed of the run, whose rollouts are others anyway.
     """
 
     def __init__(self, seed: int = 0) -> None:
