@@ -280,7 +280,13 @@ class PolicyLoss(ABC):
     """The surrogate that is minimised.
 
     Its gradient is 0 where the advantage is 0; what pulls on every token is a ``Regularizer``.
+
+    Attributes:
+        acts_on_change: whether what tells it from PPOClip's defaults depends on how far the log-probabilities have
+            moved since the first update of a rollout step. Settings under which they never have get a warning.
     """
+
+    acts_on_change: bool = False
 
     @abstractmethod
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:

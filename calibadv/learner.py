@@ -183,7 +183,7 @@ class Learner:
         for rows in mini_batches(ready.batch, self.mini_batches, self.seed, step):
             is_tied = not bool(ready.advantages[rows].any())
             tied += is_tied
-            if not (is_tied and self.skip_tied):
+            if not (is_tied and self.skip_tied) or self.objective.acts_without_advantage:
                 gradient = self.accumulate(trainee, ready, rows)
                 trainee.optimizer.step()
                 updates.append(gradient)

@@ -32,6 +32,7 @@ from calibadv.interfaces import (
     Reward,
 )
 from calibadv.learner import Learner, LearningRate, SamplerCorrection, Trainee, check_at_least
+from calibadv.losses.aggregation import check_length
 from calibadv.metrics import evaluation_metrics, rollout_metrics, speed_metrics
 from calibadv.models import Lora, Reference, check_positions, enable_checkpointing, load_policy, make_reference
 from calibadv.numerics.kl import KLEstimator
@@ -80,7 +81,7 @@ class SearchAgentModule(pl.LightningModule):
         old_logprobs: the ratio's denominator: recomputed by the ``trainer``, or those of the ``engine``.
         sampler_correction: weigh tokens by how much likelier the trainer's model draws them than the engine did.
         gradient_checkpointing: compute activations again on the way back: less memory, more time.
-        skip_tied: leave out the optimizer step of mini-batches whose advantages are all 0.
+        skip_tied: leave out the optimizer step of mini-batches whose advantages are all 0, if no other term acts there.
         garbled_perplexity: a rollout counts as garbled if a message's perplexity is above this.
         seed: of questions, sampling and mini-batches; set by ``--seed_everything``.
     """
@@ -124,6 +125,7 @@ class SearchAgentModule(pl.LightningModule):
         check_at_least("rollout_steps", rollout_steps, 1)
         check_at_least("group_size", group_size, 1)
         check_filter(group_filter, estimator, group_size)
+        check_length(loss, (protocol.max_searches + 1) * protocol.max_turn_tokens)
         self.learner = Learner(
             objective=Objective(loss, kl_coef, tuple(regularizers or ()), kl_estimator),
             learning_rate=LearningRate(learning_rate, schedule, warmup_steps, rollout_steps),

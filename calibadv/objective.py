@@ -47,6 +47,12 @@ class Objective:
                 "model.kl_estimator is k1: as a term of the loss, its gradient does not depend on the reference, and "
                 "nothing pulls the policy back to it; k2 and k3 do"
             )
+        if self.loss.acts_on_change and mini_batches == 1 and old_logprobs == "trainer":
+            log.warning(
+                "model.mini_batches is 1, so nothing has moved yet when a rollout step makes its only update: what "
+                "tells this %s from PPOClip's defaults never acts; set mini_batches to at least 2",
+                type(self.loss).__name__,
+            )
         kinds = [type(regularizer).__name__ for regularizer in self.regularizers]
         for kind, regularizer in zip(kinds, self.regularizers, strict=True):
             if kinds.count(kind) > 1:
@@ -87,6 +93,11 @@ class Objective:
             metrics = _merge(metrics, reported, regularizer)
         return loss, {**metrics, "loss": loss.item()}
 
+    @property
+    def acts_without_advantage(self) -> bool:
+        """Whether a term pulls on tokens whose advantage is 0."""
+        return bool(self.kl_coef or self.regularizers)
+
     def split(self, ready: ReadyBatch, rows: Sequence[int]) -> tuple[list[int], list[int]]:
         """Tell the rollouts that move the policy from those that only count, and so need no backward pass.
 
@@ -103,7 +114,7 @@ class Objective:
         """
         has_advantage = ready.advantages.any(dim=1).tolist()
         moving = [row for row in rows if has_advantage[row]]
-        if self.kl_coef or self.regularizers or not moving:
+        if self.acts_without_advantage or not moving:
             return list(rows), []
         return moving, [row for row in rows if not has_advantage[row]]
 

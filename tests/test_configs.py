@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,33 @@ def test_a_recipe_is_built_with_its_callbacks_and_no_others(name: str, data: lis
 @pytest.mark.parametrize("name", [*LOSSES, *REGULARIZERS])
 def test_a_loss_takes_the_place_of_the_recipes_own(name: str) -> None:
     objective = build("--config", "quickstart", "--config", name).model.learner.objective
-    settings = dict(vars(objective.loss))
+    settings = {name: value for name, value in vars(objective.loss).items() if name != "acts_on_change"}
     aggregation = settings.pop("aggregation")
     default = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}
     assert (type(objective.loss).__name__, settings) == LOSSES.get(name, ("PPOClip", default))
     assert (type(aggregation).__name__, vars(aggregation)) == AGGREGATIONS.get(name, ("TokenMean", {}))
     found = [(type(regularizer).__name__, vars(regularizer)) for regularizer in objective.regularizers]
     assert found == REGULARIZERS.get(name, [])
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("cispo", "sequence_mean"), ("CISPO", 1.0, 4.0, "SequenceMean")),
+        (("clip_higher", "sequence_mean"), ("PPOClip", 0.2, 0.28, "SequenceMean")),
+        (("gspo", "dr_grpo"), ("GSPO", 3e-4, 4e-4, "FixedLength")),
+        (("dual_clip", "gspo"), ("GSPO", 3e-4, 4e-4, "SequenceMean")),
+    ],
+)
+def test_losses_are_combined_as_they_are_named(names: Sequence[str], expected: tuple[object, ...]) -> None:
+    words = [word for name in names for word in ("--config", f"losses/{name}")]
+    loss = build("--config", "quickstart", *words).model.learner.objective.loss
+    assert (type(loss).__name__, loss.clip_low, loss.clip_high, type(loss.aggregation).__name__) == expected
+
+
+def test_a_loss_is_refused_what_it_does_not_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(tmp_path, "run", "--config", "losses/gspo", "--config", "losses/dual_clip") == 2
+    assert "model.loss: option 'dual_clip' is not accepted by GSPO; it takes clip_low" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -319,6 +319,15 @@ def test_a_tied_mini_batch_moves_the_policy_by_momentum_unless_it_is_skipped(ski
     assert all(math.isfinite(value) for value in second.values())
 
 
+def test_a_tied_mini_batch_is_not_skipped_where_another_term_acts() -> None:
+    model, rule = Bigram(torch.ones(2, 2)), learner(skip_tied=True, kl_coef=0.5)
+    batch = collate(group(1.0, 1.0))
+    tied = ready(model, batch, reference=torch.zeros_like(batch.loss_mask, dtype=torch.float32))
+    metrics = update(rule, model, tied)
+    assert metrics["credit/tied_updates"] == 1
+    assert not torch.equal(model.table, torch.ones(2, 2))
+
+
 def test_only_the_tied_mini_batches_are_skipped() -> None:
     model, rule = Bigram(torch.zeros(2, 2)), learner(mini_batches=3, skip_tied=True)
     optimizer = rule.make_optimizer(model)

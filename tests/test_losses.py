@@ -19,6 +19,7 @@ from calibadv.agent.collate import collate
 from calibadv.interfaces import LossInputs, Metrics, PolicyLoss, Regularizer
 from calibadv.learner import Learner, LearningRate, Trainee
 from calibadv.losses import CISPO, GSPO, Aggregation, FixedLength, PPOClip, SequenceMean, TokenMean
+from calibadv.losses.aggregation import check_length
 from calibadv.numerics.kl import k1, k2, k3
 from calibadv.numerics.loss import sequence_ratio
 from calibadv.objective import Objective
@@ -545,6 +546,16 @@ def test_what_cannot_work_is_refused_with_the_reason(make: Callable[[], object],
         (GSPO, []),
         (lambda: learner(PPOClip(), kl_coef=0.1, kl_estimator="k1"), ["model.kl_estimator is k1: .*; k2 and k3 do"]),
         (lambda: learner(PPOClip(), kl_coef=0.1, kl_estimator="k2"), []),
+        (lambda: learner(PPOClip(clip_high=0.28), mini_batches=1), ["model.mini_batches is 1, .* tells this PPOClip"]),
+        (lambda: learner(PPOClip(dual_clip=3.0), mini_batches=1), ["model.mini_batches is 1, .* tells this PPOClip"]),
+        (lambda: learner(CISPO(), mini_batches=1), ["model.mini_batches is 1, .* tells this CISPO from PPOClip's"]),
+        (lambda: learner(GSPO(), mini_batches=1), ["model.mini_batches is 1, .* tells this GSPO from PPOClip's"]),
+        (lambda: learner(GSPO(), mini_batches=2), []),
+        (lambda: learner(GSPO(), mini_batches=1, old_logprobs="engine"), []),
+        (lambda: learner(PPOClip(aggregation=SequenceMean()), mini_batches=1), []),
+        (lambda: check_length(PPOClip(aggregation=FixedLength(144)), 2500), ["the length of FixedLength is 144, and"]),
+        (lambda: check_length(PPOClip(aggregation=FixedLength(144)), 144), []),
+        (lambda: check_length(PPOClip(), 2500), []),
     ],
 )
 def test_what_will_hardly_work_is_warned_of(

@@ -8,7 +8,7 @@ import pytest
 from records import answer, rollout, search
 
 from calibadv.calibrators import AnswerRebalance, SoftPenalty
-from calibadv.cli.configs import config_name, configs_folder, resolve_config, scan_overlays
+from calibadv.cli.configs import config_name, configs_folder, read_config, resolve_config, scan_settings
 from calibadv.estimators import GRPO
 from calibadv.replay import load_method, replay
 from calibadv.rewards import F1, ExactMatch
@@ -145,7 +145,7 @@ def test_an_unknown_config_lists_the_known_ones() -> None:
 def test_a_config_that_is_no_mapping_is_an_error_of_one_line(tmp_path: Path, text: str) -> None:
     path = overlay(tmp_path / "own.yaml", text)
     with pytest.raises(ValueError, match=r"config '.*own\.yaml'") as caught:
-        scan_overlays([path])
+        scan_settings([read_config(path)])
     assert "\n" not in str(caught.value)
 
 
@@ -181,7 +181,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
     ],
 )
 def test_orders_that_keep_everything_are_accepted(files: dict[str, Path], order: list[str]) -> None:
-    scan_overlays([files[name] for name in order])
+    scan_settings([read_config(files[name]) for name in order])
 
 
 @pytest.mark.parametrize(
@@ -200,12 +200,12 @@ def test_an_overlay_of_which_nothing_remains_is_refused(
     files: dict[str, Path], order: list[str], lost: str, owner: str
 ) -> None:
     with pytest.raises(ValueError, match=rf"nothing of '.*/{lost}\.yaml' remains: .*; put it after '.*/{owner}\.yaml'"):
-        scan_overlays([files[name] for name in order])
+        scan_settings([read_config(files[name]) for name in order])
 
 
 def test_an_appended_list_that_is_lost_is_refused_even_if_the_rest_remains(files: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=r"appends to trainer.callbacks is lost: .*base\.yaml' sets the whole list"):
-        scan_overlays([files["soft_and_more"], files["base"]])
+        scan_settings([read_config(files["soft_and_more"]), read_config(files["base"])])
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_an_appended_list_that_is_lost_is_refused_even_if_the_rest_remains(files
 )
 def test_two_calibration_callbacks_are_refused(files: dict[str, Path], order: list[str]) -> None:
     with pytest.raises(ValueError, match="each install an AdvantageCalibration; give one overlay that lists all"):
-        scan_overlays([files[name] for name in order])
+        scan_settings([read_config(files[name]) for name in order])
 
 
 def test_replay_refuses_the_same_orders(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from calibadv.study.runs import StudyRun, runs_of
 from calibadv.study.schedule import State
 from calibadv.study.sources import digests
 from calibadv.study.table import arm_table
+from calibadv.versions import versions
 
 FIT = ("--config", "quickstart", *SMALL, "--model.rollout_steps", "2")
 WORDS = (*FIT, "--seeds", "0", "--arm", "grpo")
@@ -89,7 +90,7 @@ def test_a_mistake_is_refused_before_anything_is_written(more: list[str], messag
 def test_arms_that_differ_only_in_what_they_leave_behind(tmp_path: Path) -> None:
     (tmp_path / "often.yaml").write_text("rollouts: {every_n_rollout_steps: 3}")
     more = words("--arm", f"often={tmp_path / 'often.yaml'}", out=tmp_path / "x")
-    assert "arms 'grpo' and 'often' have the same settings" in refusal(lambda: read_study(more))
+    assert "arms 'grpo' and 'often' have the same settings" in refusal(lambda: study(more))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,11 @@ def test_further_seeds_and_arms_extend(begun: Path) -> None:
     record = second(begun, "--seeds", "7", "--arm", "soft=calibrators/soft_penalty")
     assert record.seeds == [0, 7]
     assert list(record.arms) == ["grpo", "slower", "soft"]
-    assert record.overlays["soft"] == ["calibrators/soft_penalty"]
+
+
+def test_an_arm_of_an_earlier_call_under_another_name_is_refused(begun: Path) -> None:
+    _, given = read_study([*FIT, "--arm", "again", "--seeds", "0", "--out", str(begun)])
+    assert refusal(lambda: plan(given, begun)).startswith("arms 'grpo' and 'again' have the same settings")
 
 
 def test_what_an_earlier_call_named_stays(begun: Path) -> None:
@@ -204,7 +209,7 @@ def test_files_and_parts_that_have_changed_are_refused_and_named(
     sources = digests([settings])
     assert list(sources) == ["calibadv", "my_part.Mine", str(questions), str(policy)]
     record = replace(small_record(["grpo"], [0]), arms={"grpo": settings}, sources=sources)
-    record.check_sources()
+    record.check_unchanged()
     for path, name in (
         (part, "my_part.Mine"),
         (questions, str(questions)),
@@ -212,12 +217,12 @@ def test_files_and_parts_that_have_changed_are_refused_and_named(
     ):
         path.write_text("two")
         message = f"{name} has changed since the study began"
-        assert refusal(record.check_sources).startswith(message)
+        assert refusal(record.check_unchanged).startswith(message)
         assert message in refusal(lambda: record.extended(replace(record, sources=digests([settings])), tmp_path))
         path.write_text("one")
-    record.check_sources()
+    record.check_unchanged()
     other = replace(record, sources={**sources, "calibadv": "other"})
-    assert refusal(other.check_sources).startswith(
+    assert refusal(other.check_unchanged).startswith(
         "the code of calibadv has changed since the study began: put it back"
     )
 
@@ -248,7 +253,7 @@ def test_a_damaged_record_is_not_overwritten(tmp_path: Path) -> None:
 
 def small_record(arms: Sequence[str], seeds: Sequence[int], steps: int = 6) -> Record:
     settings: dict[str, Any] = {"model": {"rollout_steps": steps}}
-    return Record(dict.fromkeys(arms, settings), {arm: [] for arm in arms}, list(seeds), 1, {}, {})
+    return Record(dict.fromkeys(arms, settings), list(seeds), 1, versions(), {})
 
 
 @given(
@@ -344,7 +349,7 @@ def test_every_run_has_its_folder_its_log_and_its_threads(whole: Path) -> None:
     assert "AnswerRebalance" in given
     assert json.loads((whole / "study.json").read_text())["threads"] == 1
     report = json.loads((whole / "report" / "results.json").read_text())
-    assert [arm["name"] for arm in report["arms"]] == ["calibadv", "grpo"]
+    assert [arm["name"] for arm in report["arms"]] == ["grpo", "calibadv"]  # as they were given
 
 
 def test_a_second_call_repeats_no_run_and_writes_the_same_report(
@@ -460,11 +465,14 @@ def test_when_a_study_is_killed_its_runs_stop_by_themselves(tmp_path: Path) -> N
 @pytest.mark.long
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("model: {protocol: {max_rollout_tokens: 8}}")  # shorter than any prompt
-    process = start(tmp_path, [*WORDS, "--arm", "broken=broken.yaml", "--out", "x"])
+    process = start(tmp_path, [*WORDS, "--arm", "broken=broken.yaml", "--baseline", "broken", "--out", "x"])
     out, _ = process.communicate()
     assert process.returncode == 1
     assert re.search(r"broken/seed0 failed: calibadv: error: .*8.*\n  x/broken/seed0\.log\n", out)
     assert "1 of 2 runs are finished; to try the others again:" in out
     figures = json.loads((tmp_path / "x" / "report" / "results.json").read_text())
-    assert figures["warnings"] == ["broken/seed0 failed, and is in no table"]
+    assert figures["warnings"] == [
+        "broken/seed0 failed, and is not in this report",
+        "no run of broken is finished, so grpo stands in as the baseline",
+    ]
     assert [row["name"] for row in figures["arms"]] == ["grpo"]

@@ -164,18 +164,6 @@ def _flatten(mapping: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def scan_overlays(paths: list[Path]) -> None:
-    """Refuse config files whose order or company the parser would accept without doing what is meant.
-
-    Args:
-        paths: the config files in the order in which they apply.
-
-    Raises:
-        ValueError: see ``scan_settings``.
-    """
-    scan_settings([read_config(path) for path in paths])
-
-
 def scan_settings(settings: Sequence[ConfigFile | Option]) -> None:
     """Refuse what the parser would accept without doing what is meant.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from calibadv.cli.configs import callback_name, is_calibration
+from calibadv.cli.configs import callback_name
 from calibadv.cli.help import STAYS
 
 # Lightning starts further processes with a copy of the first one's environment.
@@ -53,8 +53,6 @@ def check_trainer(trainer: Any) -> None:
             f"trainer.val_check_interval is {interval}; it counts rollout steps, and must be a whole number from 1 on"
         )
     callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else []
-    if sum(is_calibration(callback) for callback in callbacks) > 1:
-        raise ValueError("two AdvantageCalibration callbacks are installed; list all calibrators in one of them")
     if number_of_processes(trainer) > 1 and any(_goes_back(callback) for callback in callbacks):
         raise ValueError(
             "CollapseGuard's action is rollback, which begins again in the same process, and there are "

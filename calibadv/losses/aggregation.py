@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 
 from torch import Tensor
 
 from calibadv.interfaces import LossInputs
 from calibadv.numerics.aggregation import fixed_length, sequence_mean, token_mean
+
+log = logging.getLogger(__name__)
 
 
 class Aggregation(ABC):
@@ -90,3 +93,20 @@ class FixedLength(Aggregation):
             A scalar with the gradient of ``values``.
         """
         return fixed_length(values, inputs.num_rollouts, self.length)
+
+
+def check_length(loss: object, longest: int) -> None:
+    """Warn of a FixedLength that does not fit the protocol.
+
+    Args:
+        loss: perhaps with an aggregation.
+        longest: the most policy tokens that the protocol lets a rollout have.
+    """
+    aggregation = getattr(loss, "aggregation", None)
+    if isinstance(aggregation, FixedLength) and aggregation.length != longest:
+        log.warning(
+            "the length of FixedLength is %d, and the protocol lets a rollout have %d policy tokens; the paper takes "
+            "the latter, and the scale of the policy loss depends on it",
+            aggregation.length,
+            longest,
+        )

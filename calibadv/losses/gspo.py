@@ -30,6 +30,8 @@ class GSPO(PolicyLoss):
         aggregation: How tokens and rollouts are weighed; TokenMean by default, as in the other losses.
     """
 
+    acts_on_change = True
+
     def __init__(self, clip_low: float = 3e-4, clip_high: float = 4e-4, aggregation: Aggregation | None = None) -> None:
         check_clips(clip_low, clip_high)
         if max(clip_low, clip_high) > _LARGE_CLIP:

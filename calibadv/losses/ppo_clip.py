@@ -9,6 +9,8 @@ from calibadv.losses.aggregation import Aggregation, TokenMean
 from calibadv.losses.clips import check_clips, clip_shares
 from calibadv.numerics.loss import active_clips, clipped_surrogate, dual_clip_surrogate
 
+_USUAL_CLIPS = (0.2, 0.2)
+
 
 class PPOClip(PolicyLoss):
     """-(1/N) x sum over the trained tokens of min(r A, clip(r, 1 - low, 1 + high) A) (arXiv 1707.06347).
@@ -25,8 +27,8 @@ class PPOClip(PolicyLoss):
 
     def __init__(
         self,
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
+        clip_low: float = _USUAL_CLIPS[0],
+        clip_high: float = _USUAL_CLIPS[1],
         dual_clip: float | None = None,
         aggregation: Aggregation | None = None,
     ) -> None:
@@ -37,6 +39,7 @@ class PPOClip(PolicyLoss):
         self.clip_high = clip_high
         self.dual_clip = dual_clip
         self.aggregation = aggregation or TokenMean()
+        self.acts_on_change = dual_clip is not None or (clip_low, clip_high) != _USUAL_CLIPS
 
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
         """Compute the part of the loss that this micro-batch contributes.

@@ -17,7 +17,6 @@ from calibadv.cli.errors import message_for_users
 from calibadv.cli.lightning import CalibadvCLI
 from calibadv.cli.trainer import check_trainer
 from calibadv.progress import tracked
-from calibadv.reports.runs import method_of
 from calibadv.study.options import refuse_per_run
 
 Settings = dict[str, Any]
@@ -98,20 +97,15 @@ def resolve_arms(arms: Sequence[Arm], common: Sequence[ConfigFile | Option]) -> 
         The whole config by the arm's name.
 
     Raises:
-        ValueError: ``fit`` would refuse an arm's settings, two arms are the same, or an option of all arms undoes what
-            makes one of them.
+        ValueError: ``fit`` would refuse an arm's settings, or an option of all arms undoes what makes one of them.
     """
     scan_settings(common)
     resolved: dict[str, Settings] = {}
     for arm in tracked(arms, "Checking arms", len(arms)):
         try:
-            settings = _resolve(arm, common)
+            resolved[arm.name] = _resolve(arm, common)
         except ValueError as error:
             raise ValueError(f"arm '{arm.name}': {message_for_users(error) or error}") from error
-        same = next((name for name, other in resolved.items() if method_of(other) == method_of(settings)), None)
-        if same is not None:
-            raise ValueError(f"arms '{same}' and '{arm.name}' have the same settings; leave one of them out")
-        resolved[arm.name] = settings
     return resolved
 
 

@@ -85,9 +85,10 @@ def study(arguments: Sequence[str]) -> int:
     """
     quiet_libraries()
     options, given = read_study(arguments)
-    record = plan(given, options.folder, options.baseline)
-    runs = list(runs_of(record, options.folder))
+    plan(given, options.folder, options.baseline)  # refuses before anything is written
     with _alone(options.folder):
+        record = plan(given, options.folder, options.baseline)  # a study that has just ended may have extended it
+        runs = list(runs_of(record, options.folder))
         record.write(options.folder)
         for arm, config in record.arms.items():
             write_config(options.folder, arm, config)
@@ -113,8 +114,7 @@ def read_study(arguments: Sequence[str]) -> tuple[StudyOptions, Record]:
     options = read_options(own)
     arms = read_arms(options.arm)
     settings = resolve_arms(arms, common)
-    overlays = {arm.name: [overlay.name for overlay in arm.overlays] for arm in arms}
-    return options, Record(settings, overlays, options.seeds, options.threads, versions(), digests(settings.values()))
+    return options, Record(settings, options.seeds, options.threads, versions(), digests(settings.values()))
 
 
 def _alone(out: Path) -> AbstractContextManager[object]:
@@ -144,6 +144,7 @@ def plan(given: Record, out: Path, baseline: str | None = None) -> Record:
     """
     before = Record.read(out)
     record = given if before is None else before.extended(given, out)
+    record.check_arms()
     if baseline is not None and baseline not in record.arms:
         raise ValueError(f"--baseline is '{baseline}'; it must be one of the arms: {', '.join(record.arms)}")
     known = set() if before is None else {run.folder.path for run in runs_of(before, out)}
@@ -174,23 +175,25 @@ def _run(runs: Sequence[StudyRun], jobs: int, options: StudyOptions, command: st
     if state.stopped_by is not None:
         console.print(f"stopped by {state.stopped_by.name}, {done}; to continue:\n  {command}")
         return 128 + state.stopped_by
-    if state.finished:
-        _report(state, options)
-        console.print(f"{done}\nreport      {options.folder / REPORT / 'report.html'}")
     for run in state.failed:
         console.print(f"{run.name} failed: {run.last_line()}\n  {run.log}")
-    if state.failed:
-        console.print(f"{done}; to try the others again:\n  {command}")
+    console.print(f"{done}; to try the others again:\n  {command}" if state.failed else done)
+    if state.finished:
+        _report([run for run in runs if run.finished], state, options)
+        console.print(f"report      {options.folder / REPORT / 'report.html'}")
     return 1 if state.failed else 0
 
 
-def _report(state: State, options: StudyOptions) -> None:
-    """Write the report of what is finished. It begins with what has failed, which may have left no folder at all."""
+def _report(finished: Sequence[StudyRun], state: State, options: StudyOptions) -> None:
+    """Write the report of what is finished. It begins with what is not."""
     from calibadv.reports.compare import compare_runs, print_figures, write_report
 
-    arms = list(dict.fromkeys(run.arm for run in state.finished))
-    wanted = options.baseline or "grpo"
-    figures, compared = compare_runs([options.folder], wanted if wanted in arms else arms[0])
-    figures["warnings"][:0] = [f"{run.name} failed, and is in no table" for run in state.failed]
+    arms = {run.arm for run in finished}
+    baseline = options.baseline if options.baseline in arms else None
+    figures, compared = compare_runs([run.folder.path for run in finished], baseline)
+    missing = [f"{run.name} failed, and is not in this report" for run in state.failed]
+    if options.baseline not in (baseline, None):
+        missing.append(f"no run of {options.baseline} is finished, so {figures['baseline']} stands in as the baseline")
+    figures["warnings"][:0] = missing
     write_report(options.folder / REPORT, figures, compared)
     print_figures(figures)

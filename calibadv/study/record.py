@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from calibadv.reports.runs import method_of
 from calibadv.run_folder import write_atomically
 from calibadv.study.arms import Settings, flat
 from calibadv.study.sources import digests
+from calibadv.versions import versions
 
 _FILE = "study.json"
 _SHOWN = 3
@@ -22,7 +24,6 @@ class Record:
 
     Attributes:
         arms: the whole config of each, by name.
-        overlays: names of the overlays of each, by name of the arm.
         seeds: every arm is trained with each.
         threads: CPU threads of each run.
         versions: of Python and of the packages.
@@ -30,7 +31,6 @@ class Record:
     """
 
     arms: dict[str, Settings]
-    overlays: dict[str, list[str]]
     seeds: list[int]
     threads: int
     versions: dict[str, str]
@@ -89,18 +89,32 @@ class Record:
         return replace(
             self,
             arms={**self.arms, **given.arms},
-            overlays={**self.overlays, **given.overlays},
             seeds=list(seeds),
             sources={**self.sources, **given.sources},
         )
 
-    def check_sources(self) -> None:
+    def check_arms(self) -> None:
+        """See that the arms differ in something that a run depends on: only then can a report tell them apart.
+
+        Raises:
+            ValueError: two arms are the same.
+        """
+        methods: dict[str, dict[str, Any]] = {}
+        for name, settings in self.arms.items():
+            method = method_of(settings)
+            same = next((other for other, known in methods.items() if known == method), None)
+            if same is not None:
+                raise ValueError(f"arms '{same}' and '{name}' have the same settings; leave one of them out")
+            methods[name] = method
+
+    def check_unchanged(self) -> None:
         """See that what the record names is what it was.
 
         Raises:
-            ValueError: the code or a file has changed; the message names it.
+            ValueError: the code, a file or a version has changed; the message names it.
         """
-        changed = list(_changed_sources(self.sources, digests(self.arms.values())))
+        now = digests(self.arms.values())
+        changed = [*_changed(self.versions, versions()), *_changed_sources(self.sources, now)]
         if changed:
             raise ValueError(f"{'; '.join(changed)}: put it back as it was, or begin with another --out")
 

@@ -106,7 +106,7 @@ def _start(state: State, jobs: int, threads: int) -> None:
 
 
 def _process(run: StudyRun, threads: int) -> subprocess.Popen[bytes]:
-    words = [str(run.out), run.arm, str(run.seed), str(run.steps)]
+    words = [str(run.out), run.arm, str(run.seed)]
     environment = {**os.environ, **dict.fromkeys(_THREADS, str(threads))}
     environment.pop("FORCE_COLOR", None)  # its output goes into a file
     run.log.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from hashlib import blake2b
 from importlib.util import find_spec
@@ -16,6 +17,8 @@ _INSTALLED = (_OURS, "lightning", "torch")  # the record holds their versions, a
 # Of a larger file, such as the weights of a model, only the size and both ends are read.
 _WHOLE = 64 << 20
 _END = 1 << 20
+# What may change: reports are written of finished runs; caches, and what editors and file managers leave.
+_NO_MATTER = re.compile(r"^reports/|__pycache__|(^|/)\.|~$")
 
 
 def digests(arms: Iterable[Settings]) -> dict[str, str]:
@@ -31,11 +34,10 @@ def digests(arms: Iterable[Settings]) -> dict[str, str]:
     found = {_OURS: _digest(Path(calibadv.__file__).parent)}
     for settings in arms:
         for key, text in flat(settings).items():
-            if not isinstance(text, str) or not text or text in found:
-                continue
-            path = _module(text) if key.endswith("class_path") else Path(text) if key.startswith(_PARTS) else None
-            if path is not None and path.exists():
-                found[text] = _digest(path)
+            if isinstance(text, str) and text not in found:
+                path = _module(text) if key.endswith("class_path") else _named(key, text)
+                if path is not None and path.exists():
+                    found[text] = _digest(path)
     return found
 
 
@@ -48,13 +50,19 @@ def _module(class_path: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin else None
 
 
+def _named(key: str, text: str) -> Path | None:
+    """The path that a setting may name. A plain word is a choice, such as ``constant``; a policy may be called so."""
+    looks_like_one = key == "model.policy" or "/" in text or "." in text
+    return Path(text) if looks_like_one and key.startswith(_PARTS) else None
+
+
 def _digest(path: Path) -> str:
     digest = blake2b(digest_size=8)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     for file in files:
-        if "__pycache__" in file.parts:
-            continue
         name = file.relative_to(path).as_posix() if path.is_dir() else ""
+        if _NO_MATTER.search(name):
+            continue
         size = file.stat().st_size
         digest.update(f"{name}/{size}/".encode())
         with file.open("rb") as stream:

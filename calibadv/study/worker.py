@@ -1,4 +1,4 @@
-"""The process of one run: ``python -m calibadv.study.worker OUT ARM SEED STEPS``, started by a study."""
+"""The process of one run: ``python -m calibadv.study.worker OUT ARM SEED``, started by a study."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from calibadv.cli.main import main as calibadv
 from calibadv.study.record import Record
-from calibadv.study.runs import StudyRun
+from calibadv.study.runs import StudyRun, runs_of
 
 # Lightning starts further processes of a run by this command, with a copy of the first one's environment.
 _WORDS = "CALIBADV_STUDY_WORDS"
@@ -26,24 +26,24 @@ def main(arguments: Sequence[str]) -> int:
     """Run or continue one run, and note when it has come to its end.
 
     Args:
-        arguments: folder of the study, arm, seed, and rollout steps in the end.
+        arguments: folder of the study, arm and seed.
 
     Returns:
         The exit status of ``fit``.
     """
     if _WORDS in os.environ:
         return calibadv(shlex.split(os.environ[_WORDS]))
-    out, arm, seed, steps = arguments
-    run = StudyRun(Path(out), arm, int(seed), int(steps))
+    out, arm, seed = arguments
+    record = Record.read(Path(out))
+    assert record is not None, "the study has written it"
+    run = next(run for run in runs_of(record, Path(out)) if (run.arm, str(run.seed)) == (arm, seed))
     console = Console(soft_wrap=True, highlight=False, markup=False)
     Thread(target=_end_with_the_study, daemon=True).start()
     with _alone(run, console):
         if run.finished:  # by the process that this one has waited for
             return 0
-        record = Record.read(run.out)
-        assert record is not None, "the study has written it"
         try:
-            record.check_sources()
+            record.check_unchanged()
         except ValueError as error:
             console.print(f"not started: {error}")
             return 1
