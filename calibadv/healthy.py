@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from statistics import median
 
 from calibadv.interfaces import Metrics
-from calibadv.outcome import DROP
+from calibadv.outcome import DROP, ROUNDING
 
 Bounds = tuple[float, float]
 # A running median of fewer values is no measure of what is usual.
@@ -105,7 +105,7 @@ def fall(drop: float) -> Callable[[Sequence[float]], Bounds]:
     Returns:
         A function for ``Rule.bounds``.
     """
-    return lambda past: (math.nextafter(max(past) - drop, math.inf) if past else -math.inf, math.inf)
+    return lambda past: (math.nextafter(max(past) - drop + ROUNDING, math.inf) if past else -math.inf, math.inf)
 
 
 def at_least(limit: float) -> Callable[[Sequence[float]], Bounds]:

@@ -8,6 +8,8 @@ from typing import Any
 FINAL_EVALUATIONS = 3
 DROP = 0.2
 _LEAST_VALID = 0.5
+# 0.85 - 0.2 is 0.6499999999999999 in floats; a fall from 0.85 to 0.65 is one of 0.2 all the same.
+ROUNDING = 1e-9
 
 
 def outcome(validations: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -27,11 +29,11 @@ def outcome(validations: Sequence[dict[str, float]]) -> dict[str, Any]:
         return {}
     scores = [row["f1"] for row in rows]
     final = sum(scores[-FINAL_EVALUATIONS:]) / len(scores[-FINAL_EVALUATIONS:])
-    fallen = [score <= max(scores[: place + 1]) - DROP for place, score in enumerate(scores)]
+    fallen = [score <= max(scores[: place + 1]) - DROP + ROUNDING for place, score in enumerate(scores)]
     still_up = max((place for place, down in enumerate(fallen) if not down), default=-1)
     return {
         "best_f1": max(scores),
         "final_f1": final,
-        "collapsed": final <= max(scores) - DROP or rows[-1]["format_valid"] < _LEAST_VALID,
+        "collapsed": final <= max(scores) - DROP + ROUNDING or rows[-1]["format_valid"] < _LEAST_VALID,
         "step_of_collapse": rows[still_up + 1]["step"] if still_up + 1 < len(rows) else None,
     }

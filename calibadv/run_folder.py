@@ -153,12 +153,13 @@ class RunFolder:
         return content
 
     def drop_beyond(self, step: int) -> None:
-        """Remove rollout files and checkpoints that a resumed run will write again, and what a killed one left over.
+        """Remove rollout files and checkpoints that a resumed run will write again, and what an earlier one left over.
 
         Args:
             step: rollout steps done at the checkpoint.
         """
         written = [*self.rollouts.glob("train-*.jsonl"), *self.rollouts.glob("val-*.jsonl"), *self.step_checkpoints()]
+        written += self.path.glob("config-resume-*.yaml")  # of an attempt of which nothing remains
         for path in written:
             if step_of(path) > step:
                 remove(path)

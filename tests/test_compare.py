@@ -120,7 +120,10 @@ def test_the_figures_of_a_study(study: Path) -> None:
     assert grpo["final_em"]["by_run"] == pytest.approx([0.5, 1 / 3], abs=1e-6)
     assert grpo["best_f1"]["by_run"] == [0.5, 1.0]
     # Seed 1 fell from 1 to 7/18 for good, at step 20.
-    assert grpo["collapsed"] == {"runs": 1, "of": 2, "when": [{"seed": 1, "step": 20}]}
+    # Wilson: centre (1 + z^2/2) / (2 + z^2) = 1/2, half width z sqrt(1/2 + z^2/4) / (2 + z^2) = 0.4055.
+    share = {"low": pytest.approx(0.0945, abs=1e-4), "high": pytest.approx(0.9055, abs=1e-4)}
+    assert grpo["collapsed"] == {"runs": 1, "of": 2, **share, "when": [{"seed": 1, "step": 20}]}
+    assert (grpo["questions"], figures["shared_settings"]["model.learning_rate"]) == (2, "0.0001")
     assert calibadv["final_f1"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "by_run": [1.0, 1.0]}
     gap = calibadv["difference"]
     assert gap["final_f1"]["by_seed"] == pytest.approx([0.5, 11 / 18], abs=1e-6)
@@ -175,6 +178,37 @@ class Page(HTMLParser):
                 self.fetched.append(value or "")
             if name == "id":
                 self.ids.append(value or "")
+
+
+def test_a_report_says_what_was_run(study: Path, tmp_path: Path) -> None:
+    shutil.copytree(study, tmp_path / "runs")
+    for run in (tmp_path / "runs").glob("*/*"):
+        results = json.loads((run / "results.json").read_text())
+        made_on = {"machine": {"processor": "Abacus 3000", "cores": 7, "platform": "wood"}}
+        (run / "results.json").write_text(json.dumps({**results, **made_on}))
+    figures, arms = compare_runs([tmp_path / "runs"])
+    write_report(tmp_path / "out", figures, arms, "calibadv study --config quickstart")
+    for name in ("report.html", "report.md"):
+        page = (tmp_path / "out" / name).read_text()
+        for text in ("calibadv study --config quickstart", "Abacus 3000", "cores 7", "model.learning_rate", "0.0001"):
+            assert text in page
+        assert "on 2 questions at the rollout steps 0, 10, 20, 30" in page
+
+
+def test_a_report_without_a_figure_shows_none_and_leaves_none(study: Path, tmp_path: Path) -> None:
+    compare([study], tmp_path / "out")
+    assert "figure.svg" in (tmp_path / "out" / "report.md").read_text()
+    write_curves(tmp_path / "other", {"stability/entropy": {1: 0.5, 2: 0.4}})
+    compare([tmp_path / "other"], tmp_path / "out")
+    assert "figure.svg" not in (tmp_path / "out" / "report.md").read_text()
+    assert not list((tmp_path / "out").glob("figure.*"))
+
+
+def test_curves_of_filtered_groups_are_warned_of(study: Path, tmp_path: Path) -> None:
+    shutil.copytree(study, tmp_path / "runs")
+    write_curves(tmp_path / "runs" / "calibadv" / "seed0", {"filter/asked": {1: 3.0}})
+    (warning,) = compare_runs([tmp_path / "runs"])[0]["warnings"]
+    assert warning.startswith("calibadv dropped groups by a filter: curves of training")
 
 
 def test_the_page_stands_alone_and_trusts_no_name(study: Path, tmp_path: Path) -> None:
@@ -317,6 +351,12 @@ def test_a_verdict_holds_after_correction_for_the_number_of_arms() -> None:
     conclude(doubtful, "grpo")
     assert "not established: p = 0.03 (0.06 corrected for 2 tests) over 6 paired" in doubtful["a"]["verdict"]
     assert three["c"] == {"verdict": "not compared"}
+    many = {name: found(2 / 64) for name in "abcdefg"}
+    conclude(many, "grpo")
+    assert (
+        "p = 0.0312 (0.219 corrected for 7 tests) over 6 paired seeds (the smallest possible is 0.219)"
+        in many["a"]["verdict"]
+    )
 
 
 def test_five_seeds_cannot_establish_a_difference(tmp_path: Path) -> None:
@@ -334,7 +374,7 @@ def test_five_seeds_cannot_establish_a_difference(tmp_path: Path) -> None:
         (("x/a/seed0", "y/a/seed1", "x/b/seed0", "y/b/seed1"), ["a", "b"]),
         (("a-6e-4-0", "a-6e-4-1", "b-6e-4-0", "b-6e-4-1"), ["a-6e-4", "b-6e-4"]),
         (("a/monday", "a/tuesday", "b/monday", "b/tuesday"), ["a", "b"]),
-        (("s/a/seed0", "s/a/seed1", "t/a/seed0", "t/a/seed1"), ["learning_rate=0.1", "learning_rate=0.2"]),
+        (("s/a/seed0", "s/a/seed1", "t/a/seed0", "t/a/seed1"), ["a, learning_rate=0.1", "a, learning_rate=0.2"]),
     ],
 )
 def test_names_of_arms(tmp_path: Path, folders: Sequence[str], names: list[str]) -> None:

@@ -29,6 +29,13 @@ def test_a_dip_that_recovers_is_no_collapse() -> None:
     assert (result["collapsed"], result["step_of_collapse"]) == (False, None)
 
 
+@pytest.mark.parametrize("best", [0.8, 0.85, 0.9, 0.95])
+def test_a_fall_of_exactly_the_limit_is_a_collapse_whatever_floats_make_of_it(best: float) -> None:
+    fallen = round(best - 0.2, 2)
+    result = outcome(run(0.5, best, fallen, fallen, fallen))
+    assert (result["collapsed"], result["step_of_collapse"]) == (True, 20)
+
+
 def test_broken_format_at_the_end_is_a_collapse() -> None:
     assert outcome(run(0.5, 0.5, valid=0.4))["collapsed"] is True
 

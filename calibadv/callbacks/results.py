@@ -15,7 +15,7 @@ from calibadv.callbacks.guard import CollapseGuard
 from calibadv.callbacks.surroundings import installed
 from calibadv.outcome import outcome
 from calibadv.run_folder import RunFolder, write_atomically
-from calibadv.versions import versions
+from calibadv.versions import machine, versions
 
 
 class Results(Callback):
@@ -91,6 +91,7 @@ class Results(Callback):
             "threads": torch.get_num_threads(),
             "device": str(pl_module.device),
             "versions": versions(),
+            "machine": machine(),
             "command": self.command,
         }
         if trainer.state.fn == "fit":

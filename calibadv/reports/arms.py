@@ -47,7 +47,8 @@ def group_arms(runs: Sequence[Run]) -> list[Arm]:
     """Put runs together that differ in nothing but the seed.
 
     An arm is called as a study calls it, by the folder that holds ``seed0``, ``seed1``, ...; else by what is left of
-    its runs' names without the seed; else by a folder that holds its runs and no others; else by what differs.
+    its runs' names without the seed; else by a folder that holds its runs and no others; else by what differs. Where
+    arms of several studies have one name, what differs between them stands behind it.
 
     Args:
         runs: at least one. Those of other programs belong together where their folders' names differ in a number at
@@ -94,10 +95,14 @@ def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
         proposed = [rule(group) for group in groups]
         unique = [name if proposed.count(name) == 1 and name not in names else "" for name in proposed]
         names = [name or other for name, other in zip(names, unique, strict=True)]
-    settings = differing_settings([group[0] for group in groups])
+    folders = [_study_name(group) for group in groups]
     for place, group in enumerate(groups):
-        given = [f"{key.rpartition('.')[2]}={texts[place]}" for key, texts in settings.items() if texts[place]]
-        names[place] = names[place] or ", ".join(given) or group[0].path.name
+        if not names[place]:
+            alike = [other for other, folder in enumerate(folders) if folder == folders[place]]
+            settings = differing_settings([groups[other][0] for other in alike])
+            own = alike.index(place)
+            given = [f"{key.rpartition('.')[2]}={texts[own]}" for key, texts in settings.items() if texts[own]]
+            names[place] = ", ".join([folders[place], *given] if folders[place] else given) or group[0].path.name
     for name, count in Counter(names).items():
         if count > 1:
             first, second, *_ = (group[0].path for group, other in zip(groups, names, strict=True) if other == name)
@@ -137,10 +142,29 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
         For each setting that is not the same in all of our runs, its value in each run: empty where it has none, as in
         every run of another program.
     """
-    known = [run.settings for run in runs if run.settings is not None]
-    keys = dict.fromkeys(key for settings in known for key in settings)
-    differing = [key for key in keys if len({_value(settings, key) for settings in known}) > 1]
-    return {key: ["" if run.settings is None else _value(run.settings, key) for run in runs] for key in differing}
+    return {key: texts for key, texts in _settings(runs).items() if len(_values(texts, runs)) > 1}
+
+
+def shared_settings(runs: Sequence[Run]) -> dict[str, str]:
+    """The rest of what ``differing_settings`` compares.
+
+    Args:
+        runs: one per arm.
+
+    Returns:
+        For each setting that is the same in all of our runs, its value.
+    """
+    values = {key: _values(texts, runs) for key, texts in _settings(runs).items()}
+    return {key: found.pop() for key, found in values.items() if len(found) == 1}
+
+
+def _settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+    keys = dict.fromkeys(key for run in runs for key in run.settings or ())
+    return {key: [_value(run.settings or {}, key) for run in runs] for key in keys}
+
+
+def _values(texts: Sequence[str], runs: Sequence[Run]) -> set[str]:
+    return {text for text, run in zip(texts, runs, strict=True) if run.ours}
 
 
 def _value(settings: Mapping[str, Any], key: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 from collections.abc import Sequence
 from datetime import datetime
@@ -23,6 +22,7 @@ from calibadv.reports.panel import chart, panel
 from calibadv.reports.runs import find_runs, read_runs
 from calibadv.reports.scores import score_run
 from calibadv.reports.summary import Figures, choose_baseline, summarise
+from calibadv.versions import machine
 
 _HEADLINE, _HEADLINE_TITLE = "val/f1", "validation F1"
 
@@ -80,15 +80,16 @@ def compare_runs(
     return summarise(arms, chosen, scores), arms
 
 
-def write_report(out: Path, figures: Figures, arms: Sequence[Arm]) -> None:
+def write_report(out: Path, figures: Figures, arms: Sequence[Arm], command: str | None = None) -> None:
     """Write all files of a report, each whole or not at all.
 
     Args:
         out: the folder; it is made.
         figures: the content of results.json.
         arms: all.
+        command: what made the runs, if it is one.
     """
-    timing = _timing(arms)
+    timing = _timing(arms, command)
     sections = panel(arms)
     arm_names = [arm.name for arm in arms]
     total = sum(len(section.charts) for section in sections)
@@ -96,15 +97,17 @@ def write_report(out: Path, figures: Figures, arms: Sequence[Arm]) -> None:
     drawn = [(section, [pictures[entry.tag] for entry in section.charts]) for section in sections]
     contents: dict[str, str | bytes] = {
         "report.html": render_html(figures, timing, arms, drawn),
-        "report.md": render_markdown(figures, timing, arms),
         "timing.json": _json(timing),
         "results.json": _json(figures),
     }
     headline = chart(_HEADLINE, arms)
+    contents["report.md"] = render_markdown(figures, timing, arms, has_figure=bool(headline.bands))
     if headline.bands:
         contents["figure.svg"] = figure_svg(headline, arm_names, _HEADLINE_TITLE)
         contents["figure.png"] = figure_png(headline, arm_names, _HEADLINE_TITLE)
     _write_together(out, contents)
+    for name in () if headline.bands else ("figure.svg", "figure.png"):  # of a report that stood here before
+        (out / name).unlink(missing_ok=True)
 
 
 def _json(content: Any) -> str:
@@ -125,7 +128,7 @@ def _write_together(out: Path, contents: dict[str, str | bytes]) -> None:
         shutil.rmtree(partial)
 
 
-def _timing(arms: Sequence[Arm]) -> dict[str, Any]:
+def _timing(arms: Sequence[Arm], command: str | None) -> dict[str, Any]:
     """What depends on when and where the runs and the report were made."""
     rows = {
         run.label: {
@@ -141,19 +144,8 @@ def _timing(arms: Sequence[Arm]) -> dict[str, Any]:
     for arm in arms:
         seconds = [run.results["wall_seconds"] for run in arm.finished if "wall_seconds" in run.results]
         means[arm.name] = round(sum(seconds) / len(seconds), 1) if seconds else None
-    machine = {"platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
     written = datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"written": written, "compared_on": machine, "mean_wall_seconds": means, "runs": rows}
-
-
-def _processor() -> str:
-    """The processor's name; Python knows it on some systems only."""
-    described = Path("/proc/cpuinfo")
-    if described.is_file():
-        for line in described.read_text("utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+    return {"written": written, "command": command, "compared_on": machine(), "mean_wall_seconds": means, "runs": rows}
 
 
 def print_figures(figures: Figures) -> None:

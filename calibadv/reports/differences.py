@@ -147,13 +147,16 @@ def _verdict(name: str, baseline: str, found: Mapping[str, Any], tests: int) -> 
     test = f"p = {found['p']:.3g}{corrected} over {seeds} paired seeds"
     ends = sorted(abs(gap[end]) for end in ("low", "high"))
     by = f"by {abs(gap['mean']):.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
+    if np.isnan(gap["low"]):
+        return f"{name} is not distinguishable from {baseline} in final F1: {gap['mean']:+.3f}, {test}; no interval."
     side = "higher" if gap["low"] > 0 else "lower" if gap["high"] < 0 else ""
     if not side:
         interval = f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
         return f"{name} is not distinguishable from {baseline} in final F1: {interval}, {test}."
     if found["p_holm"] <= _SIGNIFICANT:
         return f"{name} is {side} than {baseline} in final F1 {by}, {test}."
-    limit = f" (the smallest possible is {found['smallest_p']:.3g})" if found["smallest_p"] > _SIGNIFICANT else ""
+    smallest = min(1.0, tests * found["smallest_p"])
+    limit = f" (the smallest possible is {smallest:.3g})" if smallest > _SIGNIFICANT else ""
     return (
         f"{name} is {side} than {baseline} in final F1 in these seeds {by}, but that is not established: {test}{limit}."
     )

@@ -29,7 +29,7 @@ _STYLES: dict[Any, Any] = {
 }
 _FIGURE_SIZE = (7.6, 3.4)
 _LOG_FROM = 50
-_LABEL = 24
+_LABEL = 32
 _LINE_POINTS = 10.5
 
 

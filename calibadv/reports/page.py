@@ -52,18 +52,20 @@ def render_html(
     return page
 
 
-def render_markdown(figures: Figures, timing: Mapping[str, Any], arms: Sequence[Arm]) -> str:
+def render_markdown(figures: Figures, timing: Mapping[str, Any], arms: Sequence[Arm], has_figure: bool) -> str:
     """Fill in the page without the curves.
 
     Args:
         figures: the content of results.json.
         timing: the content of timing.json.
         arms: all.
+        has_figure: whether there is a ``figure.svg`` to show.
 
     Returns:
-        Markdown that shows ``figure.svg``.
+        Markdown.
     """
-    page: str = _environment(escape=False).get_template("report.md").render(**_shared(figures, timing, arms))
+    template = _environment(escape=False).get_template("report.md")
+    page: str = template.render(**_shared(figures, timing, arms), has_figure=has_figure)
     return page
 
 
@@ -92,7 +94,14 @@ def _environment(escape: bool) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": _figure, "signed": _signed, "cell": _cell, "code": _code, "duration": _duration}
+    environment.filters |= {
+        "share": _share,
+        "figure": _figure,
+        "signed": _signed,
+        "cell": _cell,
+        "code": _code,
+        "duration": _duration,
+    }
     return environment
 
 
@@ -107,19 +116,35 @@ def _shared(figures: Figures, timing: Mapping[str, Any], arms: Sequence[Arm]) ->
         "several_starts": len(figures["untrained"]) > 1,
         "window": step_window(arms),
         "made_with": _made_with(figures),
+        "validated": _validated(figures),
+        "command": timing.get("command"),
         "over": _over(figures),
     }
 
 
 def _made_with(figures: Figures) -> dict[str, str]:
-    """Versions, threads and devices of the runs, each with all values that occur."""
+    """Versions, threads, devices and machines of the runs, each with all values that occur."""
     found: dict[str, dict[str, None]] = {}
     for run in figures["runs"]:
-        values = {**(run["versions"] or {}), "threads": run["threads"], "device": run["device"]}
+        values = {
+            "threads": run["threads"],
+            "device": run["device"],
+            **(run["versions"] or {}),
+            **(run["machine"] or {}),
+        }
         for name, value in values.items():
             if value is not None:
                 found.setdefault(name, {})[str(value)] = None
     return {name: " / ".join(values) for name, values in found.items()}
+
+
+def _validated(figures: Figures) -> str:
+    """On how many questions and at which steps, where all finished runs agree."""
+    counts = {arm["questions"] for arm in figures["arms"] if arm["finished"]}
+    steps = {tuple(row["step"] for row in run["validations"]) for run in figures["runs"] if run["finished"]}
+    if len(counts) != 1 or len(steps) != 1 or None in counts:
+        return ""
+    return f"on {counts.pop()} questions at the rollout steps {', '.join(map(str, steps.pop()))}"
 
 
 def _over(figures: Figures) -> str:
@@ -130,6 +155,11 @@ def _over(figures: Figures) -> str:
     if len(by_kind) == 1:
         return next(iter(by_kind))
     return "; ".join(f"{kind} for {', '.join(names)}" for kind, names in by_kind.items())
+
+
+def _share(collapsed: Mapping[str, Any]) -> str:
+    """``1 of 10 [0.02, 0.40]``."""
+    return f"{collapsed['runs']} of {collapsed['of']} [{collapsed['low']:.2f}, {collapsed['high']:.2f}]"
 
 
 def _figure(entry: Mapping[str, Any] | None) -> str:

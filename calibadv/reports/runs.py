@@ -114,7 +114,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
         below = list(_walk(folder.resolve()))
         if not below:
             raise ValueError(
-                f"'{folder}' holds no run: no config.yaml or results.json of a run, and no TensorBoard event files; "
+                f"'{folder}' holds no run: no config.yaml of a run, and no TensorBoard event files; "
                 "give run folders, or folders that hold such"
             )
         found |= dict.fromkeys(below)

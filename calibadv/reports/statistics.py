@@ -76,13 +76,14 @@ def _weights(generator: np.random.Generator, count: int, size: int) -> Floats:
 def sign_flip_test(differences: Floats) -> float:
     """Paired permutation test: could the mean difference be 0, each sign being as likely as the other?
 
-    Exact, over all 2^S sign patterns, up to 16 seeds; above, over 100,000 drawn ones and the one observed.
+    Exact, over all 2^S sign patterns, up to 16 seeds; above, over 100,000 patterns, which are the one observed and
+    otherwise drawn.
 
     Args:
         differences: [S] of paired runs.
 
     Returns:
-        Two-sided p value. It is never below 2 / 2^S, see ``smallest_p``.
+        Two-sided p value. Exact ones are never below 2 / 2^S, see ``smallest_p``.
     """
     seeds = len(differences)
     if seeds <= _MOST_EXACT:
@@ -112,6 +113,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
         corrected[place] = largest
     return corrected
+
+
+def share_interval(count: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a share, by Wilson's score: of use for few trials and for shares of 0 and 1 too.
+
+    Args:
+        count: how many of them.
+        total: of how many, at least 1.
+
+    Returns:
+        Lower and upper end (Wilson 1927).
+    """
+    z = 1.959964
+    centre = (count + z * z / 2) / (total + z * z)
+    half = z / (total + z * z) * np.sqrt(count * (total - count) / total + z * z / 4)
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def smallest_p(seeds: int) -> float:

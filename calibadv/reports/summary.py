@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from calibadv.reports.arms import Arm, differing_settings
+from calibadv.reports.arms import Arm, differing_settings, shared_settings
 from calibadv.reports.differences import ArmScores, conclude, difference, over
 from calibadv.reports.scores import MEASURES, RunScores
-from calibadv.reports.statistics import LEVEL, RESAMPLES, interval_over_whole
+from calibadv.reports.statistics import LEVEL, RESAMPLES, interval_over_whole, share_interval
 
 Figures = dict[str, Any]
-_RECORDED = ("seed", "threads", "device", "versions")
+_RECORDED = ("seed", "threads", "device", "versions", "machine")
 _DIGITS = 6
 
 
@@ -56,13 +56,14 @@ def summarise(arms: Sequence[Arm], baseline: Arm, scores: Mapping[str, Sequence[
             row["difference"] = difference(arm, baseline, tables)
     compared = {row["name"]: row["difference"] for row in rows if "difference" in row}
     conclude(compared, baseline.name)
-    settings = differing_settings([arm.runs[0] for arm in arms])
+    firsts = [arm.runs[0] for arm in arms]
     figures: Figures = {
         "baseline": baseline.name,
         "untrained": _untrained(arms, tables),
         "arms": rows,
         "comparisons": {"tested": sum("p" in found for found in compared.values()), "correction": "Holm"},
-        "settings": {key: dict(zip(tables, texts, strict=True)) for key, texts in settings.items()},
+        "settings": {key: dict(zip(tables, texts, strict=True)) for key, texts in differing_settings(firsts).items()},
+        "shared_settings": shared_settings(firsts),
         "method": {"interval": LEVEL, "resamples": RESAMPLES},
         "warnings": _warnings(arms, tables),
         "runs": [_run_figures(arm, tables[arm.name], run) for arm in arms for run in arm.runs],
@@ -93,8 +94,14 @@ def _arm_figures(arm: Arm, table: ArmScores) -> Figures:
         "finished": [run.seed for run in arm.finished],
         **_measures(table),
         "over": over(table),
-        "collapsed": {"runs": len(collapses), "of": len(table.runs), "when": collapses},
+        "questions": len(table.questions) or None,
+        "collapsed": {"runs": len(collapses), "of": len(table.runs), **_share(collapses, table), "when": collapses},
     }
+
+
+def _share(collapses: Sequence[Figures], table: ArmScores) -> Figures:
+    low, high = share_interval(len(collapses), len(table.runs)) if table.runs else (np.nan, np.nan)
+    return {"low": low, "high": high}
 
 
 def _measures(table: ArmScores) -> Figures:
@@ -149,14 +156,20 @@ def _warnings(arms: Sequence[Arm], tables: Mapping[str, ArmScores]) -> list[str]
         "and in no table"
         for arm in arms
         for run in arm.unfinished
-        if run.planned is not None and run.ours
+        if run.planned is not None and run.steps_done < run.planned
     ]
     found += [
         f"{run.label} has no val/f1: it is in the curves, and in no table"
         for arm in arms
         for run in arm.unfinished
-        if not run.ours
+        if run.planned is None or run.steps_done >= run.planned
     ]
+    filtered = {arm.name: any("filter/asked" in run.curves for run in arm.runs) for arm in arms}
+    if len(set(filtered.values())) > 1:
+        found.append(
+            f"{', '.join(name for name, some in filtered.items() if some)} dropped groups by a filter: curves of "
+            "training, such as reward/* and credit/*, are of what was kept, and not comparable with those of other arms"
+        )
     found += [
         f"{run.label} was stopped by its guard after {run.steps_done} of {run.planned} rollout steps: its figures are "
         "those up to there"

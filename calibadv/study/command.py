@@ -179,12 +179,12 @@ def _run(runs: Sequence[StudyRun], jobs: int, options: StudyOptions, command: st
         console.print(f"{run.name} failed: {run.last_line()}\n  {run.log}")
     console.print(f"{done}; to try the others again:\n  {command}" if state.failed else done)
     if state.finished:
-        _report([run for run in runs if run.finished], state, options)
+        _report([run for run in runs if run.finished], state, options, command)
         console.print(f"report      {options.folder / REPORT / 'report.html'}")
     return 1 if state.failed else 0
 
 
-def _report(finished: Sequence[StudyRun], state: State, options: StudyOptions) -> None:
+def _report(finished: Sequence[StudyRun], state: State, options: StudyOptions, command: str) -> None:
     """Write the report of what is finished. It begins with what is not."""
     from calibadv.reports.compare import compare_runs, print_figures, write_report
 
@@ -195,5 +195,5 @@ def _report(finished: Sequence[StudyRun], state: State, options: StudyOptions) -
     if options.baseline not in (baseline, None):
         missing.append(f"no run of {options.baseline} is finished, so {figures['baseline']} stands in as the baseline")
     figures["warnings"][:0] = missing
-    write_report(options.folder / REPORT, figures, compared)
+    write_report(options.folder / REPORT, figures, compared, command)
     print_figures(figures)
