@@ -17,7 +17,10 @@ _LEAST_PAST = 10
 _SUCCESS = 0.5
 _FAR = "far from its running median"
 _JUMP = "far above its running median"
-_WEAK = "CalibAdv has no evidence in most groups, so no progress of it is to be expected: start from a stronger policy"
+_WEAK = (
+    "most groups have no silver documents, so a method that uses them, as CalibAdv does, will make no progress: start "
+    "from a stronger policy"
+)
 
 
 @dataclass(frozen=True)

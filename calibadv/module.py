@@ -182,7 +182,7 @@ class SearchAgentModule(pl.LightningModule):
             estimated = self.estimator.estimate(batch)
             calibrated, calibration_metrics = self.calibrate(batch, estimated)
         with clock.measure("logprobs"):
-            before = self.compare(batch)
+            before = self.logprobs_before(batch)
         with clock.measure("update"):
             ready = ReadyBatch(batch, calibrated, before)
             trainee = Trainee(
@@ -217,15 +217,18 @@ class SearchAgentModule(pl.LightningModule):
         Raises:
             RetrievalError: more than half of the rollouts ended in a failed search.
         """
+        step, seen = self.rollout_step + 1, list[Group]()
 
         def ask(asked: Sequence[Question]) -> list[Group]:
             with clock.measure("rollout"):
-                own = self.sample(asked, self.rollout_step + 1, self.group_size, self.temperature)
+                own = self.sample(asked, step, self.group_size, self.temperature)
             with clock.measure("evidence"):
-                return self.share(asked, credit_rollouts(score_rollouts(own, self.reward)), self.group_size)
+                groups = self.share(asked, credit_rollouts(score_rollouts(own, self.reward)), self.group_size)
+            seen.extend(groups)
+            check_searches(seen, step)  # all of the step: a few alone say little of the retriever
+            return groups
 
         groups = ask(questions)
-        check_searches(groups, self.rollout_step + 1)
         if self.group_filter is None:
             return groups, {}
         data = cast("QuestionData", getattr(self.trainer, "datamodule", None))
@@ -279,7 +282,7 @@ class SearchAgentModule(pl.LightningModule):
             metrics.update(more)
         return advantages, metrics
 
-    def compare(self, batch: RolloutBatch) -> BatchLogprobs:
+    def logprobs_before(self, batch: RolloutBatch) -> BatchLogprobs:
         """Compute what the ratio and the KL compare with: log-probabilities before the update.
 
         Args:

@@ -74,8 +74,8 @@ CLUSTER = {
     "cluster/qwen2_5_7b": "ModelParallelStrategy",
 }
 OURS = ["RunStart", "RolloutWriter", "Results", "TensorBoardPages", "RolloutCheckpoint", "Progress"]
-# What these build is in test_guard.py and test_filters.py.
-MORE = ["callbacks/collapse_guard", "filters/dynamic_sampling"]
+# What these build is in test_guard.py, test_filters.py and here below.
+MORE = ["callbacks/collapse_guard", "filters/dynamic_sampling", "regularizers/kl"]
 PATHS = sorted(configs_folder().rglob("*.yaml"))
 
 
@@ -124,6 +124,12 @@ def test_a_loss_takes_the_place_of_the_recipes_own(name: str) -> None:
     assert (type(aggregation).__name__, vars(aggregation)) == AGGREGATIONS.get(name, ("TokenMean", {}))
     found = [(type(regularizer).__name__, vars(regularizer)) for regularizer in objective.regularizers]
     assert found == REGULARIZERS.get(name, [])
+
+
+def test_a_kl_comes_with_its_reference() -> None:
+    model = build("--config", "quickstart", "--config", "regularizers/kl").model
+    assert (model.learner.objective.kl_coef, model.learner.objective.kl_estimator) == (0.001, "k3")
+    assert model.reference is not None
 
 
 @pytest.mark.parametrize(

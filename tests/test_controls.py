@@ -295,8 +295,21 @@ def test_values_that_make_no_sense(build: Callable[[], Calibrator], message: str
         (GRPO(), [AnswerRebalance(), AnswerRebalance(1.5)], "AnswerRebalance is installed 2 times"),
         (GRPO(), [SoftPenalty(), ShuffledPenalty()], "SoftPenalty and ShuffledPenalty soften the same searches"),
         (GRPO(), [ConstantPenalty(0.5), AnswerRebalance(), SoftPenalty()], "ConstantPenalty and SoftPenalty soften"),
-        (GRPO(), [NegativeScale(match="calibadv"), AnswerRebalance()], "AnswerRebalance cannot be installed beside it"),
-        (GRPO(), [SoftPenalty(), NegativeScale(match="calibadv")], "SoftPenalty cannot be installed beside it"),
+        (
+            GRPO(),
+            [NegativeScale(match="calibadv"), AnswerRebalance()],
+            "AnswerRebalance beside it would",
+        ),
+        (
+            GRPO(),
+            [SoftPenalty(), NegativeScale(match="calibadv")],
+            "SoftPenalty beside it would count",
+        ),
+        (
+            GRPO(),
+            [NegativeScale(match="calibadv"), NegativeClip()],
+            "NegativeClip beside it would count",
+        ),
         (MTGRPO(), [SoftPenalty()], "MTGRPO already gives credit by step correctness, and SoftPenalty would count it"),
         (MTGRPO(), [ShuffledPenalty()], "ShuffledPenalty would count it twice"),
         (MTGRPO(), [ConstantPenalty()], "ConstantPenalty would count it twice"),

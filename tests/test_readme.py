@@ -75,7 +75,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     parts = [code for code in blocks(page, "python") if re.search(r"^class ", code, re.MULTILINE)]
     (folder / "my_parts.py").write_text("\n\n".join(parts), encoding="utf-8")
     for number, overlay in enumerate(blocks(page, "yaml")):
-        name = "constant_penalty" if "ConstantPenalty" in overlay else f"overlay_{number}"
+        name = "fixed_factor" if "FixedFactor" in overlay else f"overlay_{number}"
         (folder / f"{name}.yaml").write_text(overlay, encoding="utf-8")
     recorded = "tests/vectors/calibration.jsonl"
     for place in (recorded, "runs/NAME/rollouts/train-step-000010.jsonl", "theirs.jsonl"):

@@ -291,6 +291,17 @@ def test_an_unfinished_run_continues_or_starts_anew(
     assert command == expected + (["--ckpt_path", "last"] if continues else [])
 
 
+def test_a_run_that_its_guard_stopped_does_its_end_again(tmp_path: Path) -> None:
+    run = StudyRun(tmp_path, "grpo", 3, steps=60)
+    run.folder.checkpoints.mkdir(parents=True)
+    for step in (20, 40):  # the checkpoint of the stop knows of the alarm, and would go on after it
+        run.folder.checkpoint(step).touch()
+    warned, stopped = {"step": 30, "stops": False}, {"step": 40, "stops": True}
+    (run.folder.path / "guard.json").write_text(json.dumps({"events": [warned, stopped]}))
+    assert run.prepare()[-2:] == ["--ckpt_path", "last"]
+    assert run.folder.step_checkpoints() == [run.folder.checkpoint(20)]
+
+
 def test_progress_is_read_from_what_lies_in_the_folder(tmp_path: Path) -> None:
     run = StudyRun(tmp_path, "grpo", 0, steps=60)
     assert run.progress() == (0, None)
@@ -299,6 +310,9 @@ def test_progress_is_read_from_what_lies_in_the_folder(tmp_path: Path) -> None:
     assert run.progress() == (10, 0.75)
     run.folder.rollout_file("train", 20).touch()
     assert run.progress() == (20, 0.75)
+    run.folder.results.write_text(json.dumps({"rollout_step": 60, "validations": [{"f1": 0.5}], "final_f1": 0.625}))
+    run.mark_finished()
+    assert run.progress() == (60, 0.625)
 
 
 def test_the_table_has_a_line_for_each_arm() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from calibadv.calibrators.answer_rebalance import AnswerRebalance
 from calibadv.calibrators.constant_penalty import ConstantPenalty
+from calibadv.calibrators.negative_clip import NegativeClip
 from calibadv.calibrators.negative_scale import NegativeScale
 from calibadv.calibrators.shuffled_penalty import ShuffledPenalty
 from calibadv.calibrators.soft_penalty import SoftPenalty
@@ -50,11 +51,11 @@ def _refuse_doubles(calibrators: Sequence[Calibrator]) -> None:
 
 
 def _refuse_beside_match(calibrators: Sequence[Calibrator]) -> None:
-    parts = [type(c).__name__ for c in calibrators if isinstance(c, (*_PENALTIES, AnswerRebalance))]
+    parts = [type(c).__name__ for c in calibrators if isinstance(c, (*_PENALTIES, AnswerRebalance, NegativeClip))]
     if parts:
         raise ValueError(
-            f"NegativeScale with match calibadv stands in the place of CalibAdv, so {' and '.join(parts)} cannot be "
-            "installed beside it; keep one of them"
+            f"NegativeScale with match calibadv gives the ratio that CalibAdv would, and {' and '.join(parts)} beside "
+            "it would count twice, or undo that; keep one of them"
         )
 
 

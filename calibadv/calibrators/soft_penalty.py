@@ -10,7 +10,7 @@ from calibadv.types import RolloutBatch
 
 
 class SoftPenalty(Calibrator):
-    """In rollouts with a negative advantage, multiply that of search turn t by (1 - step correctness of t).
+    """Multiply the advantage of search turn t, where it is negative, by (1 - step correctness of t).
 
     The first part of CalibAdv (arXiv 2604.18235). The answer turn keeps its advantage.
     """

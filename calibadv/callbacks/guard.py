@@ -88,9 +88,16 @@ class CollapseGuard(Callback):
         self.events = list(state_dict["events"])
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse to go back in a run that may have thrown its healthy checkpoints away by then."""
+        """Refuse to go back with several processes, or where the healthy checkpoints may be thrown away by then."""
+        if self.action != "rollback" or stage != "fit":
+            return
+        if trainer.world_size > 1:
+            raise ValueError(
+                "CollapseGuard's action is rollback, which begins again in the same process, and there are "
+                f"{trainer.world_size} processes; give action stop, and resume with a lower rate"
+            )
         checkpoints = installed(trainer, RolloutCheckpoint)
-        if self.action != "rollback" or stage != "fit" or checkpoints is None or checkpoints.keep == 0:
+        if checkpoints is None or checkpoints.keep == 0:
             return
         unsure = max(self.limits.patience, int(trainer.val_check_interval) - 1)  # steps since the last healthy value
         least = math.ceil(unsure / checkpoints.every_n_rollout_steps) + 1
@@ -140,7 +147,7 @@ class CollapseGuard(Callback):
             return
         folder = RunFolder(Path(trainer.default_root_dir))
         serious = [alarm for alarm in alarms if alarm.acts]
-        healthy: Path | None = pl_module.processes.gather(self._checkpoint_before(folder, serious))[0]
+        healthy = self._checkpoint_before(folder, serious)
         self.stopping = bool(serious) and self.action != "warn" and healthy is None
         trainer.should_stop = trainer.should_stop or self.stopping
         self._record(trainer, alarms, None if healthy is None else step_of(healthy))
@@ -148,7 +155,7 @@ class CollapseGuard(Callback):
         if trainer.is_global_zero and self._latest is not None:
             write_training_rollouts(folder.rollout_file("train", self._latest.step), self._latest)
         if healthy is not None:
-            self._roll_back(trainer, folder, healthy, pl_module)
+            self._roll_back(trainer, folder, healthy, pl_module.rollout_step)
         self._write(trainer, folder)
 
     def _plot(self, pl_module: Any) -> None:
@@ -172,6 +179,7 @@ class CollapseGuard(Callback):
                 "step": step,
                 "curves": {alarm.curve: {"value": alarm.value, "limit": alarm.limit} for alarm in alarms},
                 "text": text,
+                "stops": self.stopping,
                 "back_to": back_to,
                 "rate_factor": None if back_to is None else self.rate_factor,
             }
@@ -187,18 +195,16 @@ class CollapseGuard(Callback):
         spent = len(self.rollbacks) >= self.max_rollbacks
         return f"stopping, {'max_rollbacks is reached' if spent else 'there is no healthy checkpoint to go back to'}"
 
-    def _roll_back(self, trainer: Trainer, folder: RunFolder, checkpoint: Path, pl_module: Any) -> None:
+    def _roll_back(self, trainer: Trainer, folder: RunFolder, checkpoint: Path, step: int) -> None:
         """Leave the folder as a resume from that checkpoint needs it, and end this attempt."""
-        if trainer.is_global_zero:
-            rollouts = folder.rollout_file("train", pl_module.rollout_step)
-            if rollouts.exists():
-                rollouts.replace(folder.rollout_file("alarm", pl_module.rollout_step))  # which no resume removes
-            folder.drop_beyond(step_of(checkpoint))
-            folder.point_last_at(checkpoint)
+        rollouts = folder.rollout_file("train", step)
+        if rollouts.exists():
+            rollouts.replace(folder.rollout_file("alarm", step))  # which no resume removes
+        folder.drop_beyond(step_of(checkpoint))
+        folder.point_last_at(checkpoint)
         self._write(trainer, folder)
-        trainer.strategy.barrier()
         checkpoints = installed(trainer, RolloutCheckpoint)
-        told = pl_module.processes.any((checkpoints and checkpoints.stopped_by) or 0)
+        told = (checkpoints and checkpoints.stopped_by) or 0
         if told:  # whoever wants the run to end would wait for what the rollback begins
             raise SystemExit(128 + told)
         raise RollbackError(checkpoint)
@@ -221,3 +227,17 @@ def _events_until(folder: RunFolder, step: int, own: list[Event]) -> list[Event]
     events: list[Event] = json.loads(path.read_text(encoding="utf-8"))["events"]
     last = max((place for place, event in enumerate(events) if event["back_to"] == step), default=None)
     return own if last is None else events[: last + 1]
+
+
+def stops_of_guard(folder: RunFolder) -> list[int]:
+    """Read when a guard has stopped a run.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        Rollout steps, of which there are several where it was resumed; none without a guard.
+    """
+    path = folder.path / _FILE
+    events: list[Event] = json.loads(path.read_text(encoding="utf-8"))["events"] if path.exists() else []
+    return [event["step"] for event in events if event["stops"]]

@@ -49,7 +49,7 @@ FIGURES = ("outcome/final_f1", "outcome/best_f1", "outcome/collapsed", "val/em",
 # Settings that people vary. A class stands for itself and its arguments.
 _SWEPT = (
     *("seed_everything", "model.policy", "model.lora", "model.reward", "model.retriever", "model.estimator"),
-    *("model.loss", "model.regularizers", "model.kl_coef"),
+    *("model.group_filter", "model.loss", "model.regularizers", "model.kl_coef", "model.kl_estimator"),
     *("model.protocol.prepend_think", "model.protocol.max_searches"),
     *("model.rollout_steps", "model.group_size", "model.temperature", "model.learning_rate", "model.schedule"),
     *("model.warmup_steps", "model.betas", "model.weight_decay", "model.clip_norm", "model.mini_batches"),

@@ -240,17 +240,5 @@ def is_calibration(entry: Any) -> bool:
     Returns:
         True if its class has that name.
     """
-    return callback_name(entry) == "AdvantageCalibration"
-
-
-def callback_name(entry: Any) -> str:
-    """The class of an entry of ``trainer.callbacks``.
-
-    Args:
-        entry: a class name, or a mapping or namespace with ``class_path``.
-
-    Returns:
-        Its name without the module; empty if there is none.
-    """
     name = entry.get("class_path") if hasattr(entry, "get") else entry
-    return name.rpartition(".")[2] if isinstance(name, str) else ""
+    return isinstance(name, str) and name.rpartition(".")[2] == "AdvantageCalibration"

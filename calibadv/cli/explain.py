@@ -18,6 +18,7 @@ _SEAMS = {
     "reward": interfaces.Reward,
     "estimator": interfaces.AdvantageEstimator,
     "calibrators": interfaces.Calibrator,
+    "group_filter": interfaces.GroupFilter,
     "loss": interfaces.PolicyLoss,
     "regularizers": interfaces.Regularizer,
 }

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from calibadv.cli.configs import callback_name
 from calibadv.cli.help import STAYS
 
 # Lightning starts further processes with a copy of the first one's environment.
@@ -51,12 +50,6 @@ def check_trainer(trainer: Any) -> None:
     if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
         raise ValueError(
             f"trainer.val_check_interval is {interval}; it counts rollout steps, and must be a whole number from 1 on"
-        )
-    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else []
-    if number_of_processes(trainer) > 1 and any(_goes_back(callback) for callback in callbacks):
-        raise ValueError(
-            "CollapseGuard's action is rollback, which begins again in the same process, and there are "
-            f"{number_of_processes(trainer)} processes; give action stop, and resume with a lower rate"
         )
     _check_strategy(trainer.strategy)
     if _name(trainer.strategy) == "ModelParallelStrategy":
@@ -102,11 +95,6 @@ def check_checkpoint(checkpoint: Path | None, trainer: Any) -> None:
             f"checkpoint {checkpoint} is sharded, and trainer.strategy is {_name(trainer.strategy)}; add --config "
             "cluster/fsdp, with trainer.devices and trainer.strategy.data_parallel_size of any number, 1 included"
         )
-
-
-def _goes_back(callback: Any) -> bool:
-    arguments = callback.get("init_args") if hasattr(callback, "get") else None
-    return callback_name(callback) == "CollapseGuard" and (arguments or {}).get("action") == "rollback"
 
 
 def _name(strategy: Any) -> str:

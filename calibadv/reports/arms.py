@@ -35,12 +35,12 @@ class Arm:
     @property
     def finished(self) -> list[Run]:
         """The runs that have figures: trained to the end, with validations."""
-        return [run for run in self.runs if run.finished and run.validations]
+        return [run for run in self.runs if run.finished]
 
     @property
     def unfinished(self) -> list[Run]:
         """The other ones."""
-        return [run for run in self.runs if not (run.finished and run.validations)]
+        return [run for run in self.runs if not run.finished]
 
 
 def group_arms(runs: Sequence[Run]) -> list[Arm]:

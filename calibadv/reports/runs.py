@@ -73,9 +73,9 @@ class Run:
     def finished(self) -> bool:
         """Whether it is trained to the end and validated, as far as can be known."""
         if self.planned is None:
-            return True
+            return bool(self.validations)
         done = int(self.results.get("rollout_step", 0)) >= self.planned or self.stopped_by_guard
-        return done and bool(self.results.get("validations"))
+        return done and bool(self.validations)
 
     @property
     def stopped_by_guard(self) -> bool:

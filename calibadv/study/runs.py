@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from calibadv.callbacks.guard import stops_of_guard
 from calibadv.run_folder import RunFolder, remove, step_of, write_atomically
 from calibadv.study.arms import Settings
 from calibadv.study.record import Record
@@ -72,24 +73,28 @@ class StudyRun:
         """Look how far it is, at little cost.
 
         Returns:
-            The last rollout step that has left a file, which may be some steps ago; and the last validation's F1.
+            The last rollout step that has left a file, which may be some steps ago; and the last validation's F1, or
+            the final F1 of a run that is finished.
         """
         results = self.folder.read_results()
         files = [*self.folder.rollouts.glob("train-step-*.jsonl"), *self.folder.step_checkpoints()]
         rows = [row for row in results.get("validations", ()) if "f1" in row]
-        return max([results.get("rollout_step", 0), *map(step_of, files)]), rows[-1]["f1"] if rows else None
+        last = rows[-1]["f1"] if rows else None
+        step = max([results.get("rollout_step", 0), *map(step_of, files)])
+        return step, results.get("final_f1") if self.finished else last
 
     def prepare(self) -> list[str]:
         """Make the folder ready to be continued, or to be started anew if there is nothing to continue from.
 
         A run that was killed after its last checkpoint may lack what comes behind that, so it does its last part again:
-        the same, as every resumed run.
+        the same, as every resumed run. The last checkpoint is that of its last step, or of where its guard stopped it.
 
         Returns:
             The words behind ``calibadv``.
         """
+        end = min([self.steps, *stops_of_guard(self.folder)])
         for checkpoint in self.folder.step_checkpoints():
-            if step_of(checkpoint) >= self.steps:
+            if step_of(checkpoint) >= end:
                 remove(checkpoint)
         words = ["fit", "--config", str(self.config), "--seed_everything", str(self.seed)]
         words += ["--run.root", str(self.folder.path.parent), "--run.name", self.folder.path.name]

@@ -115,13 +115,13 @@ def arm_table(runs: Sequence[StudyRun], state: State, progress: Progresses) -> T
     Args:
         runs: all of the study.
         state: of the runs.
-        progress: rollout step and last validation F1 of every run.
+        progress: rollout step and F1 of every run, as ``StudyRun.progress`` gives them.
 
     Returns:
         One row per arm.
     """
     table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("arm", "done", "waiting", "failed", "F1, mean of done"):
+    for name in ("arm", "done", "waiting", "failed", "final F1, mean"):
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     table.add_column("running: step and last validation F1")
     counts = {
