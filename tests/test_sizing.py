@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calibadv.cli.main import main
-from calibadv.cli.sizing import PlanCLI, read_job
+from calibadv.cli.plan import PlanCLI, read_job
 from calibadv.sizing.job import GIB, PRECISIONS, Assumptions, Gpu, Job, Precision, Sampler
 from calibadv.sizing.memory import Part, fits, kv_bytes, layer_bytes, memory, peak, remedies, rows_at_once
 from calibadv.sizing.seconds import decode_seconds, pass_flops, read_seconds, seconds, validation_seconds

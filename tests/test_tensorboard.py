@@ -73,7 +73,7 @@ def test_settings_stand_beside_figures_in_the_runs_own_folder(events: EventAccum
     tags = events.PluginTagToContent("hparams")
     start = HParamsPluginData.FromString(tags["_hparams_/session_start_info"]).session_start_info
     settings = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
-    assert settings["calibrators"] == "SoftPenalty(), AnswerRebalance(target_ratio=1.0)"
+    assert settings["calibrators"] == "[SoftPenalty, AnswerRebalance(target_ratio=1.0)]"
     assert (settings["learning_rate"], settings["seed_everything"], settings["prepend_think"]) == (3e-4, 0, True)
     experiment = HParamsPluginData.FromString(tags["_hparams_/experiment"]).experiment
     assert [info.name.tag for info in experiment.metric_infos] == list(FIGURES)
@@ -120,10 +120,10 @@ def test_settings_are_flat_and_readable(run: Path) -> None:
     config: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     settings = swept_settings(config)
     assert all(isinstance(value, str | int | float | bool) for value in settings.values())
-    assert settings["estimator"] == "GRPO()"
-    assert settings["betas"] == "0.9, 0.999"
+    assert settings["estimator"] == "GRPO"
+    assert settings["betas"] == "[0.9, 0.999]"
     assert settings["data.questions_per_step"] == int(SMALL[1])
-    assert settings["lora"] == "none"
+    assert settings["lora"] == "null"
     config["trainer"]["callbacks"] = None
     assert swept_settings(config)["calibrators"] == "none"
 

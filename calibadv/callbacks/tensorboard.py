@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from calibadv.callbacks.results import Results
 from calibadv.callbacks.surroundings import installed, writers
 from calibadv.outcome import outcome
+from calibadv.settings import as_text
 from calibadv.types import StepOutput
 
 Setting = str | int | float | bool
@@ -135,8 +136,8 @@ def swept_settings(config: Mapping[str, Any]) -> dict[str, Setting]:
     callbacks = [_arguments(callback) for callback in _look_up(config, "trainer.callbacks") or []]
     calibrators = [calibrator for arguments in callbacks for calibrator in arguments.get("calibrators") or []]
     flat = {key.rpartition(".")[2] if key.startswith("model") else key: value for key, value in found.items()}
-    named = {"calibrators": _text(calibrators) if calibrators else "none", **flat}
-    return {key: value if isinstance(value, Setting) else _text(value) for key, value in named.items()}
+    named = {"calibrators": as_text(calibrators) if calibrators else "none", **flat}
+    return {key: value if isinstance(value, Setting) else as_text(value) for key, value in named.items()}
 
 
 def _look_up(config: Any, key: str) -> Any:
@@ -147,14 +148,3 @@ def _look_up(config: Any, key: str) -> Any:
 
 def _arguments(spec: Any) -> Mapping[str, Any]:
     return spec.get("init_args") or {} if isinstance(spec, Mapping) else {}
-
-
-def _text(value: Any) -> str:
-    """``PPOClip(clip_low=0.2, clip_high=0.2)`` for a class and its arguments; lists are joined."""
-    if isinstance(value, Mapping):
-        name = str(value.get("class_path", "")).rpartition(".")[2]
-        arguments = _arguments(value) if name else value
-        return f"{name}({', '.join(f'{key}={_text(one)}' for key, one in arguments.items())})"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value)) or "none"
-    return "none" if value is None else str(value)

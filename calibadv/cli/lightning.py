@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -19,6 +19,7 @@ import calibadv.calibrators
 import calibadv.callbacks
 import calibadv.engines
 import calibadv.estimators
+import calibadv.filters
 import calibadv.losses
 import calibadv.regularizers
 import calibadv.retrieval
@@ -34,9 +35,9 @@ from calibadv.cli.curves import RunCurves
 from calibadv.cli.explain import explain
 from calibadv.cli.goodbye import goodbye
 from calibadv.cli.help import HELP, VERBS, describe
-from calibadv.cli.plan import Run, Start, plan_start, refuse_second_run, refuse_untrained, resume_command
 from calibadv.cli.quiet import quiet_libraries
 from calibadv.cli.signals import ended_by_sigterm
+from calibadv.cli.start import Run, Start, plan_start, refuse_second_run, refuse_untrained, resume_command
 from calibadv.cli.trainer import check_checkpoint, check_trainer, moment
 from calibadv.data import QuestionData
 from calibadv.module import SearchAgentModule
@@ -201,6 +202,31 @@ class CalibadvCLI(LightningCLI):
             if stop.code == 1:  # what Lightning makes of a KeyboardInterrupt
                 raise KeyboardInterrupt from stop
             raise
+
+
+class ReadingCLI(CalibadvCLI):
+    """Reads what ``fit`` reads, by the same rules, and builds nothing of it.
+
+    Args:
+        settings: config files and options.
+    """
+
+    def __init__(self, settings: Sequence[ConfigFile | Option]) -> None:
+        scan_settings(settings)
+        super().__init__("fit", settings, run=False)
+
+    @property
+    def settings_of_fit(self) -> Namespace:
+        """What ``fit`` would be given."""
+        settings: Namespace = self.config["fit"]
+        return settings
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what ``fit`` would refuse of the trainer; there is no run folder to decide on."""
+        check_trainer(self.settings_of_fit.trainer)
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
 
 
 class RunStart(pl.Callback):

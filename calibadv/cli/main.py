@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return study(rest)
         if command in PLAN:
-            from calibadv.cli.sizing import plan
+            from calibadv.cli.plan import plan
 
             plan(rest)
             return 0

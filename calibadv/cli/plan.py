@@ -1,170 +1,274 @@
-"""Where a run's files go, and what it starts from: decided before anything is loaded."""
+"""``calibadv plan``: read the config of a run as ``fit`` does, and say what it will take."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from torch import nn
+from transformers import AutoConfig
 
-from calibadv.cli.configs import ConfigFile, Option
-from calibadv.run_folder import RunFolder
+from calibadv.cli.configs import read_words
+from calibadv.cli.help import PLAN
+from calibadv.cli.lightning import ReadingCLI
+from calibadv.cli.plan_report import print_report
+from calibadv.cli.quiet import quiet_libraries
+from calibadv.cli.trainer import number_of_processes
+from calibadv.models import Lora, check_model_folder, with_adapters
+from calibadv.retrieval.manifest import read_manifest
+from calibadv.sizing.job import GIB, GPUS, PRECISIONS, Assumptions, Gpu, Job, Precision, Sampler
+from calibadv.sizing.shape import empty_model, shape_of
 
-_RUN_ROOT = "runs"
+_ASSUMED = Assumptions()
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass
-class Run:
-    """Where the run's files go: ``<root>/<name>/``."""
+class Sizing:
+    """The device that is planned for, and what no config says."""
 
-    root: str = _RUN_ROOT
-    """Folder of all runs."""
-    name: str | None = None
-    """Name of this run; by default made of the configs' names, the seed and the time."""
+    gpu: Literal["a100", "h100", "h200", "l40s"] = "h100"
+    """The accelerator of each process, with 80, 80, 141 and 48 GB."""
+    gpu_memory: float | None = None
+    """Its memory in GiB, in place of the named one's."""
+    gpu_tflops: float | None = None
+    """Its peak rate in 10^12 operations per second, in the precision of the run."""
+    gpu_bandwidth: float | None = None
+    """The bandwidth of its memory in GB/s."""
+    gpu_link: float | None = None
+    """What it sends to its neighbours in GB/s; between machines at most 50 are assumed."""
+    mfu: float = _ASSUMED.mfu
+    """Share of the peak rate that passes through the model reach."""
+    rollout_tokens: int | None = None
+    """Mean tokens of a rollout; by default as many as there may be."""
+    policy_tokens: int | None = None
+    """Mean tokens of a rollout that the policy writes; by default as many as there may be."""
 
+    def __post_init__(self) -> None:
+        """Check the numbers.
 
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Where a run's files go, and what it starts from.
+        Raises:
+            ValueError: one is not above 0, or the share is above 1.
+        """
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and value <= 0:
+                raise ValueError(f"--{name} is {value}; it must be above 0")
+        if self.mfu > 1:
+            raise ValueError(f"--mfu is {self.mfu}; it is a share of the peak rate, at most 1")
 
-    ``resumed_from`` is the rollout step of the checkpoint, None for a run that starts from nothing.
-    """
+    def device(self) -> Gpu:
+        """Give the accelerator.
 
-    folder: RunFolder
-    checkpoint: Path | None = None
-    resumed_from: int | None = None
-
-
-def plan_start(root: str, name: str | None, default_name: str, ckpt_path: str | None) -> Start:
-    """Decide where a run's files go, and read from where it resumes.
-
-    The checkpoint of a run continues in that run's folder, unless another name is given.
-
-    Args:
-        root: folder of all runs.
-        name: of this run, None for the checkpoint's or else the default one.
-        default_name: for a run without name or checkpoint.
-        ckpt_path: a checkpoint, ``last``, or None.
-
-    Returns:
-        The plan; nothing is written yet.
-
-    Raises:
-        ValueError: there is no such checkpoint, it is not one of ours, or the folder cannot be written.
-    """
-    named = RunFolder(Path(root) / name) if name else None
-    if ckpt_path is None:
-        return Start(_writable(named or RunFolder(Path(root) / default_name)))
-    if ckpt_path == "last" and named is None:
-        raise ValueError("--ckpt_path last: name the run to resume with --run.name (its folder under --run.root)")
-    checkpoint = named.newest_checkpoint() if named and ckpt_path == "last" else Path(ckpt_path)
-    step = read_rollout_step(checkpoint)
-    folder = named or owner(checkpoint) or RunFolder(Path(root) / default_name)
-    return Start(_writable(folder), checkpoint, step)
-
-
-def owner(checkpoint: Path) -> RunFolder | None:
-    """The run that a checkpoint belongs to.
-
-    Args:
-        checkpoint: a file.
-
-    Returns:
-        The folder of the run, None for a checkpoint outside of a run's ``checkpoints`` folder.
-    """
-    folder = checkpoint.parent if checkpoint.parent.name else checkpoint.absolute().parent
-    return RunFolder(folder.parent) if folder.name == "checkpoints" else None
-
-
-def read_rollout_step(checkpoint: Path) -> int:
-    """Read how many rollout steps were done at a checkpoint.
-
-    Args:
-        checkpoint: a file, or the folder of a sharded one.
-
-    Returns:
-        Rollout steps.
-
-    Raises:
-        ValueError: there is no such file, or it is not a checkpoint of a run.
-    """
-    file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint  # what Lightning writes of a sharded one
-    if not file.is_file():
-        raise ValueError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint, or 'last' with --run.name")
-    try:
-        content: Any = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
-        return int(content["rollout_step"])
-    except (RuntimeError, OSError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"--ckpt_path {checkpoint} is not a checkpoint of a calibadv run; give a file of a run's checkpoints "
-            "folder, or 'last' with --run.name"
-        ) from error
-
-
-def refuse_second_run(start: Start, command: str) -> None:
-    """Refuse to train in the folder of another run.
-
-    Args:
-        start: as planned.
-        command: resumes the run in that folder.
-
-    Raises:
-        ValueError: the folder holds a run, and the checkpoint is not of it.
-    """
-    folder = start.folder
-    own = owner(start.checkpoint) if start.checkpoint else None
-    if not folder.holds_run or (own is not None and own.path.resolve() == folder.path.resolve()):
-        return
-    resume = f"resume it with '{command}'" if folder.last.exists() else "it has no checkpoint: remove the folder"
-    raise ValueError(f"{folder.path} holds a run already; {resume}, or choose another --run.name")
-
-
-def refuse_untrained(start: Start, verb: str) -> None:
-    """Refuse to evaluate the policy as it was before training in the folder of a run.
-
-    Args:
-        start: as planned.
-        verb: ``validate``, ``test`` or ``predict``.
-
-    Raises:
-        ValueError: the folder holds a run, and there is no checkpoint to evaluate.
-    """
-    if start.checkpoint is None and start.folder.holds_run:
-        raise ValueError(
-            f"{start.folder.path} holds a run, and without a checkpoint {verb} evaluates the policy before training; "
-            "add --ckpt_path last, or choose another --run.name"
+        Returns:
+            The named one, with the numbers that were given.
+        """
+        named = GPUS[self.gpu]
+        return Gpu(
+            memory=named.memory if self.gpu_memory is None else self.gpu_memory * GIB,
+            tflops=self.gpu_tflops or named.tflops,
+            tflops32=self.gpu_tflops or named.tflops32,
+            bandwidth=named.bandwidth if self.gpu_bandwidth is None else self.gpu_bandwidth * 1e9,
+            link=named.link if self.gpu_link is None else self.gpu_link * 1e9,
         )
 
 
-def resume_command(verb: str, settings: Sequence[ConfigFile | Option], folder: RunFolder) -> str:
-    """What to type to go on with a run.
+class PlanCLI(ReadingCLI):
+    """Reads a run, and our own options.
 
     Args:
-        verb: the command.
-        settings: of the command line.
-        folder: of the run.
+        arguments: the words behind ``plan``.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        super().__init__(read_words(arguments))
+
+    @property
+    def sizing(self) -> Sizing:
+        """The options that are our own."""
+        return Sizing(**{field.name: self.config["fit"][field.name] for field in fields(Sizing)})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add our own options to those of ``fit``.
+
+        Args:
+            parser: of the verb.
+        """
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(Sizing)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, as the command that this is.
+
+        Args:
+            parser: of the verb, as the only subcommand.
+            args: the words of the command line.
+        """
+        own = self._parser(self.verb)
+        own.usage = "calibadv plan [--config NAME_OR_FILE ...] [--option VALUE ...]"
+        own.description = PLAN["plan"]
+        super().parse_arguments(parser, args)
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """Print what the run of a config will take: memory of a device by phase, and seconds of a rollout step.
+
+    No weights are loaded, nothing is run and nothing is written.
+
+    Args:
+        arguments: options of ``fit``, and those of ``Sizing``.
+
+    Raises:
+        ValueError: a mistake in the arguments or in what they name.
+    """
+    quiet_libraries()
+    cli = PlanCLI(arguments)
+    settings, sizing = cli.settings_of_fit, cli.sizing
+    job = read_job(settings, sizing)
+    print_report(job, sizing.gpu, settings.trainer.precision or "32-true", _notes(settings, job))
+
+
+def read_job(settings: Namespace, sizing: Sizing) -> Job:
+    """Read a run's sizes off its settings.
+
+    Args:
+        settings: of ``fit``, parsed.
+        sizing: the device, and mean lengths.
 
     Returns:
-        A line for a shell, in the same working directory.
+        The run.
+
+    Raises:
+        ValueError: ``fit`` would refuse the settings, or they say too little.
     """
-    words = [verb]
-    for setting in settings:
-        if isinstance(setting, ConfigFile):
-            words += ["--config", setting.name]
-        elif setting.name not in ("--run.root", "--run.name", "--ckpt_path"):
-            words += setting.words
-    if folder.path.parent != Path(_RUN_ROOT):
-        words += ["--run.root", str(folder.path.parent)]
-    return shlex.join(["calibadv", *words, "--run.name", folder.path.name, "--ckpt_path", "last"])
+    model, trainer, data = settings.model, settings.trainer, settings.data
+    policy = empty_model(AutoConfig.from_pretrained(check_model_folder(model.policy), local_files_only=True))
+    shape = shape_of(policy)
+    processes = number_of_processes(trainer)
+    strategy, options = _strategy(trainer.strategy)
+    sampler = _sampler(model.engine)
+    turns = model.protocol.max_searches + 1
+    limit = model.protocol.max_rollout_tokens
+    longest = getattr(model.engine.init_args, "max_model_len", None)
+    if longest is not None and longest < limit:
+        raise ValueError(
+            f"model.engine.max_model_len is {longest} and protocol.max_rollout_tokens is {limit}; raise the first"
+        )
+    _check_job(processes, data.questions_per_step, sampler, sizing, limit)
+    tokens = sizing.rollout_tokens or limit
+    validations = model.rollout_steps // trainer.val_check_interval + 1 if data.validation else 0
+    return Job(
+        shape=shape,
+        trained=_adapter_parameters(policy, model.lora) if model.lora else shape.parameters,
+        gpu=sizing.device(),
+        precision=_precision(trainer.precision),
+        sampler=sampler,
+        questions=data.questions_per_step,
+        group_size=model.group_size,
+        limit=limit,
+        tokens=tokens,
+        policy_tokens=min(sizing.policy_tokens or turns * model.protocol.max_turn_tokens, tokens),
+        turns=turns,
+        lora=model.lora is not None,
+        reference=bool(model.kl_coef) and model.lora is None,
+        compared=bool(model.kl_coef),
+        processes=processes,
+        nodes=int(trainer.num_nodes),
+        sharded=strategy == "ModelParallelStrategy",
+        bucket_view=bool(options.get("gradient_as_bucket_view")),
+        checkpointing=model.gradient_checkpointing,
+        mini_batches=model.mini_batches,
+        micro_batch_tokens=model.micro_batch_tokens,
+        rollout_steps=model.rollout_steps,
+        validations=validations,
+        validation_questions=data.validation_questions or 0,
+        assumed=replace(_ASSUMED, mfu=sizing.mfu),
+    )
 
 
-def _writable(folder: RunFolder) -> RunFolder:
-    existing = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"run folder '{folder.path}': {existing} cannot be written to; choose another --run.root")
-    return folder
+def _strategy(strategy: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(strategy, str):
+        return strategy, {}
+    options = dict(strategy.get("init_args") or {})
+    return strategy.class_path.rpartition(".")[2], {**options, **(strategy.get("dict_kwargs") or {})}
+
+
+def _check_job(processes: int, questions: int, sampler: Sampler, sizing: Sizing, limit: int) -> None:
+    """Refuse what ``fit`` would refuse once it has built everything, and lengths that cannot be."""
+    if questions % processes:
+        raise ValueError(
+            f"data.questions_per_step is {questions} and there are {processes} processes, which must share the "
+            "questions evenly; give a multiple"
+        )
+    if processes > 1 and sampler.tensor_parallel > 1:
+        raise ValueError(
+            f"model.engine.tensor_parallel_size is {sampler.tensor_parallel} and {processes} processes train; give 1"
+        )
+    if (sizing.rollout_tokens or 0) > limit:
+        raise ValueError(
+            f"--rollout_tokens is {sizing.rollout_tokens} and protocol.max_rollout_tokens is {limit}; lower the one or "
+            "raise the other"
+        )
+    if (sizing.policy_tokens or 0) > (sizing.rollout_tokens or limit):
+        raise ValueError(
+            f"--policy_tokens is {sizing.policy_tokens} and a rollout has {sizing.rollout_tokens or limit}; lower it"
+        )
+
+
+def _precision(name: Any) -> Precision:
+    known = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed"}
+    chosen = known.get(str(name), str(name))
+    if chosen not in PRECISIONS:
+        raise ValueError(f"trainer.precision is {name}; plan knows {', '.join(PRECISIONS)}")
+    return PRECISIONS[chosen]
+
+
+def _sampler(engine: Namespace) -> Sampler:
+    kind, options = engine.class_path.rpartition(".")[2], engine.init_args
+    if kind == "TransformersEngine":
+        return Sampler("transformers", batch_size=options.batch_size)
+    if kind != "VLLMEngine":
+        return Sampler("elsewhere")
+    return Sampler(
+        "vllm",
+        dtype_bytes=_DTYPE_BYTES[options.dtype],
+        memory_share=options.gpu_memory_utilization,
+        kv_cache=options.kv_cache_gib and options.kv_cache_gib * GIB,
+        sleeps=options.sleep,
+        tensor_parallel=options.tensor_parallel_size,
+    )
+
+
+def _adapter_parameters(model: nn.Module, lora: Lora) -> int:
+    with torch.device("meta"):
+        adapted = with_adapters(model, lora)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def _notes(settings: Namespace, job: Job) -> Iterator[str]:
+    """What the tables cannot show."""
+    for place in _indexes(settings.model.retriever):
+        path = Path(place)
+        size = sum(read_manifest(path).files.values()) if path.is_dir() else path.stat().st_size
+        copies = "each process of a machine opens it"
+        yield f"Index '{place}': {size / GIB:.1f} GiB on disk; {copies}, and what is not memory-mapped once each."
+    if settings.trainer.precision == "bf16-true":
+        yield "bf16-true has no float32 weights: an update below 1/256 of a weight is rounded away."
+    if job.sampler.kind == "elsewhere":
+        yield f"{settings.model.engine.class_path} samples elsewhere: its memory and the rollouts' time are not here."
+    if settings.data.validation and settings.data.validation_questions is None:
+        yield "data.validation_questions is null: all are asked, and their time is not here."
+
+
+def _indexes(part: Any) -> Iterator[str]:
+    """Whatever retrievers within retrievers call their index."""
+    if isinstance(part, Namespace | dict):
+        for name, value in part.items():
+            if name == "index" and isinstance(value, str):
+                yield value
+            else:
+                yield from _indexes(value)

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from calibadv.reports.runs import Run, as_text
+from calibadv.reports.runs import Run
+from calibadv.settings import as_text
 
 _SEED_FOLDER = re.compile(r"(?:seed)?[-_=.]?\d+")
 _SEED_SUFFIX = re.compile(r"[-_=.]?(?:seed)?[-_=.]?(\d+)$")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -16,20 +15,8 @@ import yaml
 from calibadv.reports.curves import Curves, event_files, read_curves, rename
 from calibadv.reports.meanings import known_tags
 from calibadv.run_folder import RunFolder
+from calibadv.settings import flat_parts, without_free
 
-# What may differ between the runs of one arm: it changes no figure, or is the seed.
-_FREE = (
-    "seed_everything",
-    "run",
-    "ckpt_path",
-    "weights_only",
-    "checkpoint",
-    "rollouts",
-    "trainer.logger",
-    "trainer.enable_progress_bar",
-    "trainer.enable_model_summary",
-    "trainer.default_root_dir",
-)
 _SEED = re.compile(r"(?:^|seed|[-_=.])(\d+)$")
 _DIGITS = re.compile(r"(\d+)")
 
@@ -164,13 +151,13 @@ def read_runs(paths: Sequence[Path], names: Mapping[str, str]) -> Iterator[Run]:
 
 def _read_ours(path: Path, label: str) -> Run:
     folder = RunFolder(path)
-    first = _flat(_read_yaml(folder.config(None)))
-    newest = _flat(_read_yaml(max(path.glob("config-resume-*.yaml"), default=folder.config(None))))
+    first = flat_parts(_read_yaml(folder.config(None)))
+    newest = flat_parts(_read_yaml(max(path.glob("config-resume-*.yaml"), default=folder.config(None))))
     try:
         results = folder.read_results()
     except ValueError as error:
         raise ValueError(f"'{folder.results}' is no JSON ({error}); copy it again, or leave its run out") from error
-    settings = _without_free(newest)
+    settings = without_free(newest)
     changed = [key for key in settings if first.get(key) != settings[key] and key != "model.rollout_steps"]
     curves = read_curves(path)
     notes = [f"{label}: resumed with other settings ({', '.join(changed)})"] if changed else []
@@ -234,52 +221,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"'{path}' is no config of a run; copy it again, or leave its run out")
     return content
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; the class of a part stands under the name of the part, and its arguments right below."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = prefix if key in ("class_path", "init_args") else f"{prefix}.{key}" if prefix else key
-        if isinstance(value, dict):
-            flat |= _flat(value, name)
-        else:
-            flat[name] = value
-    return flat
-
-
-def method_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells one arm from another.
-
-    Args:
-        config: a resolved config.
-
-    Returns:
-        Its settings, flat, without what may differ between the runs of an arm.
-    """
-    return _without_free(_flat(config))
-
-
-def _without_free(settings: Mapping[str, Any]) -> dict[str, Any]:
-    free = tuple(f"{name}." for name in _FREE)
-    return {key: value for key, value in settings.items() if not f"{key}.".startswith(free)}
-
-
-def as_text(value: Any) -> str:
-    """Write a setting in one line, classes as calls.
-
-    Args:
-        value: of a resolved config.
-
-    Returns:
-        ``0.0006``, ``true``, ``AdvantageCalibration(calibrators=[SoftPenalty, AnswerRebalance(target_ratio=1.0)])``.
-    """
-    if isinstance(value, dict) and "class_path" in value:
-        arguments = ", ".join(f"{key}={as_text(item)}" for key, item in (value.get("init_args") or {}).items())
-        name = value["class_path"].rpartition(".")[2]
-        return f"{name}({arguments})" if arguments else name
-    if isinstance(value, list):
-        return f"[{', '.join(as_text(item) for item in value)}]"
-    if isinstance(value, str):
-        return value.rpartition(".")[2] if value.startswith("calibadv.") else value
-    return json.dumps(value, sort_keys=True)

@@ -14,8 +14,7 @@ from calibadv.calibrators import check_combination
 from calibadv.callbacks import AdvantageCalibration
 from calibadv.cli.configs import ConfigFile, Option, read_config, resolve_config, scan_settings
 from calibadv.cli.errors import message_for_users
-from calibadv.cli.lightning import CalibadvCLI
-from calibadv.cli.trainer import check_trainer
+from calibadv.cli.lightning import ReadingCLI
 from calibadv.progress import tracked
 from calibadv.study.options import refuse_per_run
 
@@ -131,51 +130,8 @@ def _refuse_to_undo(option: Option, overlays: Sequence[ConfigFile]) -> None:
                 )
 
 
-def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Put nested settings side by side.
-
-    Args:
-        settings: mappings and lists, nested.
-        prefix: of all keys.
-
-    Returns:
-        Values under dotted keys; the places of a list count as keys.
-    """
-    if isinstance(settings, dict) and settings:
-        items = list(settings.items())
-    elif isinstance(settings, list) and settings:
-        items = list(enumerate(settings))
-    else:
-        return {prefix: settings}
-    found: dict[str, Any] = {}
-    for key, value in items:
-        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
-
-
-class ArmCLI(CalibadvCLI):
-    """Reads what ``fit`` reads, by the same rules, and builds no model.
-
-    Args:
-        settings: config files and options.
-    """
-
-    def __init__(self, settings: Sequence[ConfigFile | Option]) -> None:
-        scan_settings(settings)
-        super().__init__("fit", settings, run=False)
-
-    @property
-    def settings_of_fit(self) -> Namespace:
-        """What ``fit`` would be given."""
-        settings: Namespace = self.config["fit"]
-        return settings
-
-    def before_instantiate_classes(self) -> None:
-        """Refuse what ``fit`` would refuse of the trainer; each run's folder is decided on later."""
-        check_trainer(self.settings_of_fit.trainer)
-
-    def instantiate_classes(self) -> None:
-        """Build nothing."""
+class ArmCLI(ReadingCLI):
+    """Reads an arm."""
 
     def build_method(self) -> None:
         """Build the parts once, to meet what their constructors refuse.

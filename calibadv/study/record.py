@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calibadv.reports.runs import method_of
 from calibadv.run_folder import write_atomically
-from calibadv.study.arms import Settings, flat
+from calibadv.settings import flat, method_of
+from calibadv.study.arms import Settings
 from calibadv.study.sources import digests
 from calibadv.versions import versions
 

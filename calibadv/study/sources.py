@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import calibadv
-from calibadv.study.arms import Settings, flat
+from calibadv.settings import flat
+from calibadv.study.arms import Settings
 
 _PARTS = ("data.", "model.")  # other sections name places to write to
 _OURS = "calibadv"

@@ -1,0 +1,108 @@
+"""Settings of a run: laid side by side, compared, and written in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# What may differ between the runs of one arm: it changes no figure, or is the seed.
+_FREE = (
+    "seed_everything",
+    "run",
+    "ckpt_path",
+    "weights_only",
+    "checkpoint",
+    "rollouts",
+    "trainer.logger",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.default_root_dir",
+)
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Put nested settings side by side.
+
+    Args:
+        settings: mappings and lists, nested.
+        prefix: of all keys.
+
+    Returns:
+        Values under dotted keys; the places of a list count as keys.
+    """
+    if isinstance(settings, dict) and settings:
+        items = list(settings.items())
+    elif isinstance(settings, list) and settings:
+        items = list(enumerate(settings))
+    else:
+        return {prefix: settings}
+    found: dict[str, Any] = {}
+    for key, value in items:
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def flat_parts(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Put a config side by side, as people read it.
+
+    Args:
+        config: a resolved config.
+        prefix: of all keys.
+
+    Returns:
+        Values under dotted keys; the class of a part stands under the name of the part, its arguments right below.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = prefix if key in ("class_path", "init_args") else f"{prefix}.{key}" if prefix else key
+        if isinstance(value, dict):
+            flat |= flat_parts(value, name)
+        else:
+            flat[name] = value
+    return flat
+
+
+def method_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells one arm from another.
+
+    Args:
+        config: a resolved config.
+
+    Returns:
+        Its settings, flat, without what may differ between the runs of an arm.
+    """
+    return without_free(flat_parts(config))
+
+
+def without_free(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what may differ between the runs of an arm.
+
+    Args:
+        settings: of ``flat_parts``.
+
+    Returns:
+        The others.
+    """
+    free = tuple(f"{name}." for name in _FREE)
+    return {key: value for key, value in settings.items() if not f"{key}.".startswith(free)}
+
+
+def as_text(value: Any) -> str:
+    """Write a setting in one line, classes as calls.
+
+    Args:
+        value: of a resolved config.
+
+    Returns:
+        ``0.0006``, ``true``, ``AdvantageCalibration(calibrators=[SoftPenalty, AnswerRebalance(target_ratio=1.0)])``.
+    """
+    if isinstance(value, dict) and "class_path" in value:
+        arguments = ", ".join(f"{key}={as_text(item)}" for key, item in (value.get("init_args") or {}).items())
+        name = value["class_path"].rpartition(".")[2]
+        return f"{name}({arguments})" if arguments else name
+    if isinstance(value, list):
+        return f"[{', '.join(as_text(item) for item in value)}]"
+    if isinstance(value, str):
+        return value.rpartition(".")[2] if value.startswith("calibadv.") else value
+    return json.dumps(value, sort_keys=True)
