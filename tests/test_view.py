@@ -345,6 +345,26 @@ def test_only_what_is_in_view_is_in_the_document(browse: Browse) -> None:
     assert "rollouts 1 to 16 of 100" in page.by_id("group").text
 
 
+def test_ten_thousand_rollouts_stay_few_elements_wherever_one_looks(browse: Browse) -> None:
+    look = """
+      window.requestAnimationFrame = (draw) => draw();  // without a window no frame is due
+      const list = document.getElementById("list");
+      const seen = [0.3, 0.7, 1, 0].map((share) => {
+        list.scrollTop = share * list.scrollHeight;
+        list.dispatchEvent(new Event("scroll"));
+        const first = document.querySelector(".row").getAttribute("aria-posinset");
+        return [Number(first), document.querySelectorAll("*").length];
+      });
+      document.title = JSON.stringify(seen);"""
+    page = browse({"train.jsonl": numbered(5000)}, then=look)
+    assert page.by_id("count").text == "10,000 rollouts of 10,000 in 5,000 groups"
+    seen = json.loads(page.all("title")[0].text)
+    third, two_thirds, end, start = (place for place, _ in seen)
+    assert start == 1 < third < two_thirds < end
+    assert end > 4900
+    assert max(elements for _, elements in seen) < 1000
+
+
 def test_keys_go_to_the_next_and_the_previous_group(browse: Browse) -> None:
     def press(keys: str) -> str:
         event = "document.body.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}))"
