@@ -153,24 +153,33 @@ def credit_metrics(batch: RolloutBatch, estimated: Tensor) -> Metrics:
 
     Returns:
         ``credit/step_correctness``, the mean over the search turns that are trained; ``credit/mispenalised``, the share
-        of those with correctness above 0 among the punished ones; and ``credit/true_mispenalised``, the same by the
-        gold documents, over the questions that name them.
+        of those with correctness above 0 among the punished ones; ``credit/true_mispenalised``, the same by the gold
+        documents, over the questions that name them; and ``credit/turn_gain``, the mean gain of the trained search
+        turns where an estimator has computed it.
     """
     per_turn = turn_means(estimated, batch.turn_ids, batch.step_correctness.shape[1])
     punished = negative_search_turns(per_turn, batch.answer_turn.cpu()).numpy()
     trained: list[float] = []
     silver: list[bool] = []
     gold: list[bool] = []
+    gains: list[float] = []
     for row in np.flatnonzero(batch.included.numpy(force=True)):
         rollout = batch.rollouts[row]
         mask = punished[row, : len(rollout.step_correctness)]
         trained.extend(rollout.step_correctness)
+        if batch.turn_gains is not None:
+            gains.extend(batch.turn_gains[row, : len(rollout.step_correctness)].tolist())
         silver.extend(np.asarray(rollout.step_correctness)[mask] > 0)
         truth = true_step_correctness(rollout) if mask.any() else None
         if truth is not None:
             gold.extend(np.asarray(truth)[mask] > 0)
     return _without_empty(
-        {"credit/step_correctness": trained, "credit/mispenalised": silver, "credit/true_mispenalised": gold}
+        {
+            "credit/step_correctness": trained,
+            "credit/mispenalised": silver,
+            "credit/true_mispenalised": gold,
+            "credit/turn_gain": gains,
+        }
     )
 
 

@@ -9,7 +9,7 @@ from records import answer, rollout, search
 from calibadv.agent.collate import collate
 from calibadv.estimators import GRPO
 from calibadv.interfaces import Metrics
-from calibadv.metrics import evaluation_metrics, rollout_metrics
+from calibadv.metrics import credit_metrics, evaluation_metrics, rollout_metrics
 from calibadv.rewards import F1, credit_rollouts, score_rollouts
 from calibadv.types import Rollout, RolloutStatus, Segment
 
@@ -75,6 +75,16 @@ def test_credit_curves() -> None:
     assert values["credit/step_correctness"] == pytest.approx(1.5 / 5)
     assert values["credit/mispenalised"] == 0.5  # BAD's two searches are punished, the tied group's are not
     assert "credit/true_mispenalised" not in values
+
+
+def test_the_gain_of_turns_is_averaged_over_searches_where_it_is_known() -> None:
+    batch = collate(credit_rollouts(score_rollouts([GOOD, BAD], F1())))
+    estimated = GRPO().estimate(batch)
+    assert "credit/turn_gain" not in credit_metrics(batch, estimated)
+    # GOOD searches once and BAD twice; what stands at other turns is none of a search
+    gains = torch.tensor([[0.5, 9.0, 9.0], [0.25, -0.15, 9.0]])
+    metrics = credit_metrics(replace(batch, turn_gains=gains), estimated)
+    assert metrics["credit/turn_gain"] == pytest.approx(0.2)
 
 
 def test_true_mispenalised_uses_the_labels() -> None:
