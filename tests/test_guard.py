@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 
 from calibadv.callbacks import CollapseGuard
 from calibadv.cli.main import main
-from calibadv.guarding import Alarm, Watch
-from calibadv.healthy import Limits
+from calibadv.guard.rules import Limits
+from calibadv.guard.watch import Alarm, Watch
 from calibadv.outcome import outcome
 from calibadv.rollout_files import read_rollouts
 from calibadv.run_folder import RunFolder

@@ -13,8 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from calibadv.guarding import Alarm, Watch
-from calibadv.healthy import Limits
+from calibadv.guard.rules import Limits
+from calibadv.guard.watch import Alarm, Watch
 from calibadv.outcome import outcome
 from calibadv.reports.runs import Run, find_runs, read_runs
 

@@ -15,8 +15,8 @@ from lightning.pytorch import Callback, Trainer
 from calibadv.callbacks.checkpoint import RolloutCheckpoint
 from calibadv.callbacks.rollout_writer import write_training_rollouts
 from calibadv.callbacks.surroundings import installed, writers
-from calibadv.guarding import Alarm, Watch
-from calibadv.healthy import Limits
+from calibadv.guard.rules import Limits
+from calibadv.guard.watch import Alarm, Watch
 from calibadv.interfaces import Metrics
 from calibadv.run_folder import RunFolder, step_of, write_atomically
 from calibadv.types import StepOutput

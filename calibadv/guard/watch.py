@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-from calibadv.healthy import Limits, Rule, rules
+from calibadv.guard.rules import Limits, Rule, rules
 from calibadv.interfaces import Metrics
 
 
