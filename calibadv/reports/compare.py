@@ -135,7 +135,6 @@ def _timing(arms: Sequence[Arm], command: str | None) -> dict[str, Any]:
             "arm": arm.name,
             "wall_seconds": run.results.get("wall_seconds"),
             "command": run.results.get("command"),
-            "folder": str(run.path),
         }
         for arm in arms
         for run in arm.runs
