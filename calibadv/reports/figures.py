@@ -31,6 +31,8 @@ _FIGURE_SIZE = (7.6, 3.4)
 _LOG_FROM = 50
 _LABEL = 32
 _LINE_POINTS = 10.5
+# Of more arms a figure shows no bands: they would be one grey.
+MOST_BANDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ def figure_svg(chart: Chart, names: Sequence[str], title: str) -> str:
         An SVG file.
     """
     look = _Look([_stand_in(place) for place in range(len(names))], _FIGURE_SIZE, _INK, _GRID, title)
-    svg = _themed(_as_svg(_draw(_without_seeds(chart), names, look)), len(names), "")
+    svg = _themed(_as_svg(_draw(_for_a_figure(chart), names, look)), len(names), "")
     chosen = styles(len(names))
     light = _variables([style.light for style in chosen], "#1f2328", "#d8dee4")
     dark = _variables([style.dark for style in chosen], "#e6edf3", "#3d444d")
@@ -124,13 +126,18 @@ def figure_png(chart: Chart, names: Sequence[str], title: str) -> bytes:
         A PNG file.
     """
     colours = [style.light for style in styles(len(names))]
-    figure = _draw(_without_seeds(chart), names, _Look(colours, _FIGURE_SIZE, "#1f2328", "#d8dee4", title))
+    figure = _draw(_for_a_figure(chart), names, _Look(colours, _FIGURE_SIZE, "#1f2328", "#d8dee4", title))
     return _saved(figure, format="png", dpi=160, facecolor="white", metadata={"Software": None})
 
 
-def _without_seeds(chart: Chart) -> Chart:
+def _for_a_figure(chart: Chart) -> Chart:
+    """Without single seeds; and without bands, which cannot be hidden here, where there are many."""
+    shown = len(chart.bands) <= MOST_BANDS
     bands = {
-        place: Band(band.steps, band.mean, band.low, band.high, band.seeds[:0]) for place, band in chart.bands.items()
+        place: Band(
+            band.steps, band.mean, band.low if shown else band.mean, band.high if shown else band.mean, band.seeds[:0]
+        )
+        for place, band in chart.bands.items()
     }
     return Chart(chart.tag, bands)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from calibadv.reports.arms import Arm
-from calibadv.reports.figures import chart_svg
+from calibadv.reports.figures import MOST_BANDS, chart_svg
 from calibadv.reports.meanings import meaning
 from calibadv.reports.palette import styles
 from calibadv.reports.panel import Section, step_window
@@ -65,7 +65,9 @@ def render_markdown(figures: Figures, timing: Mapping[str, Any], arms: Sequence[
         Markdown.
     """
     template = _environment(escape=False).get_template("report.md")
-    page: str = template.render(**_shared(figures, timing, arms), has_figure=has_figure)
+    page: str = template.render(
+        **_shared(figures, timing, arms), has_figure=has_figure, has_bands=len(arms) <= MOST_BANDS
+    )
     return page
 
 
