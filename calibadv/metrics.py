@@ -163,12 +163,13 @@ def credit_metrics(batch: RolloutBatch, estimated: Tensor) -> Metrics:
     silver: list[bool] = []
     gold: list[bool] = []
     gains: list[float] = []
+    turn_gains = None if batch.turn_gains is None else batch.turn_gains.tolist()
     for row in np.flatnonzero(batch.included.numpy(force=True)):
         rollout = batch.rollouts[row]
         mask = punished[row, : len(rollout.step_correctness)]
         trained.extend(rollout.step_correctness)
-        if batch.turn_gains is not None:
-            gains.extend(batch.turn_gains[row, : len(rollout.step_correctness)].tolist())
+        if turn_gains is not None:
+            gains.extend(turn_gains[row][: len(rollout.step_correctness)])
         silver.extend(np.asarray(rollout.step_correctness)[mask] > 0)
         truth = true_step_correctness(rollout) if mask.any() else None
         if truth is not None:

@@ -221,10 +221,7 @@ class CollapseGuard(Callback):
 
 def _events_until(folder: RunFolder, step: int, own: list[Event]) -> list[Event]:
     """What happened before a resume: what the checkpoint knows, and what sent the run back to it after it was saved."""
-    path = folder.path / _FILE
-    if not path.exists():
-        return own
-    events: list[Event] = json.loads(path.read_text(encoding="utf-8"))["events"]
+    events = _read_events(folder)
     last = max((place for place, event in enumerate(events) if event["back_to"] == step), default=None)
     return own if last is None else events[: last + 1]
 
@@ -238,6 +235,10 @@ def stops_of_guard(folder: RunFolder) -> list[int]:
     Returns:
         Rollout steps, of which there are several where it was resumed; none without a guard.
     """
+    return [event["step"] for event in _read_events(folder) if event["stops"]]
+
+
+def _read_events(folder: RunFolder) -> list[Event]:
     path = folder.path / _FILE
     events: list[Event] = json.loads(path.read_text(encoding="utf-8"))["events"] if path.exists() else []
-    return [event["step"] for event in events if event["stops"]]
+    return events

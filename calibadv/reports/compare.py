@@ -106,8 +106,9 @@ def write_report(out: Path, figures: Figures, arms: Sequence[Arm], command: str 
         contents["figure.svg"] = figure_svg(headline, arm_names, _HEADLINE_TITLE)
         contents["figure.png"] = figure_png(headline, arm_names, _HEADLINE_TITLE)
     _write_together(out, contents)
-    for name in () if headline.bands else ("figure.svg", "figure.png"):  # of a report that stood here before
-        (out / name).unlink(missing_ok=True)
+    if not headline.bands:
+        for name in ("figure.svg", "figure.png"):  # of a report that stood here before
+            (out / name).unlink(missing_ok=True)
 
 
 def _json(content: Any) -> str:

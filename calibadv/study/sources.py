@@ -18,8 +18,8 @@ _INSTALLED = (_OURS, "lightning", "torch")  # the record holds their versions, a
 # Of a larger file, such as the weights of a model, only the size and both ends are read.
 _WHOLE = 64 << 20
 _END = 1 << 20
-# What may change: reports are written of finished runs; caches, and what editors and file managers leave.
-_NO_MATTER = re.compile(r"^reports/|__pycache__|(^|/)\.|~$")
+# Caches, and what editors and file managers leave.
+_NO_MATTER = re.compile(r"__pycache__|(^|/)\.|~$")
 
 
 def digests(arms: Iterable[Settings]) -> dict[str, str]:
@@ -32,7 +32,8 @@ def digests(arms: Iterable[Settings]) -> dict[str, str]:
         A digest by name: of ``calibadv``, of each module of the user's own that a part comes from, and of each file or
         folder that a setting of ``data`` or ``model`` names.
     """
-    found = {_OURS: _digest(Path(calibadv.__file__).parent)}
+    # Reports are written of finished runs, so the code that writes them may change.
+    found = {_OURS: _digest(Path(calibadv.__file__).parent, without="reports/")}
     for settings in arms:
         for key, text in flat(settings).items():
             if isinstance(text, str) and text not in found:
@@ -57,12 +58,12 @@ def _named(key: str, text: str) -> Path | None:
     return Path(text) if looks_like_one and key.startswith(_PARTS) else None
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, without: str | None = None) -> str:
     digest = blake2b(digest_size=8)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     for file in files:
         name = file.relative_to(path).as_posix() if path.is_dir() else ""
-        if _NO_MATTER.search(name):
+        if _NO_MATTER.search(name) or (without is not None and name.startswith(without)):
             continue
         size = file.stat().st_size
         digest.update(f"{name}/{size}/".encode())
