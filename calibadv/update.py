@@ -137,7 +137,8 @@ def mini_batches(batch: RolloutBatch, count: int, seed: int, step: int) -> list[
     order = np.argsort(uniforms(DrawKey(seed, step, "mini-batches", 0, 0), max(groups) + 1), kind="stable")
     trained = batch.loss_mask.any(dim=1).tolist()
     blocks = [
-        [row for row, group in enumerate(groups) if group in set(block)] for block in np.array_split(order, count)
+        [row for row, group in enumerate(groups) if group in chosen]
+        for chosen in map(set, np.array_split(order, count))
     ]
     return [block for block in blocks if any(trained[row] for row in block)]
 
