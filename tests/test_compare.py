@@ -435,7 +435,7 @@ def test_bad_input_leaves_the_report_as_it_was(study: Path, tmp_path: Path) -> N
         ([], None, "names no folder"),
         ([empty], None, "holds no run"),
         ([tmp_path / "missing"], None, "is not a folder"),
-        ([study], "gpro", "baseline 'gpro' is none of the arms: calibadv, grpo"),
+        ([study], "gpro", "baseline 'gpro' is none of the arms: 'calibadv', 'grpo'"),
         ([study, tmp_path / "again"], None, "the same seed 0; leave one of them out"),
         ([tmp_path / "x", tmp_path / "y"], None, "would both be called 'foreign'; rename a folder"),
     ]

@@ -34,7 +34,7 @@ def choose_baseline(arms: Sequence[Arm], name: str | None) -> Arm:
     if name is None:
         return by_name.get("grpo", arms[0])
     if name not in by_name:
-        raise ValueError(f"baseline '{name}' is none of the arms: {', '.join(by_name)}")
+        raise ValueError(f"baseline '{name}' is none of the arms: " + ", ".join(f"'{known}'" for known in by_name))
     return by_name[name]
 
 
