@@ -252,7 +252,7 @@ def test_a_run_that_its_guard_stopped_is_not_left_out(study: Path, tmp_path: Pat
     results = json.loads((stopped / "results.json").read_text())
     (stopped / "results.json").write_text(json.dumps({**results, "stopped_by_guard": True}))
     figures, _ = compare_runs([runs])
-    assert arm(figures, "grpo")["final_f1"]["by_run"][2] == 0.5  # the mean of 1 and 0
+    assert arm(figures, "grpo")["final_f1"]["by_run"][2] == 0.0  # of the one validation after training
     assert figures["warnings"][0] == (
         "grpo/seed2 was stopped by its guard after 10 of 30 rollout steps: its figures are those up to there"
     )
@@ -393,14 +393,14 @@ def test_runs_of_another_program(study: Path, tmp_path: Path) -> None:
     names.write_text("val/f1: critic/val_f1\nstability/entropy: actor/entropy\n")
     figures, arms = compare_runs([study, tmp_path / "theirs"], names=names)
     row = arm(figures, "run")
-    assert row["final_f1"]["by_run"] == pytest.approx([1.6 / 3, 1.7 / 3], abs=1e-6)
+    assert row["final_f1"]["by_run"] == pytest.approx([1.4 / 2, 1.5 / 2], abs=1e-6)  # steps 5 and 10
     assert row["over"] == "seeds"
     assert "final_em" not in row
     assert "is of another program" in row["difference"]["verdict"]
     assert any(warning.startswith("run: format validity is not known") for warning in figures["warnings"])
     assert arms[-1].runs[0].curves["stability/entropy"] == pytest.approx({1: 0.3, 2: 0.2})
     write_report(tmp_path / "report", figures, arms)
-    assert "0.550 [0.533, 0.567]" in (tmp_path / "report" / "report.md").read_text()
+    assert "0.725 [0.700, 0.750]" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_a_name_map_that_does_not_fit(study: Path, tmp_path: Path) -> None:

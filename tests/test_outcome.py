@@ -36,6 +36,15 @@ def test_a_fall_of_exactly_the_limit_is_a_collapse_whatever_floats_make_of_it(be
     assert (result["collapsed"], result["step_of_collapse"]) == (True, 20)
 
 
+def test_the_untrained_policy_is_not_part_of_the_final_f1_of_a_short_run() -> None:
+    # One validation after training, 0.85: a mean with the 0.4 before training would be a "collapse" of a run that rose.
+    rising = outcome(run(0.4, 0.85))
+    assert (rising["final_f1"], rising["collapsed"]) == (0.85, False)
+    # And a run that fell to 0 at once would keep half of what it started with.
+    assert outcome(run(0.4, 0.0))["final_f1"] == 0.0
+    assert outcome(run(0.4))["final_f1"] == 0.4
+
+
 def test_broken_format_at_the_end_is_a_collapse() -> None:
     assert outcome(run(0.5, 0.5, valid=0.4))["collapsed"] is True
 

@@ -125,6 +125,12 @@ def test_two_studies_in_one_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".study.lock"]
 
 
+def test_the_folder_of_a_run_does_not_become_a_study(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {rollout_steps: 3}\n")
+    assert refusal(lambda: study(words(out=tmp_path))) == f"'{tmp_path}' is the folder of a run; choose another --out"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_a_folder_that_is_not_of_the_study_is_left_alone(tmp_path: Path) -> None:
     precious = tmp_path / "grpo" / "seed0" / "precious"
     precious.parent.mkdir(parents=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibadv.outcome import FINAL_EVALUATIONS, outcome
+from calibadv.outcome import final_validations, outcome
 from calibadv.reports.runs import Run
 from calibadv.rewards.answer import F1
 from calibadv.rewards.scoring import score_rollouts
@@ -61,7 +61,11 @@ def _steps(validations: Sequence[Mapping[str, float]]) -> dict[str, list[int]]:
     """The validations that each measure is the mean of: final ones, the best by F1 (the first of equals), the first."""
     steps = [int(row["step"]) for row in validations]
     best = max(validations, key=lambda row: row["f1"])
-    chosen = {"final": steps[-FINAL_EVALUATIONS:], "best": [int(best["step"])], "untrained": [0] if 0 in steps else []}
+    chosen = {
+        "final": [int(row["step"]) for row in final_validations(validations)],
+        "best": [int(best["step"])],
+        "untrained": [0] if 0 in steps else [],
+    }
     return {measure: chosen[measure.partition("_")[0]] for measure in MEASURES}
 
 

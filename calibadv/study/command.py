@@ -18,6 +18,7 @@ from rich.console import Console
 from calibadv.cli.configs import Option, read_words
 from calibadv.cli.help import describe
 from calibadv.cli.quiet import quiet_libraries
+from calibadv.run_folder import RunFolder
 from calibadv.study.arms import REPORT, ArmCLI, read_arms, resolve_arms
 from calibadv.study.options import LISTS, PER_RUN, StudyOptions, read_options, split
 from calibadv.study.record import Record
@@ -143,6 +144,8 @@ def plan(given: Record, out: Path, baseline: str | None = None) -> Record:
         ValueError: the folder holds something else, or the call contradicts what is recorded.
     """
     before = Record.read(out)
+    if before is None and RunFolder(out).config(None).exists():
+        raise ValueError(f"'{out}' is the folder of a run; choose another --out")
     record = given if before is None else before.extended(given, out)
     record.check_arms()
     if baseline is not None and baseline not in record.arms:
