@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+STUDY_FILE = "study.json"  # in the folder of a study; run folders lie below it
 _STEP = re.compile(r"step[-=](\d+)")
 
 
@@ -38,6 +39,11 @@ class RunFolder:
     def results(self) -> Path:
         """File of the figures of every validation, and what they were made with."""
         return self.path / "results.json"
+
+    @property
+    def holds_study(self) -> bool:
+        """Whether this is the folder of a study, and so of no run."""
+        return (self.path / STUDY_FILE).exists()
 
     @property
     def holds_run(self) -> bool:

@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +386,52 @@ def test_names_of_arms(tmp_path: Path, folders: Sequence[str], names: list[str])
     assert [row["seeds"] for row in figures["arms"]] == [[0, 1], [0, 1]]
 
 
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (("first", "second", "third"), ["first", "second", "third"]),
+        (
+            ("quickstart-seed0-20261129-082453", "quickstart-calibadv-seed1-job17", "b-seed2"),
+            ["quickstart", "quickstart-calibadv", "b"],
+        ),
+        (("a/run", "b/run", "c/other"), ["a", "b", "other"]),
+        (("a/run", "b/run", "b/other"), ["a", "b/run", "other"]),
+    ],
+)
+def test_names_of_single_runs(tmp_path: Path, folders: Sequence[str], names: list[str]) -> None:
+    for place, folder in enumerate(folders):
+        long = [{"class_path": "AdvantageCalibration", "init_args": {str(place): "a" * 80}}]
+        write_run(tmp_path / folder, place, [[RIGHT]], long)
+    figures, _ = compare_runs([tmp_path / folder for folder in folders])
+    assert [row["name"] for row in figures["arms"]] == names
+
+
+def test_values_in_the_names_of_arms_are_cut(tmp_path: Path) -> None:
+    for place in range(4):
+        write_run(tmp_path / f"run{'abcd'[place]}", place % 2, [[RIGHT]], [f"{place // 2}" + "x" * 80])
+    figures, _ = compare_runs([tmp_path])
+    assert [row["name"] for row in figures["arms"]] == [f"callbacks=[{place}" + "x" * 35 + "..." for place in (0, 1)]
+
+
+def test_arms_stand_as_their_study_has_them_and_others_by_name(study: Path, tmp_path: Path) -> None:
+    shutil.copytree(study, tmp_path / "runs")
+    assert [row["name"] for row in compare_runs([tmp_path / "runs"])[0]["arms"]] == ["calibadv", "grpo"]
+    record = tmp_path / "runs" / "study.json"
+    record.write_text(json.dumps({"arms": {"grpo": {}, "calibadv": {}}}))
+    assert [row["name"] for row in compare_runs([tmp_path / "runs"])[0]["arms"]] == ["grpo", "calibadv"]
+    record.write_text("{}")
+    with pytest.raises(ValueError, match="is not the record of a study"):
+        compare_runs([tmp_path / "runs"])
+
+
+def test_runs_inside_the_folder_of_a_run_are_named(study: Path, tmp_path: Path) -> None:
+    shutil.copytree(study / "grpo" / "seed0", tmp_path / "first")
+    shutil.copytree(study, tmp_path / "first" / "more")
+    (warning,) = compare_runs([tmp_path / "first"])[0]["warnings"]
+    inside = "more/calibadv/seed0, more/calibadv/seed1, more/grpo/seed0, more/grpo/seed1"
+    assert warning == f"first: the runs inside its folder are not compared ({inside}); move them out"
+
+
 def test_runs_of_another_program(study: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
         theirs = {"critic/val_f1": {0: 0.2, 5: 0.8, 10: 0.6 + 0.1 * seed}, "actor/entropy": {1: 0.3, 2: 0.2}}
@@ -429,15 +476,15 @@ def test_bad_input_leaves_the_report_as_it_was(study: Path, tmp_path: Path) -> N
     empty = tmp_path / "empty"
     empty.mkdir()
     shutil.copytree(study / "grpo", tmp_path / "again" / "grpo")
-    for place in ("x", "y"):
-        write_curves(tmp_path / place / "foreign", {"val/f1": {0: 0.5}})
+    for folder in product(("x", "y"), ("runs",), ("foreign_0", "foreign_1")):
+        write_curves(tmp_path.joinpath(*folder), {"val/f1": {0: 0.5}})
     cases: list[tuple[list[Path], str | None, str]] = [
         ([], None, "names no folder"),
         ([empty], None, "holds no run"),
         ([tmp_path / "missing"], None, "is not a folder"),
         ([study], "gpro", "baseline 'gpro' is none of the arms: 'calibadv', 'grpo'"),
         ([study, tmp_path / "again"], None, "the same seed 0; leave one of them out"),
-        ([tmp_path / "x", tmp_path / "y"], None, "would both be called 'foreign'; rename a folder"),
+        ([tmp_path / "x", tmp_path / "y"], None, "would both be called 'foreign_0'; rename a folder"),
     ]
     for runs, baseline, message in cases:
         with pytest.raises(ValueError, match=message) as error:

@@ -21,7 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from calibadv.cli.main import main as calibadv
 from calibadv.cli.quiet import quiet_environment
+from calibadv.reports.compare import compare
 from calibadv.study import study
 from calibadv.study.command import plan, read_study
 from calibadv.study.record import Record
@@ -382,6 +384,19 @@ def test_a_second_call_repeats_no_run_and_writes_the_same_report(
     assert times(whole) == before
     assert report.read_bytes() == text
     assert "2 of 2 runs are finished" in capsys.readouterr().out
+
+
+def test_compare_writes_the_same_figures_as_the_study(whole: Path, tmp_path: Path) -> None:
+    compare([whole], tmp_path / "out")
+    report = whole / "report" / "results.json"
+    assert (tmp_path / "out" / "results.json").read_bytes() == report.read_bytes()  # grpo first, not by name
+
+
+def test_fit_leaves_the_folder_of_a_study_alone(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "--config", "quickstart", "--run.root", str(whole.parent), "--run.name", whole.name]
+    assert calibadv(words) == 2
+    assert "is the folder of a study, and not of a run; choose another --run.name" in capsys.readouterr().err
+    assert not (whole / "config.yaml").exists()
 
 
 def times(out: Path) -> dict[Path, int]:

@@ -164,6 +164,8 @@ def resume_command(verb: str, settings: Sequence[ConfigFile | Option], folder: R
 
 
 def _writable(folder: RunFolder) -> RunFolder:
+    if folder.holds_study:
+        raise ValueError(f"{folder.path} is the folder of a study, and not of a run; choose another --run.name")
     existing = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"run folder '{folder.path}': {existing} cannot be written to; choose another --run.root")

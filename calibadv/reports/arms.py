@@ -7,11 +7,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from calibadv.reports.runs import Run
 from calibadv.settings import as_text
 
+# What fit puts at the end of a run's name: calibadv.cli.trainer.moment.
+_MOMENT = re.compile(r"(?<=\d)-(?:\d{8}-\d{6}|job[^-]+)$")
+_LONGEST_VALUE = 40
 _SEED_FOLDER = re.compile(r"(?:seed)?[-_=.]?\d+")
 _SEED_SUFFIX = re.compile(r"[-_=.]?(?:seed)?[-_=.]?(\d+)$")
 
@@ -48,8 +52,9 @@ def group_arms(runs: Sequence[Run]) -> list[Arm]:
     """Put runs together that differ in nothing but the seed.
 
     An arm is called as a study calls it, by the folder that holds ``seed0``, ``seed1``, ...; else by what is left of
-    its runs' names without the seed; else by a folder that holds its runs and no others; else by what differs. Where
-    arms of several studies have one name, what differs between them stands behind it.
+    its runs' names without the seed; else as its only run; else by a folder that holds its runs and no others; else by
+    the path of its only run; else by what differs. Where arms of several studies have one name, what differs between
+    them stands behind it.
 
     Args:
         runs: at least one. Those of other programs belong together where their folders' names differ in a number at
@@ -91,8 +96,9 @@ def _check_seeds(arm: Arm) -> None:
 
 
 def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
+    owners = Counter(parent for group in groups for parent in {run.path.parent for run in group})
     names = [""] * len(groups)
-    for rule in (_study_name, _name_without_seed, _own_folder):
+    for rule in (_study_name, _name_without_seed, _run_name, lambda group: _own_folder(group, owners), _run_path):
         proposed = [rule(group) for group in groups]
         unique = [name if proposed.count(name) == 1 and name not in names else "" for name in proposed]
         names = [name or other for name, other in zip(names, unique, strict=True)]
@@ -100,10 +106,8 @@ def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
     for place, group in enumerate(groups):
         if not names[place]:
             alike = [other for other, folder in enumerate(folders) if folder == folders[place]]
-            settings = differing_settings([groups[other][0] for other in alike])
-            own = alike.index(place)
-            given = [f"{key.rpartition('.')[2]}={texts[own]}" for key, texts in settings.items() if texts[own]]
-            names[place] = ", ".join([folders[place], *given] if folders[place] else given) or group[0].path.name
+            given = _settings_names([groups[other][0] for other in alike])[alike.index(place)]
+            names[place] = ", ".join(filter(None, [folders[place], given])) or group[0].path.name
     for name, count in Counter(names).items():
         if count > 1:
             first, second, *_ = (group[0].path for group, other in zip(groups, names, strict=True) if other == name)
@@ -119,18 +123,47 @@ def _study_name(group: Sequence[Run]) -> str:
 
 
 def _name_without_seed(group: Sequence[Run]) -> str:
-    """``grpo-6e-4`` for grpo-6e-4-0 and grpo-6e-4-1."""
-    found = {_SEED_SUFFIX.sub("", run.path.name) for run in group}
-    endings = [_SEED_SUFFIX.search(run.path.name) for run in group]
+    """``grpo-6e-4`` for grpo-6e-4-0 and grpo-6e-4-1, ``quickstart`` for the name that ``fit`` gives a run."""
+    names = [_MOMENT.sub("", run.path.name) if run.ours else run.path.name for run in group]
+    found = {_SEED_SUFFIX.sub("", name) for name in names}
+    endings = [_SEED_SUFFIX.search(name) for name in names]
     by_seed = all(end and int(end[1]) == run.seed for end, run in zip(endings, group, strict=True))
     alike = by_seed or not group[0].ours
     return found.pop() if len(found) == 1 and alike else ""
 
 
-def _own_folder(group: Sequence[Run]) -> str:
-    """``grpo`` for grpo/monday and grpo/tuesday."""
+def _run_name(group: Sequence[Run]) -> str:
+    """``first`` for a single run of that name."""
+    return group[0].path.name if len(group) == 1 else ""
+
+
+def _own_folder(group: Sequence[Run], owners: Mapping[Path, int]) -> str:
+    """``grpo`` for grpo/monday and grpo/tuesday, where that folder holds no other arm's runs."""
     folders = {run.path.parent for run in group}
-    return folders.pop().name if len(folders) == 1 and len(group) > 1 else ""
+    return folders.pop().name if len(folders) == 1 and owners[group[0].path.parent] == 1 else ""
+
+
+def _run_path(group: Sequence[Run]) -> str:
+    """``b/run`` for a single run, where neither part of it is enough."""
+    return group[0].label if len(group) == 1 else ""
+
+
+def _settings_names(runs: Sequence[Run]) -> list[str]:
+    """``learning_rate=0.0006`` and the like: of the settings that differ, as many as tell all runs apart."""
+    settings = [(key.rpartition(".")[2], texts) for key, texts in differing_settings(runs).items()]
+    names = [""] * len(runs)
+    for count in range(1, len(settings) + 1):
+        names = [
+            ", ".join(f"{key}={_shortened(texts[place])}" for key, texts in settings[:count] if texts[place])
+            for place in range(len(runs))
+        ]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:

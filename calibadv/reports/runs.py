@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -14,7 +15,7 @@ import yaml
 
 from calibadv.reports.curves import Curves, event_files, read_curves, rename
 from calibadv.reports.meanings import known_tags
-from calibadv.run_folder import RunFolder
+from calibadv.run_folder import STUDY_FILE, RunFolder
 from calibadv.settings import flat_parts, without_free
 
 _SEED = re.compile(r"(?:^|seed|[-_=.])(\d+)$")
@@ -89,10 +90,11 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
         folders: run folders, or folders that hold such at any depth.
 
     Returns:
-        Absolute paths, each once: in the order of ``folders``, and below one of them by name, numbers by value.
+        Absolute paths, each once: in the order of ``folders``, and below one of them by name, numbers by value; but
+        the arms of a study in its order.
 
     Raises:
-        ValueError: a folder does not exist, or has no run.
+        ValueError: a folder does not exist, or has no run; or the record of a study is damaged.
     """
     found: dict[Path, None] = {}
     for folder in folders:
@@ -112,9 +114,29 @@ def _walk(folder: Path) -> Iterator[Path]:
     if _is_run(folder):
         yield folder
         return
-    for path in sorted(folder.iterdir(), key=_natural):
+    yield from _below(folder)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    arms = _arms_of_study(folder)
+
+    def place(path: Path) -> tuple[int, list[tuple[int, str]]]:
+        return (arms.index(path.name) if path.name in arms else len(arms), _natural(path))
+
+    for path in sorted(folder.iterdir(), key=place):
         if path.is_dir() and not path.name.startswith("."):
             yield from _walk(path)
+
+
+def _arms_of_study(folder: Path) -> list[str]:
+    """In the order in which the study has named them; empty where there is no study."""
+    record = folder / STUDY_FILE
+    if not record.exists():
+        return []
+    try:
+        return list(json.loads(record.read_text("utf-8"))["arms"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"'{record}' is not the record of a study ({error}); copy it again, or remove it") from error
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -164,6 +186,9 @@ def _read_ours(path: Path, label: str) -> Run:
     if not curves:
         notes.append(f"{label}: no TensorBoard curves; only the figures of its validations are shown")
     notes += _not_finite(curves, label)
+    inside = [found.relative_to(path).as_posix() for found in _below(path) if _is_ours(found)]
+    if inside:
+        notes.append(f"{label}: the runs inside its folder are not compared ({', '.join(inside)}); move them out")
     validations = _validation_curves(results.get("validations", ()))
     seed = newest.get("seed_everything")
     return Run(

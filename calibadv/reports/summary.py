@@ -17,12 +17,24 @@ _RECORDED = ("seed", "threads", "device", "versions", "machine")
 _DIGITS = 6
 
 
+def default_baseline(names: Sequence[str]) -> str:
+    """The arm to compare with where none is named.
+
+    Args:
+        names: of all arms, in order.
+
+    Returns:
+        ``grpo``, or the first one if none is called that.
+    """
+    return "grpo" if "grpo" in names else names[0]
+
+
 def choose_baseline(arms: Sequence[Arm], name: str | None) -> Arm:
     """The arm to compare with.
 
     Args:
         arms: all.
-        name: of the wanted one; None for ``grpo``, or the first arm if none is called that.
+        name: of the wanted one; None for the default.
 
     Returns:
         One of the arms.
@@ -31,8 +43,7 @@ def choose_baseline(arms: Sequence[Arm], name: str | None) -> Arm:
         ValueError: there is no arm of that name; the message lists them.
     """
     by_name = {arm.name: arm for arm in arms}
-    if name is None:
-        return by_name.get("grpo", arms[0])
+    name = default_baseline(list(by_name)) if name is None else name
     if name not in by_name:
         raise ValueError(f"baseline '{name}' is none of the arms: " + ", ".join(f"'{known}'" for known in by_name))
     return by_name[name]

@@ -22,7 +22,7 @@ from calibadv.run_folder import RunFolder
 from calibadv.study.arms import REPORT, ArmCLI, read_arms, resolve_arms
 from calibadv.study.options import LISTS, PER_RUN, StudyOptions, read_options, split
 from calibadv.study.record import Record
-from calibadv.study.runs import StudyRun, runs_of, write_config
+from calibadv.study.runs import runs_of, write_config
 from calibadv.study.schedule import State, run_all
 from calibadv.study.sources import digests
 from calibadv.study.table import Tables
@@ -89,11 +89,10 @@ def study(arguments: Sequence[str]) -> int:
     plan(given, options.folder, options.baseline)  # refuses before anything is written
     with _alone(options.folder):
         record = plan(given, options.folder, options.baseline)  # a study that has just ended may have extended it
-        runs = list(runs_of(record, options.folder))
         record.write(options.folder)
         for arm, config in record.arms.items():
             write_config(options.folder, arm, config)
-        return _run(runs, _jobs(options, record), options, shlex.join(["calibadv", "study", *arguments]))
+        return _run(record, _jobs(options, record), options, shlex.join(["calibadv", "study", *arguments]))
 
 
 def read_study(arguments: Sequence[str]) -> tuple[StudyOptions, Record]:
@@ -169,7 +168,8 @@ def _jobs(options: StudyOptions, record: Record) -> int:
     return max(1, cores // options.threads)
 
 
-def _run(runs: Sequence[StudyRun], jobs: int, options: StudyOptions, command: str) -> int:
+def _run(record: Record, jobs: int, options: StudyOptions, command: str) -> int:
+    runs = list(runs_of(record, options.folder))
     console = Console(highlight=False, markup=False, soft_wrap=True)
     tables = Tables(runs, console)
     with tables.shown():
@@ -182,21 +182,23 @@ def _run(runs: Sequence[StudyRun], jobs: int, options: StudyOptions, command: st
         console.print(f"{run.name} failed: {run.last_line()}\n  {run.log}")
     console.print(f"{done}; to try the others again:\n  {command}" if state.failed else done)
     if state.finished:
-        _report([run for run in runs if run.finished], state, options, command)
+        _report(list(record.arms), state, options, command)
         console.print(f"report      {options.folder / REPORT / 'report.html'}")
     return 1 if state.failed else 0
 
 
-def _report(finished: Sequence[StudyRun], state: State, options: StudyOptions, command: str) -> None:
-    """Write the report of what is finished. It begins with what is not."""
+def _report(arms: Sequence[str], state: State, options: StudyOptions, command: str) -> None:
+    """Write the report of what is finished, as ``compare`` does. It begins with what is not."""
     from calibadv.reports.compare import compare_runs, print_figures, write_report
+    from calibadv.reports.summary import default_baseline
 
-    arms = {run.arm for run in finished}
-    baseline = options.baseline if options.baseline in arms else None
+    finished = sorted(state.finished, key=lambda run: (arms.index(run.arm), run.seed))
+    wanted = options.baseline or default_baseline(arms)
+    baseline = wanted if any(run.arm == wanted for run in finished) else None
     figures, compared = compare_runs([run.folder.path for run in finished], baseline)
     missing = [f"{run.name} failed, and is not in this report" for run in state.failed]
-    if options.baseline not in (baseline, None):
-        missing.append(f"no run of {options.baseline} is finished, so {figures['baseline']} stands in as the baseline")
+    if baseline is None:
+        missing.append(f"no run of {wanted} is finished, so {figures['baseline']} stands in as the baseline")
     figures["warnings"][:0] = missing
     write_report(options.folder / REPORT, figures, compared, command)
     print_figures(figures)

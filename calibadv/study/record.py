@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calibadv.run_folder import write_atomically
+from calibadv.run_folder import STUDY_FILE, write_atomically
 from calibadv.settings import flat, method_of
 from calibadv.study.arms import Settings
 from calibadv.study.sources import digests
 from calibadv.versions import versions
 
-_FILE = "study.json"
 _SHOWN = 3
 
 
@@ -49,7 +48,7 @@ class Record:
         Raises:
             ValueError: the file is not one.
         """
-        path = out / _FILE
+        path = out / STUDY_FILE
         if not path.exists():
             return None
         try:
@@ -63,7 +62,7 @@ class Record:
         Args:
             out: folder of the study; it is made.
         """
-        write_atomically(out / _FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        write_atomically(out / STUDY_FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     def extended(self, given: Record, out: Path) -> Record:
         """Add what another call names.
