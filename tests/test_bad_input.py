@@ -183,7 +183,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "fitt",
         r"there is no command 'fitt'; choose one of fit, validate, test, predict, study, plan, index, search, serve, ",
     ),
-    "no config": ("fit", r"model.policy and model.retriever are required; give --model.policy VALUE --model.retriever"),
+    "no config": (
+        "fit",
+        r"--model.policy VALUE and --model.retriever VALUE are missing; give them, or a --config that does$",
+    ),
     "no corpus": (
         "fit --config local --model.policy embedded",
         r"BM25 has nothing to search; give corpus",
@@ -194,7 +197,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "no policy": (
         "fit --config local --model.retriever.corpus ok.jsonl",
-        r"^[^;]*: model.policy is required; give --model",
+        r"^[^;]*: --model.policy VALUE is missing; give it",
     ),
     "config without --config": (
         "fit quickstart",
@@ -202,11 +205,28 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "overlay first": (
         "fit --config calibrators/calibadv --config quickstart",
-        r"nothing of 'calibrators/calibadv' remains: .*; put it after 'quickstart'",
+        r"nothing of 'calibrators/calibadv' remains: .*; leave it out, or put it after 'quickstart'",
+    ),
+    "overlay of a class that a later one replaces": (
+        "fit --config quickstart --config losses/dual_clip --config losses/cispo",
+        r"nothing of 'losses/dual_clip' remains: .*; leave it out, or put it after 'losses/cispo'",
+    ),
+    "option of the last callback": (
+        "fit --config quickstart --config callbacks/collapse_guard --config calibrators/calibadv "
+        "--trainer.callbacks.limits.score_drop 0.1",
+        r"sets an option of the last callback, which is AdvantageCalibration and has none of that name; put",
+    ),
+    "wrong option of the last callback": (
+        "fit --config quickstart --config callbacks/collapse_guard --trainer.callbacks.action halt",
+        r"trainer.callbacks.action: 'halt' is not accepted; choose one of 'warn', 'stop', 'rollback'$",
+    ),
+    "option of no callback": (
+        "fit --config quickstart --trainer.callbacks.action stop",
+        r"sets an option of the last callback, and there is none; put the overlay of one before it",
     ),
     "option before the config that sets it": (
         "fit --config quickstart --model.rollout_steps 2 --config first.yaml",
-        r"nothing of '--model.rollout_steps' remains: .*; put it after 'first.yaml'",
+        r"nothing of '--model.rollout_steps' remains: .*; leave it out, or put it after 'first.yaml'",
     ),
     "validate of no checkpoint": ("validate --config quickstart --ckpt_path no.ckpt", r"no.ckpt is not a file"),
     "replay of no file": ("replay --rollouts no.jsonl --out o.jsonl", r"rollout file 'no.jsonl' does not exist; give"),
@@ -239,7 +259,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "replay with no config": ("replay --rollouts ok.jsonl --out o --config", r"--config has no value"),
     "world without command": ("world", r"say what to do: export or policy"),
     "world with another": ("world exprt", r"there is no command 'exprt'; choose one of 'export', 'policy'"),
-    "world without out": ("world export", r"out is required; give --out VALUE$"),
+    "world without out": ("world export", r"--out VALUE is missing$"),
     "world abbreviated": ("world export --ou o", r"--ou is not accepted; did you mean --out\?"),
     "world into a folder": ("world export --out empty_model", r"out 'empty_model' exists and is not an empty folder"),
 }

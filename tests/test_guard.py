@@ -176,6 +176,13 @@ def test_an_alarm_names_curve_value_and_limit() -> None:
     assert text == "val/f1 is 0.32, below its limit 0.62 (its best so far less 0.2)"
 
 
+def test_a_limit_that_is_met_exactly_is_said_as_it_is() -> None:
+    rows = [(0, {"val/f1": 0.55}), (10, {"val/f1": 0.35})]
+    (alarm,) = alarms(rows)
+    assert alarm.limit == 0.35  # and not 0.3500000010000001
+    assert str(alarm) == "val/f1 is 0.35, at its limit 0.35 (its best so far less 0.2)"
+
+
 def test_senseless_options_are_refused() -> None:
     with pytest.raises(ValueError, match=r"limits.tied_groups is 1.2; it must be at least 0 and at most 1"):
         Limits(tied_groups=1.2)
@@ -236,7 +243,9 @@ def texts(folder: Path) -> list[tuple[int, str]]:
     ]
 
 
-def test_a_run_that_breaks_is_stopped_with_a_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_that_breaks_is_stopped_with_a_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = (
         *BREAKS,
         "--trainer.callbacks.rate=0",
@@ -246,6 +255,9 @@ def test_a_run_that_breaks_is_stopped_with_a_checkpoint(tmp_path: Path, caplog: 
     )
     with caplog.at_level(logging.WARNING, "calibadv"):
         assert fit(tmp_path, "run", *words, "--checkpoint.every_n_rollout_steps", "5") == 0
+    *_, stopped, command = capsys.readouterr().out.splitlines()
+    assert stopped == "stopped by its guard after rollout step 4 of 9; to continue:"
+    assert command.endswith("--run.name run --ckpt_path last")
     folder = RunFolder(tmp_path / "run")
     (line,) = [record.getMessage() for record in caplog.records if "CollapseGuard" in record.getMessage()]
     assert line == (

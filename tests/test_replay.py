@@ -199,7 +199,9 @@ def test_orders_that_keep_everything_are_accepted(files: dict[str, Path], order:
 def test_an_overlay_of_which_nothing_remains_is_refused(
     files: dict[str, Path], order: list[str], lost: str, owner: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"nothing of '.*/{lost}\.yaml' remains: .*; put it after '.*/{owner}\.yaml'"):
+    with pytest.raises(
+        ValueError, match=rf"nothing of '.*/{lost}\.yaml' remains: .*; leave it out, or put it after '.*/{owner}\.yaml'"
+    ):
         scan_settings([read_config(files[name]) for name in order])
 
 

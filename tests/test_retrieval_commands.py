@@ -264,7 +264,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "serve without": ("serve", r"nothing to search; give --index DIR or"),
     "audit without": ("audit --questions questions.jsonl", r"nothing to search; give --index DIR or"),
-    "no query": ("search --retriever bm25.yaml", r"query is required; give --query VALUE$"),
+    "no query": ("search --retriever bm25.yaml", r"--query VALUE is missing$"),
     "top_k of 0": ("search --retriever bm25.yaml --query x --top_k 0", r"top_k is 0; it must be at least 1"),
     "top_k of 0 in a list": (
         "audit --retriever bm25.yaml --questions questions.jsonl --top_k 2 0",

@@ -117,7 +117,7 @@ def test_a_mistake_in_the_last_arm_shows_at_once_and_names_it(overlay: str, mess
 
 
 def test_what_is_missing_is_named() -> None:
-    assert "out and seeds are required; give --out VALUE --seeds VALUE" in refusal(lambda: study(["--arm", "grpo"]))
+    assert "--out VALUE and --seeds VALUE are missing" in refusal(lambda: study(["--arm", "grpo"]))
 
 
 def test_two_studies_in_one_folder(tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_progress_is_read_from_what_lies_in_the_folder(tmp_path: Path) -> None:
 def test_the_table_has_a_line_for_each_arm() -> None:
     runs = list(runs_of(small_record(["grpo", "soft"], [0, 1, 2], steps=60), Path("x")))
     done, failed, running, *_ = runs  # grpo/seed0, soft/seed0, grpo/seed1
-    state = State(waiting=runs[3:], finished=[done], running={running: None}, failed=[failed])  # type: ignore[dict-item]
+    state = State(waiting=runs[3:], finished=[done], running={running: None}, failed={failed: "it"})  # type: ignore[dict-item]
     progress = {**dict.fromkeys(runs, (0, None)), done: (60, 0.9), running: (20, 0.625)}
     console = Console(width=120, file=open(os.devnull, "w"), record=True)  # noqa: PTH123, SIM115
     console.print(arm_table(runs, state, progress))
@@ -435,10 +435,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def runs_under(process: subprocess.Popen[str]) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+    return [int(number) for number in found.stdout.split()]
+
+
 def kill_with_runs(process: subprocess.Popen[str]) -> None:
     """As a machine does that goes down."""
-    runs = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False).stdout.split()
-    for number in [process.pid, *map(int, runs)]:
+    for number in [process.pid, *runs_under(process)]:
         os.kill(number, signal.SIGKILL)
     process.communicate()
 
@@ -511,3 +515,19 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
         "no run of broken is finished, so grpo stands in as the baseline",
     ]
     assert [row["name"] for row in figures["arms"]] == ["grpo"]
+
+
+@pytest.mark.long
+def test_a_run_that_is_killed_is_named_with_the_signal_and_changes_no_baseline(tmp_path: Path) -> None:
+    arms = ("--arm", "b", "--arm", "a=calibrators/calibadv")
+    process = start(tmp_path, [*FIT, *arms, "--seeds", "0", "1", "--out", "x", "--jobs", "1"])
+    wait_until(lambda: (tmp_path / "x" / "b" / "seed0").exists(), process)
+    (run,) = runs_under(process)
+    os.kill(run, signal.SIGKILL)
+    out, _ = process.communicate()
+    assert process.returncode == 1
+    assert "b/seed0 failed: killed by SIGKILL, as systems do when memory is short\n  x/b/seed0.log" in out
+    figures = json.loads((tmp_path / "x" / "report" / "results.json").read_text())
+    assert [row["name"] for row in figures["arms"]] == ["b", "a"]
+    assert figures["baseline"] == "b"
+    assert figures["warnings"][0] == "b/seed0 failed, and is not in this report"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -171,11 +171,14 @@ def scan_settings(settings: Sequence[ConfigFile | Option]) -> None:
         settings: config files, and options of the command line, in the order in which they apply.
 
     Raises:
-        ValueError: an overlay or an option stands before a file that sets all of it again or the list that it appends
-            to; or two AdvantageCalibration callbacks are in effect, of which the second would replace the first.
+        ValueError: an overlay or an option stands before a file that sets all of it again, or another class than it
+            sets options of, or the list that it appends to; or two AdvantageCalibration callbacks are in effect, of
+            which the second would replace the first.
     """
+    values = read_config(configs_folder() / "base.yaml").values
     for place, setting in enumerate(settings):
-        _refuse_if_lost(setting, [later for later in settings[place + 1 :] if isinstance(later, ConfigFile)])
+        values |= setting.values
+        _refuse_if_lost(setting, [later for later in settings[place + 1 :] if isinstance(later, ConfigFile)], values)
     names = [name for name, _ in calibrations(settings)]
     if len(names) > 1:
         raise ValueError(
@@ -184,14 +187,15 @@ def scan_settings(settings: Sequence[ConfigFile | Option]) -> None:
         )
 
 
-def _refuse_if_lost(setting: ConfigFile | Option, later: Sequence[ConfigFile]) -> None:
-    owners = {key: _set_again_by(key, later) for key in setting.values}
+def _refuse_if_lost(setting: ConfigFile | Option, later: Sequence[ConfigFile], classes: Mapping[str, Any]) -> None:
+    owners = {key: _set_again_by(key, later, classes) for key in setting.values}
     last = next((other.name for other in reversed(later) if other.name in owners.values()), None)
     if last is None:
         return
     if all(owners.values()):
         raise ValueError(
-            f"nothing of '{setting.name}' remains: what comes later sets all of it again; put it after '{last}'"
+            f"nothing of '{setting.name}' remains: what comes later sets all of it again; leave it out, "
+            f"or put it after '{last}'"
         )
     for key, owner in owners.items():
         if key.endswith("+") and owner:
@@ -201,11 +205,16 @@ def _refuse_if_lost(setting: ConfigFile | Option, later: Sequence[ConfigFile]) -
             )
 
 
-def _set_again_by(key: str, later: Sequence[ConfigFile]) -> str | None:
-    """The last file that sets the key whole, or something that contains it."""
+def _set_again_by(key: str, later: Sequence[ConfigFile], classes: Mapping[str, Any]) -> str | None:
+    """The last file that sets the key, something that contains it, or another class than it is an option of."""
     parts = key.removesuffix("+").split(".")
     whole = {".".join(parts[: end + 1]) for end in range(len(parts))}
-    return next((config.name for config in reversed(later) if whole & config.values.keys()), None)
+    owners = {".".join([*parts[:place], "class_path"]) for place, part in enumerate(parts) if part == "init_args"}
+    for config in reversed(later):
+        other = {owner for owner in owners & config.values.keys() if config.values[owner] != classes.get(owner)}
+        if other or whole & config.values.keys():
+            return config.name
+    return None
 
 
 def calibrations(configs: Sequence[ConfigFile | Option]) -> list[tuple[str, Any]]:

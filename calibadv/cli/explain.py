@@ -12,6 +12,10 @@ from calibadv import interfaces
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"class_path '([^']+)'")
+# --trainer.callbacks.NAME is tried on the last callback of the list, and then on a single one.
+_LAST_CALLBACK = re.compile(
+    r"""Parser key "trainer\.callbacks":.*?class_path '([\w.]+)':(.+?)\n    - .*NestedArg\(key='([\w.]+)'""", re.DOTALL
+)
 _SEAMS = {
     "engine": interfaces.Engine,
     "retriever": interfaces.Retriever,
@@ -35,6 +39,9 @@ def explain(message: str, options: Collection[str] = (), verb: str = "") -> str:
     Returns:
         One line.
     """
+    nested = _LAST_CALLBACK.search(message)
+    if nested:
+        return _option_of_last_callback(*nested.groups())
     unknown = re.search(r"unrecognized arguments: (\S+)", message)
     if unknown:
         return _unknown_option(unknown[1].partition("=")[0], options)
@@ -54,6 +61,26 @@ def explain(message: str, options: Collection[str] = (), verb: str = "") -> str:
     return where + " ".join(line.strip() for line in _KEY.sub("", message).splitlines() if line.strip(" :"))
 
 
+def _option_of_last_callback(class_path: str, cause: str, option: str) -> str:
+    name = class_path.rpartition(".")[2]
+    if name == "Callback":
+        return (
+            f"--trainer.callbacks.{option} sets an option of the last callback, and there is none; put the overlay of "
+            "one before it, such as --config callbacks/collapse_guard"
+        )
+    if option.partition(".")[0] in _parameters(class_path):
+        return f"trainer.callbacks.{explain(cause)}"
+    return (
+        f"--trainer.callbacks.{option} sets an option of the last callback, which is {name} and has none of that name; "
+        "put the overlay of the one that is meant last, or set the option in a config file"
+    )
+
+
+def _parameters(class_path: str) -> Collection[str]:
+    module, _, name = class_path.rpartition(".")
+    return inspect.signature(getattr(import_module(module), name)).parameters
+
+
 def _unknown_option(name: str, options: Collection[str]) -> str:
     if not name.startswith("-"):
         return f"'{name}' belongs to no option; a config needs --config before it"
@@ -64,10 +91,9 @@ def _unknown_option(name: str, options: Collection[str]) -> str:
 
 
 def _missing_options(names: list[str], has_configs: bool) -> str:
-    are = "is" if len(names) == 1 else "are"
-    given = " ".join(f"--{name} VALUE" for name in names)
-    config = ", or a --config that sets what is missing" if has_configs else ""
-    return f"{' and '.join(names)} {are} required; give {given}{config}"
+    given = " and ".join(f"--{name} VALUE" for name in names)
+    remedy = f"; give {'it' if len(names) == 1 else 'them'}, or a --config that does" if has_configs else ""
+    return f"{given} {'is' if len(names) == 1 else 'are'} missing{remedy}"
 
 
 def _no_attribute(found: re.Match[str], before: str) -> str:
@@ -81,8 +107,7 @@ def _no_module(found: re.Match[str], before: str) -> str:
 
 def _no_option(found: re.Match[str], before: str) -> str:
     class_path = _CLASS.findall(before)[-1] if _CLASS.search(before) else ""
-    module, _, name = class_path.rpartition(".")
-    accepted = inspect.signature(getattr(import_module(module), name)).parameters if module else ()
+    name, accepted = class_path.rpartition(".")[2], _parameters(class_path) if class_path else ()
     return f"option '{found[1].rstrip('+')}' is not accepted by {name or 'this class'}; it takes {_listed(accepted)}"
 
 

@@ -1,4 +1,4 @@
-"""The last lines of a run: where to look, and after a signal how to continue."""
+"""The last lines of a run: where to look, and after a stop how to continue."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from rich.console import Console
 from calibadv.run_folder import RunFolder
 
 
-def goodbye(verb: str, folder: RunFolder, rollout_step: int, stopped_by: Signals | None, resume_command: str) -> int:
-    """Say where to look, and after a signal how to continue.
+def goodbye(
+    verb: str, folder: RunFolder, step: int, steps: int, stopped_by: Signals | None, resume_command: str
+) -> int:
+    """Say where to look, and how to continue what a signal or a guard has ended early.
 
     Args:
         verb: what was run.
         folder: of the run.
-        rollout_step: rollout steps done.
+        step: rollout steps done.
+        steps: rollout steps asked for.
         stopped_by: the signal that ended training early, or None.
         resume_command: what to type to go on.
 
@@ -25,11 +28,10 @@ def goodbye(verb: str, folder: RunFolder, rollout_step: int, stopped_by: Signals
     lines = _training(folder) if verb == "fit" else []
     lines += [f"results     {folder.results}"] if verb != "predict" else []
     lines += [f"rollouts    {folder.rollouts}"]
-    if stopped_by is not None:
-        lines += [
-            f"stopped by {stopped_by.name} after rollout step {rollout_step}; to continue:",
-            f"  {resume_command}",
-        ]
+    by_guard = verb == "fit" and step < steps and folder.read_results().get("stopped_by_guard", False)
+    if stopped_by is not None or by_guard:
+        name = "its guard" if stopped_by is None else stopped_by.name
+        lines += [f"stopped by {name} after rollout step {step} of {steps}; to continue:", f"  {resume_command}"]
     Console(soft_wrap=True).print("\n".join(lines), highlight=False, markup=False)
     return 0 if stopped_by is None else 128 + stopped_by
 

@@ -9,6 +9,8 @@ from typing import Any
 from calibadv.guard.rules import Limits, Rule, rules
 from calibadv.interfaces import Metrics
 
+_DIGITS = 6
+
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
@@ -36,7 +38,9 @@ class Alarm:
 
     def __str__(self) -> str:
         """Say what is wrong, but for the step."""
-        return f"{self.curve} is {self.value:.3g}, {self.side} its limit {self.limit:.3g} ({self.meaning})"
+        value, limit = f"{self.value:.3g}", f"{self.limit:.3g}"
+        side = "at" if value == limit else self.side
+        return f"{self.curve} is {value}, {side} its limit {limit} ({self.meaning})"
 
 
 @dataclass(slots=True)
@@ -91,7 +95,8 @@ class Watch:
             return None
         state.spoken = True
         side, limit = ("below", low) if value < low else ("above", high)
-        return Alarm(rule.curve, value, limit, side, step, rule.meaning, rule.acts)
+        # Bounds carry the rounding of their comparison, which is no figure for a reader.
+        return Alarm(rule.curve, value, round(limit, _DIGITS), side, step, rule.meaning, rule.acts)
 
     def healthy_until(self, step: int) -> int:
         """After how many rollout steps the policy was last healthy.

@@ -178,8 +178,8 @@ def _run(record: Record, jobs: int, options: StudyOptions, command: str) -> int:
     if state.stopped_by is not None:
         console.print(f"stopped by {state.stopped_by.name}, {done}; to continue:\n  {command}")
         return 128 + state.stopped_by
-    for run in state.failed:
-        console.print(f"{run.name} failed: {run.last_line()}\n  {run.log}")
+    for run, reason in state.failed.items():
+        console.print(f"{run.name} failed: {reason}\n  {run.log}")
     console.print(f"{done}; to try the others again:\n  {command}" if state.failed else done)
     if state.finished:
         _report(list(record.arms), state, options, command)

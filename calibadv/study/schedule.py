@@ -27,12 +27,12 @@ _THREADS = (
 
 @dataclass
 class State:
-    """How the runs of a study stand; each is in one of the lists."""
+    """How the runs of a study stand; each is in one of the collections. Failed ones have the reason."""
 
     waiting: list[StudyRun]
     finished: list[StudyRun]
     running: dict[StudyRun, subprocess.Popen[bytes]] = field(default_factory=dict)
-    failed: list[StudyRun] = field(default_factory=list)
+    failed: dict[StudyRun, str] = field(default_factory=dict)
     stopped_by: signal.Signals | None = None
 
 
@@ -99,6 +99,14 @@ def _signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
+def _reason(run: StudyRun, status: int) -> str:
+    """Why a run has failed: what it has said at the end, or the signal that gave it no time to say anything."""
+    if status >= 0:
+        return run.last_line()
+    name = signal.Signals(-status).name
+    return f"killed by {name}, as systems do when memory is short" if name == "SIGKILL" else f"ended by {name}"
+
+
 def _start(state: State, jobs: int, threads: int) -> None:
     while state.waiting and len(state.running) < jobs:
         run = state.waiting.pop(0)
@@ -148,5 +156,5 @@ def _collect(state: State, view: View) -> None:
             state.waiting.insert(0, run)
             continue
         else:
-            state.failed.append(run)
+            state.failed[run] = _reason(run, process.returncode)
         view.ended(run, state)
