@@ -136,7 +136,7 @@ def test_the_figures_of_a_study(study: Path) -> None:
     assert (gap["p"], gap["p_holm"], gap["smallest_p"], gap["over"]) == (0.5, 0.5, 0.5, "seeds and questions")
     assert gap["verdict"].startswith("calibadv is not distinguishable from grpo in final F1: +0.556 [+0.000, +1.000]")
     assert figures["untrained"][0]["arms"] == ["calibadv", "grpo"]
-    assert figures["untrained"][0]["f1"] == {"mean": 0.5, "low": 0, "high": 1}
+    assert figures["untrained"][0]["f1"] == {"mean": 0.5, "low": 0, "high": 1, "by_run": [0.5]}
     assert figures["settings"] == {
         "trainer.callbacks": {"calibadv": "[AdvantageCalibration(calibrators=[])]", "grpo": "[]"}
     }
@@ -284,6 +284,44 @@ def test_different_questions_are_not_compared(study: Path, tmp_path: Path) -> No
     assert len(figures["untrained"]) == 2
 
 
+def test_validations_at_other_distances_from_the_end_are_not_compared(study: Path, tmp_path: Path) -> None:
+    shutil.copytree(study / "grpo", tmp_path / "grpo")
+    for seed in (0, 1):
+        write_run(tmp_path / "other" / f"seed{seed}", seed, [[RIGHT, WRONG]] * 4, CALIBADV)
+    longer = {"rollout_steps": 50}  # 30, 40, 50 and not 10, 20, 30: more training is a comparison too
+    for seed in (0, 1):
+        write_run(tmp_path / "longer" / f"seed{seed}", seed, [[RIGHT, WRONG]] * 6, **longer)
+    for results in (tmp_path / "other").glob("*/results.json"):
+        content = json.loads(results.read_text())
+        del content["validations"][2]
+        results.write_text(json.dumps(content))
+    figures, _ = compare_runs([tmp_path])
+    assert arm(figures, "other")["difference"] == {
+        "verdict": "other is not compared with grpo: the validations of their final F1 lie differently before the end "
+        "of training (0, 10, 20 / 0, 20 rollout steps)."
+    }
+    assert arm(figures, "longer")["difference"]["seeds"] == [0, 1]
+
+
+def test_one_seed_is_no_test(study: Path) -> None:
+    figures, _ = compare_runs([study / name / "seed0" for name in ("grpo", "calibadv")])
+    assert arm(figures, "calibadv")["difference"]["verdict"] == (
+        "calibadv is not tested against grpo: final F1 differs by +0.500 in one seed, which says nothing of others."
+    )
+
+
+def test_what_differs_between_seeds_before_training_is_shown_for_each(study: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_curves(tmp_path / f"run_{seed}", {"val/f1": {0: 0.25 + 0.5 * seed, 10: 0.5}})
+    compare([study, tmp_path], tmp_path / "out")
+    pages = [(tmp_path / "out" / name).read_text() for name in ("report.md", "report.html")]
+    assert "| untrained policy of calibadv, grpo | 0.500 | 0.500 |" in pages[0]
+    assert "| untrained policy of run | 0.250 | 0.750 |" in pages[0]
+    assert "<td>0.250</td><td>0.750</td>" in pages[1]
+    assert pages[0].endswith("timing.json.\n")
+    assert "\n\n\n" not in pages[0]
+
+
 def test_without_rollout_files_the_intervals_are_over_seeds(study: Path, tmp_path: Path) -> None:
     shutil.copytree(study, tmp_path / "runs")
     (tmp_path / "runs" / "grpo" / "seed1" / "rollouts" / "val-step-000020.jsonl").unlink()
@@ -355,7 +393,7 @@ def test_a_verdict_holds_after_correction_for_the_number_of_arms() -> None:
     many = {name: found(2 / 64) for name in "abcdefg"}
     conclude(many, "grpo")
     assert (
-        "p = 0.0312 (0.219 corrected for 7 tests) over 6 paired seeds (the smallest possible is 0.219)"
+        "p = 0.0312 (0.219 corrected for 7 tests) over 6 paired seeds (with so few seeds it is never below 0.219)"
         in many["a"]["verdict"]
     )
 
@@ -365,7 +403,7 @@ def test_five_seeds_cannot_establish_a_difference(tmp_path: Path) -> None:
         write_run(tmp_path / "grpo" / f"seed{seed}", seed, [[WRONG] * 4] * 4)
         write_run(tmp_path / "other" / f"seed{seed}", seed, [[WRONG] * 4] + [[RIGHT] * 4] * 3, CALIBADV)
     verdict = arm(compare_runs([tmp_path])[0], "other")["difference"]["verdict"]
-    assert "not established: p = 0.0625 over 5 paired seeds (the smallest possible is 0.0625)" in verdict
+    assert "not established: p = 0.0625 over 5 paired seeds (with so few seeds it is never below 0.0625)" in verdict
 
 
 @pytest.mark.parametrize(

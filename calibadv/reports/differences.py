@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from calibadv.outcome import final_validations
 from calibadv.reports.arms import Arm
 from calibadv.reports.scores import Floats, RunScores
 from calibadv.reports.statistics import holm, interval_over_whole, sign_flip_test, smallest_p
@@ -119,7 +120,20 @@ def _refusal(arm: Arm, baseline: Arm, tables: Mapping[str, ArmScores]) -> str:
         return "they were validated on different questions"
     if not _shared_seeds(first, second):
         return "they have no seed in common"
+    lags = sorted(_final_lags(first) | _final_lags(second))
+    if len(lags) > 1:
+        texts = " / ".join(", ".join(map(str, steps)) for steps in lags)
+        return f"the validations of their final F1 lie differently before the end of training ({texts} rollout steps)"
     return ""
+
+
+def _final_lags(table: ArmScores) -> set[tuple[int, ...]]:
+    """How many steps before its end the validations of a run's final F1 were, of runs that no guard has stopped."""
+    found = set()
+    for run in (scores.run for scores in table.runs if not scores.run.stopped_by_guard):
+        steps = [int(row["step"]) for row in final_validations(run.validations)]
+        found.add(tuple((run.planned or steps[-1]) - step for step in reversed(steps)))
+    return found
 
 
 def _shared_seeds(first: ArmScores, second: ArmScores) -> list[int]:
@@ -140,8 +154,8 @@ def _verdict(name: str, baseline: str, found: Mapping[str, Any], tests: int) -> 
     gap, seeds = found["final_f1"], len(found["seeds"])
     if "p" not in found:
         return (
-            f"{name} is not distinguishable from {baseline} in final F1: {gap['mean']:+.3f} in one seed, "
-            "and one seed says nothing of others."
+            f"{name} is not tested against {baseline}: final F1 differs by {gap['mean']:+.3f} in one seed, "
+            "which says nothing of others."
         )
     corrected = f" ({found['p_holm']:.3g} corrected for {tests} tests)" if tests > 1 else ""
     test = f"p = {found['p']:.3g}{corrected} over {seeds} paired seeds"
@@ -156,7 +170,7 @@ def _verdict(name: str, baseline: str, found: Mapping[str, Any], tests: int) -> 
     if found["p_holm"] <= _SIGNIFICANT:
         return f"{name} is {side} than {baseline} in final F1 {by}, {test}."
     smallest = min(1.0, tests * found["smallest_p"])
-    limit = f" (the smallest possible is {smallest:.3g})" if smallest > _SIGNIFICANT else ""
+    limit = f" (with so few seeds it is never below {smallest:.3g})" if smallest > _SIGNIFICANT else ""
     return (
         f"{name} is {side} than {baseline} in final F1 in these seeds {by}, but that is not established: {test}{limit}."
     )

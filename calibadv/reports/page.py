@@ -93,6 +93,7 @@ def _environment(escape: bool) -> Any:
         loader=PackageLoader("calibadv.reports", "templates/report"),
         autoescape=escape,
         undefined=StrictUndefined,
+        keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -115,6 +116,8 @@ def _shared(figures: Figures, timing: Mapping[str, Any], arms: Sequence[Arm]) ->
         "timing": timing,
         "seeds": seeds,
         "run_of": lambda arm, seed: by_seed.get((arm, seed)),
+        "untrained_in": _untrained_in,
+        "some_collapsed": any(run.get("collapsed") for run in figures["runs"]),
         "several_starts": len(figures["untrained"]) > 1,
         "window": step_window(arms),
         "made_with": _made_with(figures),
@@ -122,6 +125,14 @@ def _shared(figures: Figures, timing: Mapping[str, Any], arms: Sequence[Arm]) ->
         "command": timing.get("command"),
         "over": _over(figures),
     }
+
+
+def _untrained_in(start: Mapping[str, Any], seed: int | None) -> str:
+    """F1 before training with a seed: one figure for all seeds that start alike, else each its own."""
+    if start["seeds"] is None:
+        return f"{start['f1']['mean']:.3f}"
+    by_seed = dict(zip(start["seeds"], start["f1"]["by_run"], strict=True))
+    return f"{by_seed[seed]:.3f}" if seed in by_seed else _NOTHING
 
 
 def _made_with(figures: Figures) -> dict[str, str]:

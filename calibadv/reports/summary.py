@@ -132,15 +132,15 @@ def _untrained(arms: Sequence[Arm], tables: Mapping[str, ArmScores]) -> list[Fig
     rows: dict[str, Figures] = {}
     for arm in arms:
         table = tables[arm.name]
-        first = ArmScores(table.runs[:1], table.questions, table.reason)  # before training, seeds do not differ
-        figures = _measures(first)
-        if "untrained_f1" in figures:
-            start = str(first.matrix("untrained_f1").tolist())
-            row = rows.setdefault(start, {"arms": [], "f1": figures["untrained_f1"], "em": figures.get("untrained_em")})
-            row["arms"].append(arm.name)
-    for row in rows.values():
-        for name in ("f1", "em"):
-            row[name] = row[name] and {end: row[name][end] for end in ("mean", "low", "high")}
+        if not table.runs or any("untrained_f1" not in run.measures for run in table.runs):
+            continue
+        scores = table.matrix("untrained_f1")
+        if bool((scores == scores[0]).all()):  # as it is where all seeds start from one policy: one run tells it all
+            table, scores = ArmScores(table.runs[:1], table.questions, table.reason), scores[:1]
+        figures = _measures(table)
+        row = {"arms": [], "f1": figures["untrained_f1"], "em": figures.get("untrained_em")}
+        row["seeds"] = [run.run.seed for run in table.runs] if len(table.runs) > 1 else None
+        rows.setdefault(str(scores.tolist()), row)["arms"].append(arm.name)
     return list(rows.values())
 
 
