@@ -75,6 +75,45 @@ def write_rollouts(
     write_records(path, (rollout_to_json(rollout, before, after) for rollout, before, after in columns))
 
 
+def find_rollout_files(paths: Sequence[Path]) -> list[Path]:
+    """Name the rollout files.
+
+    Args:
+        paths: files; and folders of runs, or of studies and others that hold such.
+
+    Returns:
+        The files, and those of the training steps of each run, each once.
+
+    Raises:
+        ValueError: there is none, or a folder holds none.
+    """
+    found: list[Path] = []
+    for path in paths:
+        files = sorted(path.rglob("rollouts/train-*.jsonl")) if path.is_dir() else [path]
+        if not files:
+            raise ValueError(
+                f"folder '{path}' holds no rollouts/train-*.jsonl; give rollout files, or the folder of a run or study"
+            )
+        found += files
+    if not found:
+        raise ValueError("rollouts names no file; give at least one")
+    return list(dict.fromkeys(found))
+
+
+def short_names(files: Sequence[Path]) -> list[str]:
+    """Tell files apart by as much of their paths as is needed.
+
+    Args:
+        files: at least one.
+
+    Returns:
+        Their paths from the folder on that holds them all.
+    """
+    paths = [path.resolve() for path in files]
+    folder = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write JSON lines to a file, which appears whole or not at all.
 

@@ -118,7 +118,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
     ),
     "unknown config": (
         "--config quickstar",
-        r"config 'quickstar' is neither a file nor a packaged config: .*quickstart",
+        r"config 'quickstar' is neither a file nor a packaged config; did you mean quickstart\?$",
     ),
     "config without value": (
         "--config",

@@ -50,6 +50,11 @@ def blank(parser: argparse.ArgumentParser) -> list[str]:
     return [action.dest for action in shown if not re.sub(r"\(type:.*|\(required.*", "", action.help or "").strip()]
 
 
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"calibadv \d+\.\d+\S* \(python \S+, torch \S+, .*\)\n", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_option_of_a_verb_has_a_text(verb: str) -> None:
     assert blank(verb_parser(verb)) == []

@@ -258,8 +258,23 @@ def test_a_run_folder_stands_for_its_training_rollouts(tmp_path: Path, capsys: p
     replay([tmp_path], tmp_path / "out", arm=["grpo"])
     lines = (tmp_path / "out" / "grpo.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 1, 2, 2]
-    with pytest.raises(ValueError, match=r"folder '.*out' holds no rollouts/train-\*.jsonl; give the folder of a run"):
+    with pytest.raises(ValueError, match=r"folder '.*out' holds no rollouts/train-\*.jsonl; give rollout files"):
         replay([tmp_path / "out"], arm=["grpo"])
+
+
+def test_the_folder_of_a_study_stands_for_those_of_all_its_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (0, 1):
+        write(tmp_path / "grpo" / f"seed{seed}" / "rollouts" / "train-step-000001.jsonl", GROUP)
+    assert figures(capsys, [tmp_path], "grpo")["groups"] == 2
+
+
+def test_groups_of_a_single_rollout_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "val.jsonl", [*GROUP, rollout(search("a"), answer("gold"), step=1)])
+    assert figures(capsys, [file], "grpo")["lone_groups"] == 1
+    replay([file], arm=["grpo"])
+    assert "warning: 1 group of a single rollout, as in files of validation" in capsys.readouterr().out
 
 
 def test_with_arms_out_is_a_folder(three: Path, tmp_path: Path) -> None:

@@ -141,6 +141,12 @@ def test_a_folder_that_is_not_of_the_study_is_left_alone(tmp_path: Path) -> None
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [precious]
 
 
+def test_a_file_in_the_place_of_an_arm_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "grpo").write_text("mine")
+    assert f"{tmp_path / 'grpo'} is there, and not of this study" in refusal(lambda: study(words(out=tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["grpo"]
+
+
 # --- a second call
 
 

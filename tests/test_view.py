@@ -296,6 +296,23 @@ def test_the_address_chooses_what_colours_and_what_is_open(browse: Browse) -> No
     assert page.all("html")[0].attributes["data-theme"] == "dark"
 
 
+def test_the_page_opens_where_rollouts_differ(browse: Browse) -> None:
+    tied = [of_question(7, record, score=0.0) for record in GROUP]
+    files = {"train.jsonl": [*tied, *GROUP]}
+    chosen = [row.attributes["aria-selected"] for row in browse(files).all("row")]
+    assert chosen == ["false", "true"]
+    assert [row.attributes["aria-selected"] for row in browse(files, "group=0").all("row")] == ["true", "false"]
+
+
+def test_files_that_share_steps_are_told_apart(browse: Browse) -> None:
+    page = browse({"grpo/train.jsonl": GROUP, "calibadv/train.jsonl": GROUP})
+    assert [meta.text.split(" · ")[-1] for meta in page.by_id("rows").all("meta")] == [
+        "grpo/train.jsonl",
+        "calibadv/train.jsonl",
+    ]
+    assert "jsonl" not in browse({"train.jsonl": numbered(2)}).by_id("rows").text
+
+
 def test_filters_keep_groups_and_fade_the_other_rollouts(browse: Browse) -> None:
     broken = rollout_to_json(rollout(search("a"), search("b"), sample=1))
     files = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,14 +37,18 @@ def resolve_config(name: str) -> Path:
         An existing file.
 
     Raises:
-        ValueError: there is none; the message lists the packaged names.
+        ValueError: there is none; the message names packaged ones.
     """
     folder = configs_folder()
     for candidate in (folder / f"{name}.yaml", Path(name)):
         if candidate.is_file():
             return candidate
     names = sorted(config_name(path) for path in folder.rglob("*.yaml"))
-    raise ValueError(f"config '{name}' is neither a file nor a packaged config: {', '.join(names)}")
+    last_parts = {known.rpartition("/")[2] for known in names}
+    meant = difflib.get_close_matches(Path(name).stem, last_parts, n=1, cutoff=0.8)
+    close = [known for known in names if known.rpartition("/")[2] in meant]
+    known = f"did you mean {' or '.join(close)}?" if close else f"the packaged ones are {', '.join(names)}"
+    raise ValueError(f"config '{name}' is neither a file nor a packaged config; {known}")
 
 
 def config_name(path: Path) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 from calibadv.cli.errors import message_for_users, report
 from calibadv.cli.help import PLAN, STUDY, TOOLS, VERBS
 from calibadv.cli.quiet import quiet_environment
+from calibadv.versions import versions
 
 _COMMANDS = {**VERBS, **STUDY, **PLAN, **TOOLS}
 
@@ -28,6 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         _print_help()
+        return 0
+    if command == "--version":
+        others = versions()
+        own = others.pop("calibadv")
+        made_with = ", ".join(f"{name} {number}" for name, number in others.items())
+        Console(soft_wrap=True).print(f"calibadv {own} ({made_with})", highlight=False)
         return 0
     if command not in _COMMANDS:
         report(f"there is no command '{command}'; choose one of {', '.join(_COMMANDS)}")
@@ -70,6 +77,7 @@ def _print_help() -> None:
     console.print(table)
     console.print(
         "\n'calibadv COMMAND --help' lists the options of a command. For a first run: calibadv fit --config quickstart"
+        "\n'calibadv --version' says what is installed."
     )
 
 

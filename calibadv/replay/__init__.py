@@ -5,7 +5,7 @@ from calibadv.replay.command import replay
 from calibadv.replay.comparison import Comparison
 from calibadv.replay.figures import ArmFigures, Disagreement, DisputedTurn, Figures
 from calibadv.replay.method import Method, Outcome, apply_method, load_method
-from calibadv.replay.recorded import Recorded, find_files, read_recorded
+from calibadv.replay.recorded import Recorded, read_recorded
 
 __all__ = [
     "ArmFigures",
@@ -18,7 +18,6 @@ __all__ = [
     "Recorded",
     "ReplayArm",
     "apply_method",
-    "find_files",
     "load_arms",
     "load_method",
     "read_recorded",

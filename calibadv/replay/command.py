@@ -13,9 +13,9 @@ from calibadv.progress import tracked
 from calibadv.replay.arms import ReplayArm, load_arms
 from calibadv.replay.comparison import Comparison
 from calibadv.replay.figures import Figures
-from calibadv.replay.recorded import Recorded, find_files, read_recorded
+from calibadv.replay.recorded import Recorded, read_recorded
 from calibadv.replay.table import print_figures
-from calibadv.rollout_files import Record, write_records
+from calibadv.rollout_files import Record, find_rollout_files, write_records
 
 
 def replay(
@@ -31,7 +31,8 @@ def replay(
     Groups are the rollouts of one question in one step, and a step of a file is one batch, as in training.
 
     Args:
-        rollouts: One or more files of rollouts, or folders of runs, which stand for their rollouts/train-*.jsonl.
+        rollouts: One or more files of rollouts, or folders of runs or studies, which stand for the
+            rollouts/train-*.jsonl in them.
         out: Where to write the rollouts with what was computed: with --arm a folder, which gets ARM.jsonl for each arm;
             without, a file. Order and unknown keys are kept. By default nothing is written.
         config: Overlays as for fit, in order: packaged names such as calibrators/calibadv, or paths. They hold for all
@@ -50,7 +51,7 @@ def replay(
     if out is not None and arm and out.exists() and not out.is_dir():
         raise ValueError(f"out '{out}' is a file, and with --arm it must be a folder; give another --out")
     arms = load_arms(arm or [], [str(name) for name in config or []])
-    recorded = read_recorded(find_files(rollouts))
+    recorded = read_recorded(find_rollout_files(rollouts))
     if out is not None:
         recorded.refuse_to_join()
     figures, filled = _apply(recorded, arms, top, keep=out is not None)

@@ -71,7 +71,7 @@ class Comparison:
         self._recorded = recorded
         self._totals = {arm: _Totals() for arm in arms}
         self._turns: list[tuple[int, int]] = []
-        self._batches = self._groups = self._trained = 0
+        self._batches = self._groups = self._lone = self._trained = 0
 
     def add(self, rows: Sequence[int], outcomes: Mapping[str, Outcome]) -> None:
         """Add one batch.
@@ -84,6 +84,7 @@ class Comparison:
         groups = _trained_groups(batch)
         self._batches += 1
         self._groups += len(groups)
+        self._lone += sum(len(rows) == 1 for rows in group_rollouts(batch.rollouts))
         self._trained += sum(map(len, groups))
         for name, outcome in outcomes.items():
             self._totals[name].add(outcome, groups)
@@ -105,6 +106,7 @@ class Comparison:
             files=list(dict.fromkeys(map(str, self._recorded.files))),
             batches=self._batches,
             groups=self._groups,
+            lone_groups=self._lone,
             rollouts=self._rollouts,
             trained_rollouts=self._trained,
             arms=[self._arm(name, totals) for name, totals in self._totals.items()],

@@ -93,6 +93,7 @@ class Figures:
         files: that were read.
         batches: steps of a file.
         groups: with a trained rollout.
+        lone_groups: those of a single rollout, as in files of validation, which methods compare with nothing.
         rollouts: all of them.
         trained_rollouts: all but those whose search failed, and what that left alone in its group.
         arms: one entry per method.
@@ -102,6 +103,7 @@ class Figures:
     files: list[str]
     batches: int
     groups: int
+    lone_groups: int
     rollouts: int
     trained_rollouts: int
     arms: list[ArmFigures]

@@ -11,7 +11,6 @@ from typing import Any
 
 from calibadv.jsonl import read_jsonl
 from calibadv.rollout_files import Record, rollout_from_json
-from calibadv.run_folder import RunFolder
 from calibadv.types import Rollout
 
 
@@ -54,31 +53,6 @@ class Recorded:
                     f"'{owner}' and '{file}' both hold step {rollout.step}, which would become one batch in the file "
                     "to be written; replay them one at a time, or without --out"
                 )
-
-
-def find_files(paths: Sequence[Path]) -> list[Path]:
-    """Name the rollout files.
-
-    Args:
-        paths: files, and folders of runs.
-
-    Returns:
-        The files, and those of the training steps of each run, each once.
-
-    Raises:
-        ValueError: there is none, or a folder holds none.
-    """
-    found: list[Path] = []
-    for path in paths:
-        files = sorted(RunFolder(path).rollouts.glob("train-*.jsonl")) if path.is_dir() else [path]
-        if not files:
-            raise ValueError(
-                f"folder '{path}' holds no rollouts/train-*.jsonl; give the folder of a run, or rollout files"
-            )
-        found += files
-    if not found:
-        raise ValueError("rollouts names no file; give at least one")
-    return list(dict.fromkeys(found))
 
 
 def read_recorded(files: Sequence[Path]) -> Recorded:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from calibadv.replay.arms import ReplayArm
 from calibadv.replay.figures import KINDS, SIDES, ArmFigures, Disagreement, DisputedTurn, Figures
+from calibadv.rollout_files import short_names
 
 # A message is recognised by its end, where the query or the answer stands.
 _SHOWN_CHARACTERS = 100
@@ -26,6 +26,13 @@ def print_figures(figures: Figures, arms: Sequence[ReplayArm]) -> None:
     """
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(f"{_counts(figures)}\n")
+    if figures.lone_groups:
+        console.print(
+            f"warning: {_plural(figures.lone_groups, 'group')} of a single rollout, as in files of validation, test "
+            "and prediction: methods compare it with nothing, so its advantages mean nothing\n",
+            style="yellow",
+            soft_wrap=True,
+        )
     console.print(_summary(figures))
     for arm in arms:
         if arm.without_effect:
@@ -74,12 +81,10 @@ def _softened(arm: ArmFigures) -> str:
 
 
 def _names(files: Sequence[str]) -> dict[str, str]:
-    """What to call each file, from the folder on that holds them all; a file alone needs no name."""
+    """What to call each file; a file alone needs no name."""
     if len(files) == 1:
         return {files[0]: ""}
-    paths = {file: Path(file).resolve() for file in files}
-    folder = os.path.commonpath([path.parent for path in paths.values()])
-    return {file: f"{path.relative_to(folder)}, " for file, path in paths.items()}
+    return {file: f"{name}, " for file, name in zip(files, short_names([Path(file) for file in files]), strict=True)}
 
 
 def _disagreement(disagreement: Disagreement, names: dict[str, str]) -> Iterator[RenderableType]:

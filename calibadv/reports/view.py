@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections import Counter
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from calibadv.reports.view_data import ViewerData
-from calibadv.rollout_files import Record
+from calibadv.rollout_files import Record, find_rollout_files, short_names
 from calibadv.run_folder import write_atomically
 
 _SCRIPTS = ("data.js", "filter.js", "rollout.js", "page.js")
@@ -25,22 +24,21 @@ def view(rollouts: list[Path], out: Path) -> None:
     """Make a page to read rollouts in a browser, which needs no network.
 
     Args:
-        rollouts: One or more files of rollouts, as runs write them and calibadv replay does.
+        rollouts: One or more files of rollouts, as runs write them and calibadv replay does; or folders of runs or
+            studies, which stand for the rollouts/train-*.jsonl in them.
         out: HTML file to write, which appears when all is done.
 
     Raises:
         ValueError: a rollout file cannot be used, or ``out`` is one of them or a folder; ``out`` then stays as it was.
     """
-    paths = list(dict.fromkeys(rollouts))
-    if not paths:
-        raise ValueError("rollouts names no file; give at least one")
+    paths = find_rollout_files(rollouts)
     if out.is_dir():
         raise ValueError(f"out '{out}' is a folder; give a file, such as {out / 'view.html'}")
     if out.resolve() in [path.resolve() for path in paths]:
         raise ValueError(f"out '{out}' is one of the rollout files, which the page would replace; give another --out")
     data = ViewerData()
     console = Console(stderr=True)
-    for path, name in zip(paths, _names(paths), strict=True):
+    for path, name in zip(paths, short_names(paths), strict=True):
         with console.status(Text(f"Reading {path}")) if console.is_terminal else nullcontext():
             data.add_file(path, name)
     write_atomically(out, render(data.as_json()))
@@ -82,9 +80,3 @@ def script_safe(value: Record) -> str:
     for character in "<\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _names(paths: list[Path]) -> list[str]:
-    """File names; whole paths where two files have one name."""
-    counts = Counter(path.name for path in paths)
-    return [path.name if counts[path.name] == 1 else str(path) for path in paths]

@@ -151,10 +151,10 @@ def plan(given: Record, out: Path, baseline: str | None = None) -> Record:
         raise ValueError(f"--baseline is '{baseline}'; it must be one of the arms: {', '.join(record.arms)}")
     known = set() if before is None else {run.folder.path for run in runs_of(before, out)}
     for run in runs_of(record, out):
-        if run.folder.path not in known and run.folder.path.exists():
-            raise ValueError(
-                f"{run.folder.path} is there, and not of this study; choose another --out, or move it away"
-            )
+        path = run.folder.path
+        there = path.parent if path.parent.is_file() else path
+        if path not in known and there.exists():
+            raise ValueError(f"{there} is there, and not of this study; choose another --out, or move it away")
     return record
 
 

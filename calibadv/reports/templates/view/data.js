@@ -10,7 +10,15 @@ function readData() {
   element.remove(); // tens of megabytes that nobody reads again
   data.groups.forEach((group, place) => Object.assign(group, { place }, summary(group)));
   data.hasAdvantages = data.limit !== null;
+  data.filesShareSteps = shareSteps(data.groups);
   return data;
+}
+
+/** Whether the step alone does not say which file a group is of. */
+function shareSteps(groups) {
+  const files = new Map();
+  for (const { step, file } of groups) if (files.set(step, files.get(step) ?? file).get(step) !== file) return true;
+  return false;
 }
 
 /** Figures to sort by; what is not a number or not trained is in none of them. */

@@ -14,10 +14,15 @@ function update(keys) {
     byId("count").textContent = `${rollouts} in ${plural(chosen.length, "group")}`;
     byId("rows").style.height = `${chosen.length * ROW_HEIGHT}px`;
     byId("list").scrollTop = 0;
-    current = Math.max(0, chosen.findIndex((group) => String(group.place) === state.group));
+    current = Math.max(0, chosen.findIndex((group) => (state.group ? String(group.place) === state.group : opens(group))));
   }
   showControls();
   showGroup(current);
+}
+
+/** Where the page opens: what differs within a group is what there is to see. */
+function opens(group) {
+  return state.sort !== "file" || group.spread > 0;
 }
 
 function change(values) {
@@ -28,7 +33,7 @@ function change(values) {
 function showGroup(place) {
   current = Math.min(Math.max(place, 0), chosen.length - 1);
   const group = chosen[current];
-  state.group = group && current > 0 ? String(group.place) : "";
+  state.group = group ? String(group.place) : "";
   renderGroup(group);
   scrollToRow(current);
   renderRows();
@@ -57,7 +62,8 @@ function rowElement(group, place) {
 
 function rowFigures(group) {
   const sortedBy = state.sort === "spread" || state.sort === "change" ? state.sort : "mean";
-  return `step ${group.step} · ${sortedBy} ${figure(group[sortedBy])}`;
+  const file = DATA.filesShareSteps ? ` · ${DATA.files[group.file]}` : "";
+  return `step ${group.step} · ${sortedBy} ${figure(group[sortedBy])}${file}`;
 }
 
 /** A bar per rollout, filled up to its score. */
