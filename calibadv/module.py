@@ -338,7 +338,7 @@ class SearchAgentModule(pl.LightningModule):
             log.warning(
                 "model.group_size is 1: the rollouts of a question are compared, and there is nothing to compare"
             )
-        check_combination(self.estimator, self.calibrators)
+        check_combination(self.estimator, self.calibrators, self.group_size if stage == "fit" else None)
         self.agent.engine.check()
         check_engine(self.agent)
         check_positions(self.policy, self.agent.protocol.max_rollout_tokens)

@@ -89,10 +89,10 @@ def find_rollout_files(paths: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        files = sorted(path.rglob("rollouts/train-*.jsonl")) if path.is_dir() else [path]
+        files = sorted(path.rglob("train-step-*.jsonl")) if path.is_dir() else [path]
         if not files:
             raise ValueError(
-                f"folder '{path}' holds no rollouts/train-*.jsonl; give rollout files, or the folder of a run or study"
+                f"folder '{path}' holds no train-step-*.jsonl; give rollout files, or the folder of a run or study"
             )
         found += files
     if not found:

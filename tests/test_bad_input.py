@@ -111,6 +111,10 @@ OPTIONS: dict[str, tuple[str, str]] = {
     ),
     "abbreviation": ("--model.rollout 3", r"--model.rollout is not accepted; did you mean --model.rollout_steps\?"),
     "abbreviated seed": ("--seed 3", r"option --seed is not accepted; did you mean --seed_everything\?"),
+    "calibration of lone rollouts": (
+        "--config calibrators/calibadv --model.group_size 1",
+        r"model.group_size is 1, and SoftPenalty needs the other rollouts of a group; give at least 2",
+    ),
     "misspelling": ("--model.groupsize=3", r"--model.groupsize is not accepted; did you mean --model.group_size\?"),
     "misspelling in a file": (
         "--config misspelt.yaml",

@@ -137,8 +137,11 @@ def test_packaged_configs_have_names_and_others_have_paths(tmp_path: Path) -> No
 
 
 def test_an_unknown_config_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"config 'calibadv' is neither .*: .*calibrators/calibadv, .*soft_penalty"):
-        resolve_config("calibadv")
+    with pytest.raises(ValueError, match=r"config 'mine' is neither .* ones are base, .*calibrators/calibadv, .*quick"):
+        resolve_config("mine")
+    for name, meant in (("calibadv", "calibadv"), ("calibrators/soft", "soft_penalty")):
+        with pytest.raises(ValueError, match=rf"did you mean calibrators/{meant}\?$"):
+            resolve_config(name)
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a\n- b\n", "\tb"])
@@ -161,6 +164,12 @@ def files(tmp_path: Path) -> dict[str, Path]:
         "soft_and_more": "trainer: {callbacks+: [Timer]}\nmodel: {group_size: 3, policy: here}\n",
         "size": "model: {group_size: 3}\n",
         "whole": "model:\n",
+        "corpus": "model: {retriever: {init_args: {corpus: mine.jsonl}}}\n",
+        "dense": "model: {retriever: {class_path: calibadv.retrieval.Dense, init_args: {encoder: minilm}}}\n",
+        "dual": "model: {loss: {init_args: {dual_clip: 3.0}}}\n",
+        "short_dual": "model: {loss: {dual_clip: 3.0}}\n",
+        "ppo": "model: {loss: {class_path: PPOClip, init_args: {clip_high: 0.3}}}\n",
+        "cispo": "model: {loss: {class_path: calibadv.losses.CISPO}}\n",
         "empty": "",
         "reset": "trainer: {callbacks: [AdvantageCalibration]}\n",
         "doubled": "trainer: {callbacks: [AdvantageCalibration, {class_path: AdvantageCalibration}]}\n",
@@ -178,6 +187,8 @@ def files(tmp_path: Path) -> dict[str, Path]:
         ["soft", "size"],
         ["empty", "base", "empty"],
         ["base", "soft", "soft_and_more"],
+        ["corpus", "dense"],  # which takes a corpus too
+        ["dual", "ppo"],
     ],
 )
 def test_orders_that_keep_everything_are_accepted(files: dict[str, Path], order: list[str]) -> None:
@@ -194,6 +205,8 @@ def test_orders_that_keep_everything_are_accepted(files: dict[str, Path], order:
         (["size", "whole"], "size", "whole"),
         (["base", "base"], "base", "base"),
         (["base", "soft", "reset"], "soft", "reset"),
+        (["dual", "cispo"], "dual", "cispo"),
+        (["short_dual", "cispo"], "short_dual", "cispo"),
     ],
 )
 def test_an_overlay_of_which_nothing_remains_is_refused(

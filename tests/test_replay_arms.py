@@ -258,7 +258,7 @@ def test_a_run_folder_stands_for_its_training_rollouts(tmp_path: Path, capsys: p
     replay([tmp_path], tmp_path / "out", arm=["grpo"])
     lines = (tmp_path / "out" / "grpo.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 1, 2, 2]
-    with pytest.raises(ValueError, match=r"folder '.*out' holds no rollouts/train-\*.jsonl; give rollout files"):
+    with pytest.raises(ValueError, match=r"folder '.*out' holds no train-step-\*.jsonl; give rollout files"):
         replay([tmp_path / "out"], arm=["grpo"])
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def resolve_config(name: str) -> Path:
     names = sorted(config_name(path) for path in folder.rglob("*.yaml"))
     last_parts = {known.rpartition("/")[2] for known in names}
     meant = difflib.get_close_matches(Path(name).stem, last_parts, n=1, cutoff=0.8)
-    close = [known for known in names if known.rpartition("/")[2] in meant]
+    close = [known for known in names if known.startswith(name) or known.rpartition("/")[2] in meant]
     known = f"did you mean {' or '.join(close)}?" if close else f"the packaged ones are {', '.join(names)}"
     raise ValueError(f"config '{name}' is neither a file nor a packaged config; {known}")
 
@@ -176,14 +178,12 @@ def scan_settings(settings: Sequence[ConfigFile | Option]) -> None:
         settings: config files, and options of the command line, in the order in which they apply.
 
     Raises:
-        ValueError: an overlay or an option stands before a file that sets all of it again, or another class than it
-            sets options of, or the list that it appends to; or two AdvantageCalibration callbacks are in effect, of
-            which the second would replace the first.
+        ValueError: an overlay or an option stands before a file that sets all of it again, or a class without the
+            options that it sets, or the list that it appends to; or two AdvantageCalibration callbacks are in effect,
+            of which the second would replace the first.
     """
-    values = read_config(configs_folder() / "base.yaml").values
     for place, setting in enumerate(settings):
-        values |= setting.values
-        _refuse_if_lost(setting, [later for later in settings[place + 1 :] if isinstance(later, ConfigFile)], values)
+        _refuse_if_lost(setting, [later for later in settings[place + 1 :] if isinstance(later, ConfigFile)])
     names = [name for name, _ in calibrations(settings)]
     if len(names) > 1:
         raise ValueError(
@@ -192,8 +192,8 @@ def scan_settings(settings: Sequence[ConfigFile | Option]) -> None:
         )
 
 
-def _refuse_if_lost(setting: ConfigFile | Option, later: Sequence[ConfigFile], classes: Mapping[str, Any]) -> None:
-    owners = {key: _set_again_by(key, later, classes) for key in setting.values}
+def _refuse_if_lost(setting: ConfigFile | Option, later: Sequence[ConfigFile]) -> None:
+    owners = {key: _set_again_by(key, later) for key in setting.values}
     last = next((other.name for other in reversed(later) if other.name in owners.values()), None)
     if last is None:
         return
@@ -210,16 +210,45 @@ def _refuse_if_lost(setting: ConfigFile | Option, later: Sequence[ConfigFile], c
             )
 
 
-def _set_again_by(key: str, later: Sequence[ConfigFile], classes: Mapping[str, Any]) -> str | None:
-    """The last file that sets the key, something that contains it, or another class than it is an option of."""
+def _set_again_by(key: str, later: Sequence[ConfigFile]) -> str | None:
+    """The last file that sets the key, or what contains it, or puts a class without such an option in its place."""
     parts = key.removesuffix("+").split(".")
-    whole = {".".join(parts[: end + 1]) for end in range(len(parts))}
-    owners = {".".join([*parts[:place], "class_path"]) for place, part in enumerate(parts) if part == "init_args"}
     for config in reversed(later):
-        other = {owner for owner in owners & config.values.keys() if config.values[owner] != classes.get(owner)}
-        if other or whole & config.values.keys():
-            return config.name
+        for end in range(1, len(parts) + 1):
+            if ".".join(parts[:end]) in config.values or _drops(parts[:end], parts[end:], config):
+                return config.name
     return None
+
+
+def _drops(owner: list[str], rest: list[str], config: ConfigFile) -> bool:
+    """Whether a file sets a class for ``owner`` that does not take the option ``rest``."""
+    new = config.values.get(".".join([*owner, "class_path"]))
+    option = rest[rest[:1] == ["init_args"] :]
+    if not isinstance(new, str) or not option:
+        return False
+    try:
+        accepted = options_of(new)
+    except (ImportError, AttributeError, ValueError):
+        return False  # the parser will say what it thinks of that class
+    return option[0] not in accepted and all(entry.kind is not entry.VAR_KEYWORD for entry in accepted.values())
+
+
+def options_of(class_path: str) -> Mapping[str, inspect.Parameter]:
+    """What a class is made with.
+
+    Args:
+        class_path: such as ``calibadv.losses.CISPO``.
+
+    Returns:
+        The parameters of its constructor by name.
+
+    Raises:
+        ImportError: there is no such module.
+        AttributeError: it has no such class.
+        ValueError: the path names no module.
+    """
+    module, _, name = class_path.rpartition(".")
+    return inspect.signature(getattr(import_module(module), name)).parameters
 
 
 def calibrations(configs: Sequence[ConfigFile | Option]) -> list[tuple[str, Any]]:

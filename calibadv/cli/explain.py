@@ -9,12 +9,13 @@ from collections.abc import Callable, Collection, Iterable
 from importlib import import_module
 
 from calibadv import interfaces
+from calibadv.cli.configs import options_of
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"class_path '([^']+)'")
 # --trainer.callbacks.NAME is tried on the last callback of the list, and then on a single one.
 _LAST_CALLBACK = re.compile(
-    r"""Parser key "trainer\.callbacks":.*?class_path '([\w.]+)':(.+?)\n    - .*NestedArg\(key='([\w.]+)'""", re.DOTALL
+    r"""Parser key "trainer\.callbacks":.*?class_path '([\w.]+)':(.+?)\n    - .*NestedArg\(key='([\w.+]+)'""", re.DOTALL
 )
 _SEAMS = {
     "engine": interfaces.Engine,
@@ -68,17 +69,12 @@ def _option_of_last_callback(class_path: str, cause: str, option: str) -> str:
             f"--trainer.callbacks.{option} sets an option of the last callback, and there is none; put the overlay of "
             "one before it, such as --config callbacks/collapse_guard"
         )
-    if option.partition(".")[0] in _parameters(class_path):
+    if option.partition(".")[0].rstrip("+") in options_of(class_path):
         return f"trainer.callbacks.{explain(cause)}"
     return (
         f"--trainer.callbacks.{option} sets an option of the last callback, which is {name} and has none of that name; "
         "put the overlay of the one that is meant last, or set the option in a config file"
     )
-
-
-def _parameters(class_path: str) -> Collection[str]:
-    module, _, name = class_path.rpartition(".")
-    return inspect.signature(getattr(import_module(module), name)).parameters
 
 
 def _unknown_option(name: str, options: Collection[str]) -> str:
@@ -107,7 +103,7 @@ def _no_module(found: re.Match[str], before: str) -> str:
 
 def _no_option(found: re.Match[str], before: str) -> str:
     class_path = _CLASS.findall(before)[-1] if _CLASS.search(before) else ""
-    name, accepted = class_path.rpartition(".")[2], _parameters(class_path) if class_path else ()
+    name, accepted = class_path.rpartition(".")[2], options_of(class_path) if class_path else ()
     return f"option '{found[1].rstrip('+')}' is not accepted by {name or 'this class'}; it takes {_listed(accepted)}"
 
 

@@ -10,15 +10,15 @@ from calibadv.run_folder import RunFolder
 
 
 def goodbye(
-    verb: str, folder: RunFolder, step: int, steps: int, stopped_by: Signals | None, resume_command: str
+    verb: str, folder: RunFolder, done: int, planned: int, stopped_by: Signals | None, resume_command: str
 ) -> int:
     """Say where to look, and how to continue what a signal or a guard has ended early.
 
     Args:
         verb: what was run.
         folder: of the run.
-        step: rollout steps done.
-        steps: rollout steps asked for.
+        done: rollout steps done.
+        planned: rollout steps asked for.
         stopped_by: the signal that ended training early, or None.
         resume_command: what to type to go on.
 
@@ -28,10 +28,10 @@ def goodbye(
     lines = _training(folder) if verb == "fit" else []
     lines += [f"results     {folder.results}"] if verb != "predict" else []
     lines += [f"rollouts    {folder.rollouts}"]
-    by_guard = verb == "fit" and step < steps and folder.read_results().get("stopped_by_guard", False)
+    by_guard = verb == "fit" and done < planned and folder.read_results().get("stopped_by_guard", False)
     if stopped_by is not None or by_guard:
         name = "its guard" if stopped_by is None else stopped_by.name
-        lines += [f"stopped by {name} after rollout step {step} of {steps}; to continue:", f"  {resume_command}"]
+        lines += [f"stopped by {name} after rollout step {done} of {planned}; to continue:", f"  {resume_command}"]
     Console(soft_wrap=True).print("\n".join(lines), highlight=False, markup=False)
     return 0 if stopped_by is None else 128 + stopped_by
 

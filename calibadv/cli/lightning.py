@@ -279,8 +279,8 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         raise ValueError(f"trainer: {error}") from error
     if not cli.trainer.is_global_zero:
         return 0
-    steps = cli.model.rollout_step, cli.model.rollout_steps
-    return goodbye(verb, cli.start.folder, *steps, cli.checkpoints.stopped_by, cli.resume_command)
+    done, planned = cli.model.rollout_step, cli.model.rollout_steps
+    return goodbye(verb, cli.start.folder, done, planned, cli.checkpoints.stopped_by, cli.resume_command)
 
 
 def run_to_the_end(verb: str, settings: Sequence[ConfigFile | Option]) -> CalibadvCLI:

@@ -20,7 +20,7 @@ class Alarm:
         curve: its name.
         value: what it is.
         limit: what it should have kept to.
-        side: ``above`` or ``below``.
+        side: ``above``, ``below`` or, where that is too far, ``at``.
         step: the rollout step.
         meaning: what the limit is.
         acts: whether something is to be done, or only said.
@@ -38,9 +38,7 @@ class Alarm:
 
     def __str__(self) -> str:
         """Say what is wrong, but for the step."""
-        value, limit = f"{self.value:.3g}", f"{self.limit:.3g}"
-        side = "at" if value == limit else self.side
-        return f"{self.curve} is {value}, {side} its limit {limit} ({self.meaning})"
+        return f"{self.curve} is {self.value:.3g}, {self.side} its limit {self.limit:.3g} ({self.meaning})"
 
 
 @dataclass(slots=True)
@@ -95,8 +93,8 @@ class Watch:
             return None
         state.spoken = True
         side, limit = ("below", low) if value < low else ("above", high)
-        # Bounds carry the rounding of their comparison, which is no figure for a reader.
-        return Alarm(rule.curve, value, round(limit, _DIGITS), side, step, rule.meaning, rule.acts)
+        limit = round(limit, _DIGITS)  # without the tolerance of its comparison, which is no figure for a reader
+        return Alarm(rule.curve, value, limit, "at" if value == limit else side, step, rule.meaning, rule.acts)
 
     def healthy_until(self, step: int) -> int:
         """After how many rollout steps the policy was last healthy.

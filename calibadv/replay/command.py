@@ -32,7 +32,7 @@ def replay(
 
     Args:
         rollouts: One or more files of rollouts, or folders of runs or studies, which stand for the
-            rollouts/train-*.jsonl in them.
+            train-step-*.jsonl in them.
         out: Where to write the rollouts with what was computed: with --arm a folder, which gets ARM.jsonl for each arm;
             without, a file. Order and unknown keys are kept. By default nothing is written.
         config: Overlays as for fit, in order: packaged names such as calibrators/calibadv, or paths. They hold for all

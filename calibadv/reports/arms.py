@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from calibadv.settings import as_text
 
 # What fit puts at the end of a run's name: calibadv.cli.trainer.moment.
 _MOMENT = re.compile(r"(?<=\d)-(?:\d{8}-\d{6}|job[^-]+)$")
-_LONGEST_VALUE = 40
+_SHORT_VALUE = 40
 _SEED_FOLDER = re.compile(r"(?:seed)?[-_=.]?\d+")
 _SEED_SUFFIX = re.compile(r"[-_=.]?(?:seed)?[-_=.]?(\d+)$")
 
@@ -52,9 +53,8 @@ def group_arms(runs: Sequence[Run]) -> list[Arm]:
     """Put runs together that differ in nothing but the seed.
 
     An arm is called as a study calls it, by the folder that holds ``seed0``, ``seed1``, ...; else by what is left of
-    its runs' names without the seed; else as its only run; else by a folder that holds its runs and no others; else by
-    the path of its only run; else by what differs. Where arms of several studies have one name, what differs between
-    them stands behind it.
+    its runs' names without the seed; else by a folder that holds its runs and no others. Where that is not one name, or
+    several arms have it, what differs between them is said, and at last the path of the first run.
 
     Args:
         runs: at least one. Those of other programs belong together where their folders' names differ in a number at
@@ -64,7 +64,7 @@ def group_arms(runs: Sequence[Run]) -> list[Arm]:
         Arms in the order of their first runs.
 
     Raises:
-        ValueError: two runs of an arm have one seed, or two arms would have one name.
+        ValueError: two runs of an arm have one seed.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -98,72 +98,61 @@ def _check_seeds(arm: Arm) -> None:
 def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
     owners = Counter(parent for group in groups for parent in {run.path.parent for run in group})
     names = [""] * len(groups)
-    for rule in (_study_name, _name_without_seed, _run_name, lambda group: _own_folder(group, owners), _run_path):
-        proposed = [rule(group) for group in groups]
+    for proposed in ([_base_name(group) for group in groups], [_own_folder(group, owners) for group in groups]):
         unique = [name if proposed.count(name) == 1 and name not in names else "" for name in proposed]
         names = [name or other for name, other in zip(names, unique, strict=True)]
-    folders = [_study_name(group) for group in groups]
-    for place, group in enumerate(groups):
-        if not names[place]:
-            alike = [other for other, folder in enumerate(folders) if folder == folders[place]]
-            given = _settings_names([groups[other][0] for other in alike])[alike.index(place)]
-            names[place] = ", ".join(filter(None, [folders[place], given])) or group[0].path.name
-    for name, count in Counter(names).items():
-        if count > 1:
-            first, second, *_ = (group[0].path for group, other in zip(groups, names, strict=True) if other == name)
-            raise ValueError(f"the arms of '{first}' and '{second}' would both be called '{name}'; rename a folder")
-    return names
+    nameless = [place for place, name in enumerate(names) if not name]
+    for place in nameless:
+        base = _base_name(groups[place])
+        alike = [other for other in nameless if _base_name(groups[other]) == base]
+        given = _settings_names([groups[other][0] for other in alike])[alike.index(place)]
+        names[place] = ", ".join(filter(None, [base, given]))
+    counts = Counter(names)
+    return [name if counts[name] == 1 else group[0].label for name, group in zip(names, groups, strict=True)]
 
 
-def _study_name(group: Sequence[Run]) -> str:
-    """``grpo`` for grpo/seed0 and grpo/seed1, also where they lie in two studies."""
+def _base_name(group: Sequence[Run]) -> str:
+    """``grpo`` for grpo/seed0 and grpo/seed1; else what is left of the runs' names without the seed, if that is one."""
     folders = {run.path.parent.name for run in group}
-    like_seeds = all(_SEED_FOLDER.fullmatch(run.path.name) for run in group)
-    return folders.pop() if len(folders) == 1 and like_seeds else ""
+    if len(folders) == 1 and all(_SEED_FOLDER.fullmatch(run.path.name) for run in group):
+        return folders.pop()
+    names = {_without_seed(run) for run in group}
+    return names.pop() if len(names) == 1 else ""
 
 
-def _name_without_seed(group: Sequence[Run]) -> str:
-    """``grpo-6e-4`` for grpo-6e-4-0 and grpo-6e-4-1, ``quickstart`` for the name that ``fit`` gives a run."""
-    names = [_MOMENT.sub("", run.path.name) if run.ours else run.path.name for run in group]
-    found = {_SEED_SUFFIX.sub("", name) for name in names}
-    endings = [_SEED_SUFFIX.search(name) for name in names]
-    by_seed = all(end and int(end[1]) == run.seed for end, run in zip(endings, group, strict=True))
-    alike = by_seed or not group[0].ours
-    return found.pop() if len(found) == 1 and alike else ""
-
-
-def _run_name(group: Sequence[Run]) -> str:
-    """``first`` for a single run of that name."""
-    return group[0].path.name if len(group) == 1 else ""
+def _without_seed(run: Run) -> str:
+    """``quickstart`` for the name that ``fit`` gives a run; whole where the number at its end is not the seed."""
+    name = _MOMENT.sub("", run.path.name) if run.ours else run.path.name
+    ending = _SEED_SUFFIX.search(name)
+    is_seed = ending is not None and (not run.ours or int(ending[1]) == run.seed)
+    return _SEED_SUFFIX.sub("", name) if is_seed else name
 
 
 def _own_folder(group: Sequence[Run], owners: Mapping[Path, int]) -> str:
     """``grpo`` for grpo/monday and grpo/tuesday, where that folder holds no other arm's runs."""
     folders = {run.path.parent for run in group}
-    return folders.pop().name if len(folders) == 1 and owners[group[0].path.parent] == 1 else ""
-
-
-def _run_path(group: Sequence[Run]) -> str:
-    """``b/run`` for a single run, where neither part of it is enough."""
-    return group[0].label if len(group) == 1 else ""
+    like_seeds = all(_SEED_FOLDER.fullmatch(run.path.name) for run in group)
+    alone = len(folders) == 1 and owners[group[0].path.parent] == 1 and not like_seeds
+    return folders.pop().name if alone else ""
 
 
 def _settings_names(runs: Sequence[Run]) -> list[str]:
     """``learning_rate=0.0006`` and the like: of the settings that differ, as many as tell all runs apart."""
     settings = [(key.rpartition(".")[2], texts) for key, texts in differing_settings(runs).items()]
-    names = [""] * len(runs)
-    for count in range(1, len(settings) + 1):
-        names = [
-            ", ".join(f"{key}={_shortened(texts[place])}" for key, texts in settings[:count] if texts[place])
-            for place in range(len(runs))
-        ]
+    names: list[str] = [""] * len(runs)
+    for longest, count in product((_SHORT_VALUE, None), range(1, len(settings) + 1)):
+        chosen = settings[:count]
+        names = [_joined([(key, texts[place]) for key, texts in chosen], longest) for place in range(len(runs))]
         if len(set(names)) == len(names):
             break
     return names
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+def _joined(settings: Sequence[tuple[str, str]], longest: int | None) -> str:
+    shown = [
+        (key, text if longest is None or len(text) <= longest else f"{text[:longest]}...") for key, text in settings
+    ]
+    return ", ".join(f"{key}={text}" for key, text in shown if text)
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:

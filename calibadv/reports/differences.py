@@ -10,6 +10,7 @@ import numpy as np
 
 from calibadv.outcome import final_validations
 from calibadv.reports.arms import Arm
+from calibadv.reports.runs import Run
 from calibadv.reports.scores import Floats, RunScores
 from calibadv.reports.statistics import holm, interval_over_whole, sign_flip_test, smallest_p
 
@@ -120,20 +121,25 @@ def _refusal(arm: Arm, baseline: Arm, tables: Mapping[str, ArmScores]) -> str:
         return "they were validated on different questions"
     if not _shared_seeds(first, second):
         return "they have no seed in common"
-    lags = sorted(_final_lags(first) | _final_lags(second))
+    lags = {_final_lags(run): run.label for run in _not_stopped(second) + _not_stopped(first)}
     if len(lags) > 1:
-        texts = " / ".join(", ".join(map(str, steps)) for steps in lags)
-        return f"the validations of their final F1 lie differently before the end of training ({texts} rollout steps)"
+        texts = [f"{', '.join(map(str, steps))} in {label}" for steps, label in lags.items()]
+        return (
+            "the validations of their final F1 lie differently before the end of training, in rollout steps: "
+            + " and ".join(texts)
+        )
     return ""
 
 
-def _final_lags(table: ArmScores) -> set[tuple[int, ...]]:
-    """How many steps before its end the validations of a run's final F1 were, of runs that no guard has stopped."""
-    found = set()
-    for run in (scores.run for scores in table.runs if not scores.run.stopped_by_guard):
-        steps = [int(row["step"]) for row in final_validations(run.validations)]
-        found.add(tuple((run.planned or steps[-1]) - step for step in reversed(steps)))
-    return found
+def _not_stopped(table: ArmScores) -> list[Run]:
+    """The runs that a guard has not ended early."""
+    return [scores.run for scores in table.runs if not scores.run.stopped_by_guard]
+
+
+def _final_lags(run: Run) -> tuple[int, ...]:
+    """How many steps before its end the validations of a run's final F1 were."""
+    steps = [int(row["step"]) for row in final_validations(run.validations)]
+    return tuple((run.planned or steps[-1]) - step for step in reversed(steps))
 
 
 def _shared_seeds(first: ArmScores, second: ArmScores) -> list[int]:

@@ -94,7 +94,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
         the arms of a study in its order.
 
     Raises:
-        ValueError: a folder does not exist, or has no run; or the record of a study is damaged.
+        ValueError: a folder does not exist, or has no run.
     """
     found: dict[Path, None] = {}
     for folder in folders:
@@ -129,14 +129,13 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _arms_of_study(folder: Path) -> list[str]:
-    """In the order in which the study has named them; empty where there is no study."""
+    """In the order in which the study has named them; empty where there is no study of ours."""
     record = folder / STUDY_FILE
-    if not record.exists():
-        return []
     try:
-        return list(json.loads(record.read_text("utf-8"))["arms"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"'{record}' is not the record of a study ({error}); copy it again, or remove it") from error
+        content = json.loads(record.read_text("utf-8")) if record.is_file() else None
+    except ValueError:
+        content = None
+    return list(content["arms"]) if isinstance(content, dict) and isinstance(content.get("arms"), dict) else []
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

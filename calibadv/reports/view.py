@@ -25,7 +25,7 @@ def view(rollouts: list[Path], out: Path) -> None:
 
     Args:
         rollouts: One or more files of rollouts, as runs write them and calibadv replay does; or folders of runs or
-            studies, which stand for the rollouts/train-*.jsonl in them.
+            studies, which stand for the train-step-*.jsonl in them.
         out: HTML file to write, which appears when all is done.
 
     Raises:
@@ -41,7 +41,10 @@ def view(rollouts: list[Path], out: Path) -> None:
     for path, name in zip(paths, short_names(paths), strict=True):
         with console.status(Text(f"Reading {path}")) if console.is_terminal else nullcontext():
             data.add_file(path, name)
-    write_atomically(out, render(data.as_json()))
+    page = render(data.as_json())
+    write_atomically(out, page)
+    rollouts_shown = sum(len(group["rollouts"]) for group in data.groups)
+    Console().print(f"{rollouts_shown:,} rollouts, {len(page) / 1e6:.1f} MB", highlight=False)
 
 
 def render(data: Record) -> str:

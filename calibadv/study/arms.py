@@ -145,4 +145,4 @@ class ArmCLI(ReadingCLI):
         built = self.parser.instantiate_classes(config)["fit"]
         callbacks = built.trainer.callbacks or []
         installed = [callback.calibrators for callback in callbacks if isinstance(callback, AdvantageCalibration)]
-        check_combination(built.model.estimator, installed[-1] if installed else [])
+        check_combination(built.model.estimator, installed[-1] if installed else [], built.model.group_size)

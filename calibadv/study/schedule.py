@@ -100,11 +100,10 @@ def _signals() -> Iterator[list[signal.Signals]]:
 
 
 def _reason(run: StudyRun, status: int) -> str:
-    """Why a run has failed: what it has said at the end, or the signal that gave it no time to say anything."""
-    if status >= 0:
-        return run.last_line()
-    name = signal.Signals(-status).name
-    return f"killed by {name}, as systems do when memory is short" if name == "SIGKILL" else f"ended by {name}"
+    """Why a run has failed: what it has said at the end, but for the signal that leaves no time to say anything."""
+    if status == -signal.SIGKILL:
+        return "killed by SIGKILL, as systems do when memory is short"
+    return run.last_line() if status >= 0 else f"ended by signal {-status}: {run.last_line()}"
 
 
 def _start(state: State, jobs: int, threads: int) -> None:
