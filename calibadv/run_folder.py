@@ -61,6 +61,14 @@ class RunFolder:
         """
         return self.path / ("config.yaml" if resumed_from is None else f"config-resume-{resumed_from:06d}.yaml")
 
+    def newest_config(self) -> Path:
+        """Where the config of the last part of this run is saved.
+
+        Returns:
+            That of the last resume, or of the start.
+        """
+        return max(self.path.glob("config-resume-*.yaml"), default=self.config(None))
+
     def claim(self, config: str) -> None:
         """Make this the folder of a run that starts from nothing, and of no other.
 

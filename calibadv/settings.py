@@ -75,6 +75,21 @@ def method_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return without_free(flat_parts(config))
 
 
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name what a resume has changed.
+
+    Args:
+        before: the resolved config of the run.
+        now: that of a later part of it.
+
+    Returns:
+        Names of settings; more rollout steps are no change, nor is what may differ between the runs of an arm.
+    """
+    first, second = method_of(before), method_of(now)
+    keys = dict.fromkeys([*first, *second])
+    return [key for key in keys if first.get(key) != second.get(key) and key != "model.rollout_steps"]
+
+
 def without_free(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what may differ between the runs of an arm.
 

@@ -218,7 +218,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "option of the last callback": (
         "fit --config quickstart --config callbacks/collapse_guard --config calibrators/calibadv "
         "--trainer.callbacks.limits.score_drop 0.1",
-        r"sets an option of the last callback, which is AdvantageCalibration and has none of that name; put",
+        r"sets an option of the last callback, which is AdvantageCalibration and takes calibrators; put",
     ),
     "wrong option of the last callback": (
         "fit --config quickstart --config callbacks/collapse_guard --trainer.callbacks.action halt",
@@ -313,7 +313,8 @@ def test_a_run_name_that_exists(here: Path, capsys: pytest.CaptureFixture[str]) 
         capsys,
     )
     folder.last.write_text("")
-    resume = r"runs/mine holds a run already; resume it with 'calibadv fit --config quickstart .* --ckpt_path last', or"
+    command = "calibadv fit --config runs/mine/config.yaml --run.name mine --ckpt_path last"
+    resume = rf"runs/mine holds a run already; resume it with '{command}', or"
     check(words, resume, here, capsys)
 
 

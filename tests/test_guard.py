@@ -315,7 +315,10 @@ def test_what_happened_is_on_record(rolled_back: Path) -> None:
     assert (event["step"], event["back_to"], event["rate_factor"]) == (4, 2, 0.5)
     ((step, text),) = texts(rolled_back)  # that of step 4 is hidden, as its curves are
     assert step == 2
-    assert "going back to rollout step 2 with the learning rate times 0.5; training goes on from here" in text
+    assert (
+        "going back to rollout step 2, on with 0.5 times the learning rate asked for; training goes on from here"
+        in text
+    )
     assert not any(r.format_valid for r in read_rollouts(folder.rollout_file("alarm", 4)))
     assert curves(rolled_back)["guard/alarms"] == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
 
@@ -346,11 +349,15 @@ def test_a_resume_keeps_the_lower_rate(rolled_back: Path) -> None:
 @pytest.mark.long
 def test_a_run_that_breaks_again_and_again_is_stopped(tmp_path: Path) -> None:
     words = (*BREAKS, "--trainer.callbacks.rate=0", *GUARD, "--trainer.callbacks.action=rollback", *EVERY)
-    assert fit(tmp_path, "run", *words, "--trainer.callbacks.max_rollbacks=1", "--model.rollout_steps=6") == 0
-    first, second = results(tmp_path / "run")["guard"]
-    assert (first["step"], first["back_to"]) == (4, 2)
-    assert (second["step"], second["back_to"]) == (4, None)
-    assert second["text"].endswith("stopping, max_rollbacks is reached")
+    assert fit(tmp_path, "run", *words, "--trainer.callbacks.max_rollbacks=2", "--model.rollout_steps=6") == 0
+    first, second, third = results(tmp_path / "run")["guard"]
+    assert (first["step"], first["back_to"]) == (second["step"], second["back_to"]) == (4, 2)
+    assert second["text"].endswith("going back to rollout step 2, on with 0.25 times the learning rate asked for")
+    assert (third["step"], third["back_to"]) == (4, None)
+    assert third["text"].endswith("stopping, max_rollbacks is reached")
+    kept = sorted(path.name for path in RunFolder(tmp_path / "run").rollouts.glob("alarm-*"))
+    assert kept == ["alarm-step-000004-2.jsonl", "alarm-step-000004.jsonl"]
+    assert [step for step, _ in texts(tmp_path / "run")] == [2, 2, 4]  # where it went on twice, and where it stopped
     assert results(tmp_path / "run")["rollout_step"] == 4
 
 

@@ -277,6 +277,13 @@ def test_groups_of_a_single_rollout_are_warned_of(tmp_path: Path, capsys: pytest
     assert "warning: 1 group of a single rollout, as in files of validation" in capsys.readouterr().out
 
 
+def test_the_rollouts_that_are_replayed_stay(three: Path, tmp_path: Path) -> None:
+    before = three.read_bytes()
+    with pytest.raises(ValueError, match=r"three.jsonl' is one of the rollout files, which it would replace; give"):
+        replay([three], three.parent / "." / three.name)
+    assert three.read_bytes() == before
+
+
 def test_with_arms_out_is_a_folder(three: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"out '.*three.jsonl' is a file, and with --arm it must be a folder"):
         replay([three], three, arm=["grpo"])

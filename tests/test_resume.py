@@ -152,6 +152,19 @@ def test_another_seed_is_refused(copy: Path, capsys: pytest.CaptureFixture[str])
     assert files(copy) == before
 
 
+def test_other_settings_are_named(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def warnings_of(*more: str) -> list[str]:
+        caplog.clear()
+        assert fit(copy.parent, copy.name, *EVERY, *more, "--ckpt_path", "last") == 0
+        return [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
+
+    assert warnings_of("--model.rollout_steps", "7") == []
+    changed = ("--config", "calibrators/soft_penalty", "--model.clip_norm", "0.5")
+    assert warnings_of("--model.rollout_steps", "8", *changed) == [
+        "this run goes on with other settings than before: trainer.callbacks, model.clip_norm"
+    ]
+
+
 def test_another_protocol_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(copy)
     more = ("--model.rollout_steps", "8", "--config", "protocols/no_prepend", "--ckpt_path", "last")

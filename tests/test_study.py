@@ -405,6 +405,20 @@ def test_fit_leaves_the_folder_of_a_study_alone(whole: Path, capsys: pytest.Capt
     assert not (whole / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("place", [".", "grpo"])
+def test_fit_starts_no_run_inside_a_study(whole: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "--config", "quickstart", "--run.root", str(whole / place), "--run.name", "mine"]
+    assert calibadv(words) == 2
+    assert "lies in the folder of a study; its own command continues it" in capsys.readouterr().err
+    assert not (whole / place / "mine").exists()
+
+
+def test_a_report_is_not_written_among_the_files_of_a_study_or_a_run(whole: Path) -> None:
+    for folder in (whole, whole / "grpo" / "seed0"):
+        with pytest.raises(ValueError, match="is the folder of a run or a study, whose files it would mix with"):
+            compare([whole], folder)
+
+
 def times(out: Path) -> dict[Path, int]:
     """When each file of a run was written."""
     return {path: path.stat().st_mtime_ns for path in out.glob("*/seed*/**/*") if path.is_file()}

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,7 +118,7 @@ class CollapseGuard(Callback):
         self._peak = rate.peak if self._peak is None else self._peak
         peak = self._peak * math.prod(event["rate_factor"] for event in self.rollbacks)
         pl_module.learner = replace(pl_module.learner, learning_rate=replace(rate, peak=peak))
-        for event in self.rollbacks:
+        for event in self.rollbacks[-1:]:
             if event["back_to"] == pl_module.rollout_step:
                 self._show(trainer, f"{event['text']}; training goes on from here", pl_module.rollout_step)
 
@@ -187,7 +188,8 @@ class CollapseGuard(Callback):
 
     def _what_follows(self, back_to: int | None) -> str:
         if back_to is not None:
-            return f"going back to rollout step {back_to} with the learning rate times {self.rate_factor:g}"
+            factor = self.rate_factor * math.prod(event["rate_factor"] for event in self.rollbacks)
+            return f"going back to rollout step {back_to}, on with {factor:.3g} times the learning rate asked for"
         if not self.stopping:
             return "training goes on"
         if self.action == "stop":
@@ -199,7 +201,7 @@ class CollapseGuard(Callback):
         """Leave the folder as a resume from that checkpoint needs it, and end this attempt."""
         rollouts = folder.rollout_file("train", step)
         if rollouts.exists():
-            rollouts.replace(folder.rollout_file("alarm", step))  # which no resume removes
+            rollouts.replace(_free_name(folder.rollout_file("alarm", step)))  # which no resume removes
         folder.drop_beyond(step_of(checkpoint))
         folder.point_last_at(checkpoint)
         self._write(trainer, folder)
@@ -217,6 +219,12 @@ class CollapseGuard(Callback):
     def _show(self, trainer: Trainer, text: str, step: int) -> None:
         for writer in writers(trainer):
             writer.add_text("guard/why", text, step)
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or with a number behind its name where an earlier alarm has taken it."""
+    names = (path if number == 1 else path.with_stem(f"{path.stem}-{number}") for number in count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _events_until(folder: RunFolder, step: int, own: list[Event]) -> list[Event]:

@@ -72,8 +72,8 @@ def _option_of_last_callback(class_path: str, cause: str, option: str) -> str:
     if option.partition(".")[0].rstrip("+") in options_of(class_path):
         return f"trainer.callbacks.{explain(cause)}"
     return (
-        f"--trainer.callbacks.{option} sets an option of the last callback, which is {name} and has none of that name; "
-        "put the overlay of the one that is meant last, or set the option in a config file"
+        f"--trainer.callbacks.{option} sets an option of the last callback, which is {name} and takes "
+        f"{_listed(options_of(class_path))}; put the overlay of the one that is meant last, or set it in a config file"
     )
 
 

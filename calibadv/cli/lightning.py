@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import shlex
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -37,11 +38,22 @@ from calibadv.cli.goodbye import goodbye
 from calibadv.cli.help import HELP, VERBS, describe
 from calibadv.cli.quiet import quiet_libraries
 from calibadv.cli.signals import ended_by_sigterm
-from calibadv.cli.start import Run, Start, plan_start, refuse_second_run, refuse_untrained, resume_command
+from calibadv.cli.start import (
+    Run,
+    Start,
+    plan_start,
+    refuse_in_study,
+    refuse_second_run,
+    refuse_untrained,
+    resume_command,
+)
 from calibadv.cli.trainer import check_checkpoint, check_trainer, moment
 from calibadv.data import QuestionData
 from calibadv.module import SearchAgentModule
-from calibadv.run_folder import write_atomically
+from calibadv.run_folder import RunFolder, write_atomically
+from calibadv.settings import changed_settings
+
+log = logging.getLogger(__name__)
 
 
 class CalibadvCLI(LightningCLI):
@@ -138,7 +150,8 @@ class CalibadvCLI(LightningCLI):
         if self.verb == "predict":
             config.return_predictions = False  # RolloutWriter writes them; Lightning would keep them all in memory
         if self.verb == "fit":
-            refuse_second_run(self.start, self.resume_command)
+            refuse_in_study(self.start.folder)
+            refuse_second_run(self.start)
         else:
             refuse_untrained(self.start, self.verb)
 
@@ -244,6 +257,7 @@ class RunStart(pl.Callback):
         start = self.cli.start
         if trainer.is_global_zero:
             if start.checkpoint is not None and start.resumed_from is not None:
+                self._warn_of_changes(start.folder)
                 start.folder.drop_beyond(start.resumed_from)
                 start.folder.point_last_at(start.checkpoint)
             config = self.cli.resolved_config()
@@ -254,6 +268,15 @@ class RunStart(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunCurves):
                 logger.open()
+
+    def _warn_of_changes(self, folder: RunFolder) -> None:
+        """Say what a resume makes different, which may be meant, and may be a forgotten overlay."""
+        path = folder.newest_config()
+        if not path.exists():  # resumed from a checkpoint of another run
+            return
+        before, now = yaml.safe_load(path.read_text("utf-8")), yaml.safe_load(self.cli.resolved_config())
+        if changed := changed_settings(before, now):
+            log.warning("this run goes on with other settings than before: %s", ", ".join(changed))
 
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:

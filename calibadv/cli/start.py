@@ -16,6 +16,8 @@ from calibadv.cli.configs import ConfigFile, Option
 from calibadv.run_folder import RunFolder
 
 _RUN_ROOT = "runs"
+# In the environment of a study's runs: what they are started with.
+STUDY_WORDS = "CALIBADV_STUDY_WORDS"
 
 
 @dataclass
@@ -106,12 +108,27 @@ def read_rollout_step(checkpoint: Path) -> int:
         ) from error
 
 
-def refuse_second_run(start: Start, command: str) -> None:
+def refuse_in_study(folder: RunFolder) -> None:
+    """Refuse to train inside the folder of a study, whose runs only the study starts.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        ValueError: it lies there, and no study has started this process.
+    """
+    owner = next((path for path in folder.path.absolute().parents[:2] if RunFolder(path).holds_study), None)
+    if owner is not None and STUDY_WORDS not in os.environ:
+        raise ValueError(
+            f"{folder.path} lies in the folder of a study; its own command continues it: choose another --run.root"
+        )
+
+
+def refuse_second_run(start: Start) -> None:
     """Refuse to train in the folder of another run.
 
     Args:
         start: as planned.
-        command: resumes the run in that folder.
 
     Raises:
         ValueError: the folder holds a run, and the checkpoint is not of it.
@@ -120,6 +137,8 @@ def refuse_second_run(start: Start, command: str) -> None:
     own = owner(start.checkpoint) if start.checkpoint else None
     if not folder.holds_run or (own is not None and own.path.resolve() == folder.path.resolve()):
         return
+    own_settings = [ConfigFile(str(folder.newest_config()), folder.newest_config(), {})]
+    command = resume_command("fit", own_settings, folder)
     resume = f"resume it with '{command}'" if folder.last.exists() else "it has no checkpoint: remove the folder"
     raise ValueError(f"{folder.path} holds a run already; {resume}, or choose another --run.name")
 

@@ -50,8 +50,11 @@ def replay(
         raise ValueError(f"top is {top}; it must be at least 0 (0 shows no turns)")
     if out is not None and arm and out.exists() and not out.is_dir():
         raise ValueError(f"out '{out}' is a file, and with --arm it must be a folder; give another --out")
+    files = find_rollout_files(rollouts)
+    if out is not None and out.resolve() in [file.resolve() for file in files]:
+        raise ValueError(f"out '{out}' is one of the rollout files, which it would replace; give another --out")
     arms = load_arms(arm or [], [str(name) for name in config or []])
-    recorded = read_recorded(find_rollout_files(rollouts))
+    recorded = read_recorded(files)
     if out is not None:
         recorded.refuse_to_join()
     figures, filled = _apply(recorded, arms, top, keep=out is not None)

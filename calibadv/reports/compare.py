@@ -22,6 +22,7 @@ from calibadv.reports.panel import chart, panel
 from calibadv.reports.runs import find_runs, read_runs
 from calibadv.reports.scores import score_run
 from calibadv.reports.summary import Figures, choose_baseline, summarise
+from calibadv.run_folder import RunFolder
 from calibadv.versions import machine
 
 _HEADLINE, _HEADLINE_TITLE = "val/f1", "validation F1"
@@ -44,6 +45,8 @@ def compare(runs: list[Path], out: Path, baseline: str | None = None, names: Pat
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"out '{out}' is not a folder; give one, or a name that is free")
+    if RunFolder(out).config(None).exists() or RunFolder(out).holds_study:
+        raise ValueError(f"out '{out}' is the folder of a run or a study, whose files it would mix with; give another")
     figures, arms = compare_runs(runs, baseline, names)
     write_report(out, figures, arms)
     print_figures(figures)

@@ -16,7 +16,7 @@ import yaml
 from calibadv.reports.curves import Curves, event_files, read_curves, rename
 from calibadv.reports.meanings import known_tags
 from calibadv.run_folder import STUDY_FILE, RunFolder
-from calibadv.settings import flat_parts, without_free
+from calibadv.settings import changed_settings, flat_parts, without_free
 
 _SEED = re.compile(r"(?:^|seed|[-_=.])(\d+)$")
 _DIGITS = re.compile(r"(\d+)")
@@ -172,14 +172,13 @@ def read_runs(paths: Sequence[Path], names: Mapping[str, str]) -> Iterator[Run]:
 
 def _read_ours(path: Path, label: str) -> Run:
     folder = RunFolder(path)
-    first = flat_parts(_read_yaml(folder.config(None)))
-    newest = flat_parts(_read_yaml(max(path.glob("config-resume-*.yaml"), default=folder.config(None))))
+    first, last = _read_yaml(folder.config(None)), _read_yaml(folder.newest_config())
+    newest = flat_parts(last)
     try:
         results = folder.read_results()
     except ValueError as error:
         raise ValueError(f"'{folder.results}' is no JSON ({error}); copy it again, or leave its run out") from error
-    settings = without_free(newest)
-    changed = [key for key in settings if first.get(key) != settings[key] and key != "model.rollout_steps"]
+    changed = changed_settings(first, last)
     curves = read_curves(path)
     notes = [f"{label}: resumed with other settings ({', '.join(changed)})"] if changed else []
     if not curves:
@@ -194,7 +193,7 @@ def _read_ours(path: Path, label: str) -> Run:
         path=path,
         label=label,
         seed=seed if isinstance(seed, int) else None,
-        settings=settings,
+        settings=without_free(newest),
         results=results,
         curves={**curves, **validations},
         planned=int(newest["model.rollout_steps"]),

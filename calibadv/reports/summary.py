@@ -188,8 +188,9 @@ def _warnings(arms: Sequence[Arm], tables: Mapping[str, ArmScores]) -> list[str]
         for run in arm.finished
         if run.stopped_by_guard
     ]
-    seeds = sorted({run.seed for arm in arms for run in arm.runs if run.seed is not None})
     for arm in arms:
+        comparable = [run for other in arms if other.ours == arm.ours for run in other.runs]
+        seeds = sorted({run.seed for run in comparable if run.seed is not None})
         present = {run.seed for run in arm.runs}
         missing = [str(seed) for seed in seeds if seed not in present] if present != {None} else []
         if missing:
@@ -217,6 +218,7 @@ def _unequal(arms: Sequence[Arm]) -> dict[str, str]:
     packages = sorted({name for run in runs for name in run.results.get("versions", {})})
     for name in packages:
         values[f"the version of {name}"] = {str(run.results.get("versions", {}).get(name)) for run in runs}
+    values["the rollout steps asked for"] = {str(run.planned) for run in runs}
     values["the steps of validation"] = {
         str([row["step"] for row in run.validations]) for arm in arms for run in arm.finished
     }

@@ -42,8 +42,8 @@ class View(Protocol):
     def update(self, state: State) -> None:
         """Look at the runs; called several times a second."""
 
-    def stopping(self, state: State) -> None:
-        """Say that the runs have been told to stop."""
+    def stopping(self, state: State, at_once: bool) -> None:
+        """Say that the runs have been told to stop, or were ended."""
 
     def ended(self, run: StudyRun, state: State) -> None:
         """Say that a run has come to its end, or has failed."""
@@ -74,7 +74,7 @@ def run_all(runs: Sequence[StudyRun], jobs: int, threads: int, view: View) -> St
                     told = len(received)
                     state.stopped_by = received[0]
                     _stop(state, at_once=told > 1)
-                    view.stopping(state)
+                    view.stopping(state, at_once=told > 1)
                 _collect(state, view)
                 view.update(state)
                 time.sleep(_POLL_SECONDS)

@@ -60,6 +60,10 @@ class Tables:
         total = sum(run.steps for run in self.runs)
         self._task = self._bar.add_task("", total=total, completed=self._done())
         if not self.console.is_terminal:
+            left = [run for run in self.runs if not run.finished]
+            if left:
+                text = f"{len(left)} of {len(self.runs)} runs to do; each prints into a file such as {left[0].log}"
+                self.console.print(text, soft_wrap=True)
             yield
             return
         with Live(console=self.console, auto_refresh=False, transient=True) as self._live:
@@ -78,14 +82,16 @@ class Tables:
         self._bar.update(self._task, completed=self._done())
         self._live.update(Group(arm_table(self.runs, state, self._progress), self._bar), refresh=True)
 
-    def stopping(self, state: State) -> None:
+    def stopping(self, state: State, at_once: bool) -> None:
         """Say what a signal has led to, while there are runs to wait for.
 
         Args:
             state: of the runs.
+            at_once: whether they were ended.
         """
         if state.running and state.stopped_by is not None:
-            text = f"{state.stopped_by.name}: each run finishes its step, then saves; once more to stop at once"
+            orderly = "each run finishes its step, then saves; once more to stop at once"
+            text = f"{state.stopped_by.name}: {'stopped at once' if at_once else orderly}"
             self.console.print(text, soft_wrap=True)
 
     def ended(self, run: StudyRun, state: State) -> None:

@@ -15,11 +15,9 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from calibadv.cli.main import main as calibadv
+from calibadv.cli.start import STUDY_WORDS
 from calibadv.study.record import Record
 from calibadv.study.runs import StudyRun, runs_of
-
-# Lightning starts further processes of a run by this command, with a copy of the first one's environment.
-_WORDS = "CALIBADV_STUDY_WORDS"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,8 +29,8 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit status of ``fit``.
     """
-    if _WORDS in os.environ:
-        return calibadv(shlex.split(os.environ[_WORDS]))
+    if STUDY_WORDS in os.environ:  # Lightning starts further processes by this command, with a copy of the environment
+        return calibadv(shlex.split(os.environ[STUDY_WORDS]))
     out, arm, seed = arguments
     record = Record.read(Path(out))
     assert record is not None, "the study has written it"
@@ -48,8 +46,8 @@ def main(arguments: Sequence[str]) -> int:
             console.print(f"not started: {error}")
             return 1
         words = run.prepare()
-        os.environ[_WORDS] = shlex.join(words)
-        console.print(f"calibadv {os.environ[_WORDS]}")
+        os.environ[STUDY_WORDS] = shlex.join(words)
+        console.print(f"calibadv {os.environ[STUDY_WORDS]}")
         status = calibadv(words)
         if status == 0:
             run.mark_finished()

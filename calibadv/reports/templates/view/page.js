@@ -62,8 +62,13 @@ function rowElement(group, place) {
 
 function rowFigures(group) {
   const sortedBy = state.sort === "spread" || state.sort === "change" ? state.sort : "mean";
-  const file = DATA.filesShareSteps ? ` · ${DATA.files[group.file]}` : "";
+  const file = DATA.filesShareSteps ? ` · ${runOf(DATA.files[group.file])}` : "";
   return `step ${group.step} · ${sortedBy} ${figure(group[sortedBy])}${file}`;
+}
+
+/** The run, where the file is one of its rollouts: the step stands beside it. */
+function runOf(file) {
+  return file.replace(/\/rollouts\/[^/]*$/, "");
 }
 
 /** A bar per rollout, filled up to its score. */
