@@ -75,6 +75,8 @@ def tool_parser(command: str) -> ArgumentParser:
         first = _first_parameter(functions[command])
         action = next(action for action in parser._actions if action.dest == first)
         action.help = f"{action.help} May stand first, without --{first}."
+        usage = parser.format_usage().removeprefix("usage: ").rstrip("\n")
+        parser.usage = usage.replace(f"--{first} ", "", 1)
         return parser
     parser = _new_parser(f"calibadv {command}", TOOLS[command])
     subcommands = parser.add_subcommands(title="what to do", help="One of these:")
