@@ -84,9 +84,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     named = [ROOT / "docs" / page for page in ("retrieval.md", "cluster.md")]
     for config in [block for page in named for block in blocks(page, "yaml") if block.startswith("# ")]:
         (folder / config.partition("\n")[0].removeprefix("# ")).write_text(config, encoding="utf-8")
-    assert fit(folder / "runs" / "first" / "calibadv", "seed0", "--model.rollout_steps", "1") == 0
-    shutil.copytree(folder / "runs" / "first" / "calibadv" / "seed0", folder / "runs" / "x")
-    shutil.copytree(folder / "runs" / "x" / "rollouts", folder / "runs" / "first" / "rollouts")
+    assert fit(folder / "runs", "first", "--model.rollout_steps", "1") == 0
+    for place in ("x", "study/calibadv/seed0"):
+        shutil.copytree(folder / "runs" / "first", folder / "runs" / place)
     (names,) = (block for block in blocks(ROOT / "docs" / "comparing.md", "yaml") if "names.yaml" in block)
     (folder / "names.yaml").write_text(names, encoding="utf-8")
     for number in range(2):

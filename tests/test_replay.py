@@ -99,13 +99,6 @@ def test_an_overlay_may_change_the_reward(tmp_path: Path) -> None:
     assert run(tmp_path, [bare(near)], exact)[0]["score"] == 0.0
 
 
-def test_a_file_may_be_replayed_in_place(tmp_path: Path) -> None:
-    path = tmp_path / "rollouts.jsonl"
-    write_records(path, [bare(GOOD), bare(BAD)])
-    replay([path], path)
-    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
-
-
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
