@@ -135,7 +135,8 @@ def _untrained(arms: Sequence[Arm], tables: Mapping[str, ArmScores]) -> list[Fig
         if not table.runs or any("untrained_f1" not in run.measures for run in table.runs):
             continue
         scores = table.matrix("untrained_f1")
-        if bool((scores == scores[0]).all()):  # as it is where all seeds start from one policy: one run tells it all
+        # Where all seeds start from one policy, as ours do, one run tells it all.
+        if all(np.array_equal(scores[0], other, equal_nan=True) for other in scores):
             table, scores = ArmScores(table.runs[:1], table.questions, table.reason), scores[:1]
         figures = _measures(table)
         row = {"arms": [], "f1": figures["untrained_f1"], "em": figures.get("untrained_em")}
