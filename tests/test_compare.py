@@ -390,6 +390,10 @@ def test_a_verdict_holds_after_correction_for_the_number_of_arms() -> None:
     conclude(doubtful, "grpo")
     assert "not established: p = 0.03 (0.06 corrected for 2 tests) over 6 paired" in doubtful["a"]["verdict"]
     assert three["c"] == {"verdict": "not compared"}
+    narrow = {"a": found(0.5)}
+    narrow["a"]["final_f1"] = {"mean": 0.05, "low": -0.00850049, "high": 0.10650049}  # -0.0085 and 0.1065 in the tables
+    conclude(narrow, "grpo")
+    assert f"+0.050 [{-0.0085:+.3f}, {0.1065:+.3f}]" in narrow["a"]["verdict"]
     many = {name: found(2 / 64) for name in "abcdefg"}
     conclude(many, "grpo")
     assert (

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from calibadv.reports.arms import Arm, differing_settings, shared_settings
-from calibadv.reports.differences import ArmScores, conclude, difference, over
+from calibadv.reports.differences import DIGITS, ArmScores, conclude, difference, over
 from calibadv.reports.scores import MEASURES, RunScores
 from calibadv.reports.statistics import LEVEL, RESAMPLES, interval_over_whole, share_interval
 
 Figures = dict[str, Any]
 _RECORDED = ("seed", "threads", "device", "versions", "machine")
-_DIGITS = 6
 
 
 def default_baseline(names: Sequence[str]) -> str:
@@ -233,5 +232,5 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [_rounded(item) for item in value]
     if isinstance(value, float):
-        return None if np.isnan(value) else round(value, _DIGITS) + 0.0
+        return None if np.isnan(value) else round(value, DIGITS) + 0.0
     return value
