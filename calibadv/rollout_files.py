@@ -100,6 +100,22 @@ def find_rollout_files(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def refuse_to_replace(outs: Iterable[Path], files: Sequence[Path]) -> None:
+    """Refuse to write over what is read.
+
+    Args:
+        outs: files to write.
+        files: rollout files to read.
+
+    Raises:
+        ValueError: one of the first is one of the second.
+    """
+    read = {file.resolve() for file in files}
+    for out in outs:
+        if out.resolve() in read:
+            raise ValueError(f"out '{out}' is one of the rollout files, which it would replace; give another --out")
+
+
 def short_names(files: Sequence[Path]) -> list[str]:
     """Tell files apart by as much of their paths as is needed.
 

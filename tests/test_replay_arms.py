@@ -281,6 +281,8 @@ def test_the_rollouts_that_are_replayed_stay(three: Path, tmp_path: Path) -> Non
     before = three.read_bytes()
     with pytest.raises(ValueError, match=r"three.jsonl' is one of the rollout files, which it would replace; give"):
         replay([three], three.parent / "." / three.name)
+    with pytest.raises(ValueError, match=r"three.jsonl' is one of the rollout files, which it would replace; give"):
+        replay([three], three.parent, arm=["grpo", "three=calibrators/calibadv"])
     assert three.read_bytes() == before
 
 

@@ -15,7 +15,7 @@ from calibadv.replay.comparison import Comparison
 from calibadv.replay.figures import Figures
 from calibadv.replay.recorded import Recorded, read_recorded
 from calibadv.replay.table import print_figures
-from calibadv.rollout_files import Record, find_rollout_files, write_records
+from calibadv.rollout_files import Record, find_rollout_files, refuse_to_replace, write_records
 
 
 def replay(
@@ -51,16 +51,15 @@ def replay(
     if out is not None and arm and out.exists() and not out.is_dir():
         raise ValueError(f"out '{out}' is a file, and with --arm it must be a folder; give another --out")
     files = find_rollout_files(rollouts)
-    if out is not None and out.resolve() in [file.resolve() for file in files]:
-        raise ValueError(f"out '{out}' is one of the rollout files, which it would replace; give another --out")
     arms = load_arms(arm or [], [str(name) for name in config or []])
+    outs = {} if out is None else {each.name: out / f"{each.name}.jsonl" if arm else out for each in arms}
+    refuse_to_replace(outs.values(), files)
     recorded = read_recorded(files)
-    if out is not None:
+    if outs:
         recorded.refuse_to_join()
-    figures, filled = _apply(recorded, arms, top, keep=out is not None)
-    if out is not None:
-        for name, records in filled.items():
-            write_records(out / f"{name}.jsonl" if arm else out, records)
+    figures, filled = _apply(recorded, arms, top, keep=bool(outs))
+    for name, records in filled.items():
+        write_records(outs[name], records)
     if json:
         Console().out(dumps(_as_json(figures, arms)), highlight=False)
     else:

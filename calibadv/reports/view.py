@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from calibadv.reports.view_data import ViewerData
-from calibadv.rollout_files import Record, find_rollout_files, short_names
+from calibadv.rollout_files import Record, find_rollout_files, refuse_to_replace, short_names
 from calibadv.run_folder import write_atomically
 
 _SCRIPTS = ("data.js", "filter.js", "rollout.js", "page.js")
@@ -34,8 +34,7 @@ def view(rollouts: list[Path], out: Path) -> None:
     paths = find_rollout_files(rollouts)
     if out.is_dir():
         raise ValueError(f"out '{out}' is a folder; give a file, such as {out / 'view.html'}")
-    if out.resolve() in [path.resolve() for path in paths]:
-        raise ValueError(f"out '{out}' is one of the rollout files, which the page would replace; give another --out")
+    refuse_to_replace([out], paths)
     data = ViewerData()
     console = Console(stderr=True)
     for path, name in zip(paths, short_names(paths), strict=True):
