@@ -72,7 +72,8 @@ def method_of(config: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Its settings, flat, without what may differ between the runs of an arm.
     """
-    return without_free(flat_parts(config))
+    free = tuple(f"{name}." for name in _FREE)
+    return {key: value for key, value in flat_parts(config).items() if not f"{key}.".startswith(free)}
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -88,19 +89,6 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     first, second = method_of(before), method_of(now)
     keys = dict.fromkeys([*first, *second])
     return [key for key in keys if first.get(key) != second.get(key) and key != "model.rollout_steps"]
-
-
-def without_free(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what may differ between the runs of an arm.
-
-    Args:
-        settings: of ``flat_parts``.
-
-    Returns:
-        The others.
-    """
-    free = tuple(f"{name}." for name in _FREE)
-    return {key: value for key, value in settings.items() if not f"{key}.".startswith(free)}
 
 
 def as_text(value: Any) -> str:

@@ -79,6 +79,12 @@ class CollapseGuard(Callback):
         """The events that sent the run back, in order."""
         return [event for event in self.events if event["back_to"] is not None]
 
+    @property
+    def slowed(self) -> float:
+        """What the rollbacks so far multiply the learning rate by."""
+        factor: float = math.prod(event["rate_factor"] for event in self.rollbacks)
+        return factor
+
     def state_dict(self) -> dict[str, Any]:
         """Give what a resumed run needs to watch on."""
         return {"watch": self._watch.state_dict(), "events": self.events}
@@ -116,8 +122,7 @@ class CollapseGuard(Callback):
         self._write(trainer, folder)
         rate = pl_module.learner.learning_rate
         self._peak = rate.peak if self._peak is None else self._peak
-        peak = self._peak * math.prod(event["rate_factor"] for event in self.rollbacks)
-        pl_module.learner = replace(pl_module.learner, learning_rate=replace(rate, peak=peak))
+        pl_module.learner = replace(pl_module.learner, learning_rate=replace(rate, peak=self._peak * self.slowed))
         for event in self.rollbacks[-1:]:
             if event["back_to"] == pl_module.rollout_step:
                 self._show(trainer, f"{event['text']}; training goes on from here", pl_module.rollout_step)
@@ -188,7 +193,7 @@ class CollapseGuard(Callback):
 
     def _what_follows(self, back_to: int | None) -> str:
         if back_to is not None:
-            factor = self.rate_factor * math.prod(event["rate_factor"] for event in self.rollbacks)
+            factor = self.slowed * self.rate_factor
             return f"going back to rollout step {back_to}, on with {factor:.3g} times the learning rate asked for"
         if not self.stopping:
             return "training goes on"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from signal import Signals
+from typing import Any
 
 from rich.console import Console
 
@@ -25,10 +27,11 @@ def goodbye(
     Returns:
         The exit status: 0, or 128 + signal.
     """
-    lines = _training(folder) if verb == "fit" else []
+    results = folder.read_results() if verb == "fit" else {}
+    lines = _training(folder, results) if verb == "fit" else []
     lines += [f"results     {folder.results}"] if verb != "predict" else []
     lines += [f"rollouts    {folder.rollouts}"]
-    by_guard = verb == "fit" and done < planned and folder.read_results().get("stopped_by_guard", False)
+    by_guard = done < planned and results.get("stopped_by_guard", False)
     if stopped_by is not None or by_guard:
         name = "its guard" if stopped_by is None else stopped_by.name
         lines += [f"stopped by {name} after rollout step {done} of {planned}; to continue:", f"  {resume_command}"]
@@ -36,9 +39,9 @@ def goodbye(
     return 0 if stopped_by is None else 128 + stopped_by
 
 
-def _training(folder: RunFolder) -> list[str]:
+def _training(folder: RunFolder, results: Mapping[str, Any]) -> list[str]:
     lines = []
-    rows = [row for row in folder.read_results().get("validations", []) if "f1" in row]
+    rows = [row for row in results.get("validations", []) if "f1" in row]
     if len(rows) > 1:
         first, last = rows[0], rows[-1]
         lines.append(

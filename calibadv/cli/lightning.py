@@ -7,6 +7,7 @@ import logging
 import shlex
 from argparse import ArgumentError
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -50,7 +51,7 @@ from calibadv.cli.start import (
 from calibadv.cli.trainer import check_checkpoint, check_trainer, moment
 from calibadv.data import QuestionData
 from calibadv.module import SearchAgentModule
-from calibadv.run_folder import RunFolder, write_atomically
+from calibadv.run_folder import write_atomically
 from calibadv.settings import changed_settings
 
 log = logging.getLogger(__name__)
@@ -256,11 +257,11 @@ class RunStart(pl.Callback):
         """Save the config; when resuming, drop what the run will write again."""
         start = self.cli.start
         if trainer.is_global_zero:
+            config = self.cli.resolved_config()
             if start.checkpoint is not None and start.resumed_from is not None:
-                self._warn_of_changes(start.folder)
+                _warn_of_changes(start.folder.newest_config(), config)
                 start.folder.drop_beyond(start.resumed_from)
                 start.folder.point_last_at(start.checkpoint)
-            config = self.cli.resolved_config()
             if start.resumed_from is None:
                 start.folder.claim(config)
             else:
@@ -269,14 +270,13 @@ class RunStart(pl.Callback):
             if isinstance(logger, RunCurves):
                 logger.open()
 
-    def _warn_of_changes(self, folder: RunFolder) -> None:
-        """Say what a resume makes different, which may be meant, and may be a forgotten overlay."""
-        path = folder.newest_config()
-        if not path.exists():  # resumed from a checkpoint of another run
-            return
-        before, now = yaml.safe_load(path.read_text("utf-8")), yaml.safe_load(self.cli.resolved_config())
-        if changed := changed_settings(before, now):
-            log.warning("this run goes on with other settings than before: %s", ", ".join(changed))
+
+def _warn_of_changes(before: Path, config: str) -> None:
+    """Say what a resume makes different, which may be meant, and may be a forgotten overlay."""
+    if not before.exists():  # resumed from a checkpoint of another run
+        return
+    if changed := changed_settings(yaml.safe_load(before.read_text("utf-8")), yaml.safe_load(config)):
+        log.warning("this run goes on with other settings than before: %s", ", ".join(changed))
 
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:

@@ -97,24 +97,29 @@ def _check_seeds(arm: Arm) -> None:
 
 def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
     owners = Counter(parent for group in groups for parent in {run.path.parent for run in group})
+    bases = [_base_name(group) for group in groups]
     names = [""] * len(groups)
-    for proposed in ([_base_name(group) for group in groups], [_own_folder(group, owners) for group in groups]):
+    for proposed in (bases, [_own_folder(group, owners) for group in groups]):
         unique = [name if proposed.count(name) == 1 and name not in names else "" for name in proposed]
         names = [name or other for name, other in zip(names, unique, strict=True)]
     nameless = [place for place, name in enumerate(names) if not name]
-    for place in nameless:
-        base = _base_name(groups[place])
-        alike = [other for other in nameless if _base_name(groups[other]) == base]
-        given = _settings_names([groups[other][0] for other in alike])[alike.index(place)]
-        names[place] = ", ".join(filter(None, [base, given]))
+    for base in {bases[place] for place in nameless}:
+        alike = [place for place in nameless if bases[place] == base]
+        for place, given in zip(alike, _settings_names([groups[place][0] for place in alike]), strict=True):
+            names[place] = ", ".join(filter(None, [base, given]))
     counts = Counter(names)
     return [name if counts[name] == 1 else group[0].label for name, group in zip(names, groups, strict=True)]
+
+
+def _like_seeds(group: Sequence[Run]) -> bool:
+    """Whether the runs lie as a study lays them: seed0, seed1, ..."""
+    return all(_SEED_FOLDER.fullmatch(run.path.name) for run in group)
 
 
 def _base_name(group: Sequence[Run]) -> str:
     """``grpo`` for grpo/seed0 and grpo/seed1; else what is left of the runs' names without the seed, if that is one."""
     folders = {run.path.parent.name for run in group}
-    if len(folders) == 1 and all(_SEED_FOLDER.fullmatch(run.path.name) for run in group):
+    if len(folders) == 1 and _like_seeds(group):
         return folders.pop()
     names = {_without_seed(run) for run in group}
     return names.pop() if len(names) == 1 else ""
@@ -131,8 +136,7 @@ def _without_seed(run: Run) -> str:
 def _own_folder(group: Sequence[Run], owners: Mapping[Path, int]) -> str:
     """``grpo`` for grpo/monday and grpo/tuesday, where that folder holds no other arm's runs."""
     folders = {run.path.parent for run in group}
-    like_seeds = all(_SEED_FOLDER.fullmatch(run.path.name) for run in group)
-    alone = len(folders) == 1 and owners[group[0].path.parent] == 1 and not like_seeds
+    alone = len(folders) == 1 and owners[group[0].path.parent] == 1 and not _like_seeds(group)
     return folders.pop().name if alone else ""
 
 

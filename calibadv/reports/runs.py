@@ -16,7 +16,7 @@ import yaml
 from calibadv.reports.curves import Curves, event_files, read_curves, rename
 from calibadv.reports.meanings import known_tags
 from calibadv.run_folder import STUDY_FILE, RunFolder
-from calibadv.settings import changed_settings, flat_parts, without_free
+from calibadv.settings import changed_settings, method_of
 
 _SEED = re.compile(r"(?:^|seed|[-_=.])(\d+)$")
 _DIGITS = re.compile(r"(\d+)")
@@ -172,8 +172,9 @@ def read_runs(paths: Sequence[Path], names: Mapping[str, str]) -> Iterator[Run]:
 
 def _read_ours(path: Path, label: str) -> Run:
     folder = RunFolder(path)
-    first, last = _read_yaml(folder.config(None)), _read_yaml(folder.newest_config())
-    newest = flat_parts(last)
+    started, newest = folder.config(None), folder.newest_config()
+    first = _read_yaml(started)
+    last = first if newest == started else _read_yaml(newest)
     try:
         results = folder.read_results()
     except ValueError as error:
@@ -188,15 +189,15 @@ def _read_ours(path: Path, label: str) -> Run:
     if inside:
         notes.append(f"{label}: the runs inside its folder are not compared ({', '.join(inside)}); move them out")
     validations = _validation_curves(results.get("validations", ()))
-    seed = newest.get("seed_everything")
+    seed = last.get("seed_everything")
     return Run(
         path=path,
         label=label,
         seed=seed if isinstance(seed, int) else None,
-        settings=without_free(newest),
+        settings=method_of(last),
         results=results,
         curves={**curves, **validations},
-        planned=int(newest["model.rollout_steps"]),
+        planned=int(last["model"]["rollout_steps"]),
         notes=notes,
     )
 
