@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VLLM := $(VENV)/vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long test-vllm check docs
+.PHONY: help quickstart test test-long test-vllm check docs digest
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ check: $(VENV)/dev $(VENV)/lint/installed ## lint, formatting, types and docstri
 
 docs: $(VENV)/dev ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+digest: $(VENV)/dev ## sum up what short runs compute, to compare two versions of the code
+	$(BIN)/python tools/digest.py
 
 $(VENV)/base: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \

@@ -13,6 +13,7 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 
+from calibadv.errors import UserError
 from calibadv.questions import read_questions
 from calibadv.types import Question
 
@@ -127,7 +128,7 @@ class QuestionData(LightningDataModule):
         seed: Decides the order of the training questions.
 
     Raises:
-        ValueError: a file cannot be read, or a number is below 1.
+        UserError: a file cannot be read, or a number is below 1.
     """
 
     def __init__(
@@ -141,9 +142,9 @@ class QuestionData(LightningDataModule):
     ) -> None:
         super().__init__()
         if questions_per_step < 1:
-            raise ValueError(f"data.questions_per_step is {questions_per_step}; it must be at least 1")
+            raise UserError(f"data.questions_per_step is {questions_per_step}; it must be at least 1")
         if validation_questions is not None and validation_questions < 1:
-            raise ValueError(f"data.validation_questions is {validation_questions}; it must be at least 1, or null")
+            raise UserError(f"data.validation_questions is {validation_questions}; it must be at least 1, or null")
         # All files are read at once, so that a bad one stops the run before anything is written.
         self.train_questions = _load(train, "train")
         self.validation_questions = _load(validation, "validation")[:validation_questions]
@@ -186,7 +187,7 @@ class QuestionData(LightningDataModule):
         """Refuse a stage without questions."""
         split = {"fit": "train", "validate": "validation"}.get(stage, "test")
         if not getattr(self, f"{split}_questions"):
-            raise ValueError(f"data.{split} is not set; give a question file, or 'embedded' with the embedded corpus")
+            raise UserError(f"data.{split} is not set; give a question file, or 'embedded' with the embedded corpus")
 
     # The loaders are plain iterables, not torch's DataLoader: there is nothing to collate, and worker processes, whose
     # absence Lightning warns of, would only copy questions that are in memory already.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from calibadv.errors import ServiceError
 from calibadv.types import Completion, Document, DrawKey, Question, Rollout, RolloutBatch, Sampling, ScoredDocument
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class Engine(ABC):
         """See that sampling can be started. Called before a run writes its first file.
 
         Raises:
-            ValueError: something that the engine needs is missing; the message names it and the remedy.
-            RuntimeError: what it needs does not answer.
+            UserError: something that the engine needs is missing; the message names it and the remedy.
+            ServiceError: what it needs does not answer.
         """
 
     @abstractmethod
@@ -113,7 +114,7 @@ class StreamingEngine(Engine):
         return [done[number] for number in numbers]
 
 
-class RetrievalError(RuntimeError):
+class RetrievalError(ServiceError):
     """A search that failed. The rollouts that waited for it end as ``search_failed`` and are not trained on."""
 
 

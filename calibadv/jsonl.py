@@ -14,12 +14,14 @@ from typing import Any, cast
 from rich.console import Console
 from rich.progress import open as open_with_progress
 
+from calibadv.errors import UserError
+
 # From this size on, reading takes longer than about two seconds, so a progress bar is shown.
 _LARGE_FILE = 200_000_000
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-class UnreadableError(ValueError):
+class UnreadableError(UserError):
     """The system does not let us read a file, which says nothing of what it holds."""
 
 
@@ -38,7 +40,7 @@ def read_jsonl(path: str | Path, what: str, after: int = 0) -> Generator[tuple[i
         Line number, counted from 1, and object.
 
     Raises:
-        ValueError: the file is missing, is a damaged gzip file, or has a line that is not an object.
+        UserError: the file is missing, is a damaged gzip file, or has a line that is not an object.
         UnreadableError: the system does not let us read it.
     """
     path = Path(path)
@@ -46,13 +48,13 @@ def read_jsonl(path: str | Path, what: str, after: int = 0) -> Generator[tuple[i
     try:
         if not path.is_file():
             reason = "is a folder" if path.is_dir() else "does not exist"
-            raise ValueError(f"{what} '{path}' {reason}; give a JSON-lines file, plain or gzip")
+            raise UserError(f"{what} '{path}' {reason}; give a JSON-lines file, plain or gzip")
         with _open_bytes(path, what) as lines:
             for number, line in enumerate(lines, 1):
                 if number > after and not line.isspace():
                     yield number, _parse_object(line, f"{path}:{number}")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{what} '{path}' is a damaged gzip file after line {number}; copy it again") from error
+        raise UserError(f"{what} '{path}' is a damaged gzip file after line {number}; copy it again") from error
     except OSError as error:
         raise unreadable(what, path, error) from error
 
@@ -92,7 +94,7 @@ def _parse_object(line: bytes, place: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{place} is not a JSON object ({error}); write one object per line, in UTF-8") from error
+        raise UserError(f"{place} is not a JSON object ({error}); write one object per line, in UTF-8") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{place} is not a JSON object but {type(value).__name__}; write one object per line")
+        raise UserError(f"{place} is not a JSON object but {type(value).__name__}; write one object per line")
     return value

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from calibadv.errors import UserError
 from calibadv.interfaces import Metrics
 from calibadv.numerics.correction import truncated_weights
 from calibadv.objective import Objective
@@ -56,10 +57,10 @@ class SamplerCorrection:
         """Check the cap.
 
         Raises:
-            ValueError: it is below 1.
+            UserError: it is below 1.
         """
         if self.cap < 1:
-            raise ValueError(f"model.sampler_correction.cap is {self.cap}; it must be at least 1")
+            raise UserError(f"model.sampler_correction.cap is {self.cap}; it must be at least 1")
 
     def apply(self, ready: ReadyBatch) -> tuple[ReadyBatch, Metrics]:
         """Weigh the advantages: a surrogate that is a multiple of them is weighed as a whole.
@@ -120,7 +121,7 @@ class Learner:
         """Check the settings.
 
         Raises:
-            ValueError: a number is out of its range, or two settings contradict each other.
+            UserError: a number is out of its range, or two settings contradict each other.
         """
         at_least = {
             "mini_batches": (self.mini_batches, 1),
@@ -134,13 +135,13 @@ class Learner:
         for name, (value, bound) in at_least.items():
             check_at_least(name, value, bound)
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"model.betas are {self.betas}; both must be at least 0 and below 1")
+            raise UserError(f"model.betas are {self.betas}; both must be at least 0 and below 1")
         if self.temperature <= 0:
-            raise ValueError(
+            raise UserError(
                 f"model.temperature is {self.temperature}; it must be above 0 (validation is greedy anyway)"
             )
         if self.old_logprobs == "engine" and self.sampler_correction is not None:
-            raise ValueError(
+            raise UserError(
                 "model.sampler_correction is set and model.old_logprobs is engine, whose ratio holds that correction "
                 "already; leave one of them out"
             )
@@ -231,10 +232,10 @@ def check_at_least(name: str, value: float, bound: float) -> None:
         bound: the smallest that makes sense.
 
     Raises:
-        ValueError: it is smaller.
+        UserError: it is smaller.
     """
     if value < bound:
-        raise ValueError(f"model.{name} is {value}; it must be at least {bound}")
+        raise UserError(f"model.{name} is {value}; it must be at least {bound}")
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

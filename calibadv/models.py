@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from calibadv.agent.tokenizer import AgentTokenizer, prepare_tags
+from calibadv.errors import UserError
 from calibadv.processes import whole
 from calibadv.world import EMBEDDED, policy_folder
 
@@ -38,7 +39,7 @@ class Lora:
     def __post_init__(self) -> None:
         for name in ("rank", "alpha"):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.lora.{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"model.lora.{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +131,13 @@ def check_model_folder(name: str) -> Path:
         The folder.
 
     Raises:
-        ValueError: there is no such folder, or it holds no model.
+        UserError: there is no such folder, or it holds no model.
     """
     folder = policy_folder() if name == EMBEDDED else Path(name)
     if not folder.is_dir():
-        raise ValueError(f"model.policy '{name}' is not a folder; give a Hugging Face model folder, or 'embedded'")
+        raise UserError(f"model.policy '{name}' is not a folder; give a Hugging Face model folder, or 'embedded'")
     if not (folder / "config.json").is_file():
-        raise ValueError(f"model.policy '{name}' has no config.json; give a folder that save_pretrained wrote")
+        raise UserError(f"model.policy '{name}' has no config.json; give a folder that save_pretrained wrote")
     return folder
 
 
@@ -154,7 +155,7 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
         The policy.
 
     Raises:
-        ValueError: no such folder, a model or tokenizer that does not load or that do not belong together, a tokenizer
+        UserError: no such folder, a model or tokenizer that does not load or that do not belong together, a tokenizer
             that does not return the tags, or adapters for modules that the model does not have.
     """
     folder = check_model_folder(name)
@@ -171,13 +172,13 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
         )
     model, info = loaded
     if info["missing_keys"]:  # transformers would make them up
-        raise ValueError(
+        raise UserError(
             f"model.policy '{folder}' lacks {len(info['missing_keys'])} weights, {min(info['missing_keys'])} "
             "among them; save the whole model into it"
         )
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.vocab_size > rows:
-        raise ValueError(
+        raise UserError(
             f"model.policy '{folder}' has a tokenizer of {tokenizer.vocab_size} tokens and a model with {rows}; "
             "they do not belong together: save both of one model into it"
         )
@@ -215,12 +216,12 @@ def check_positions(policy: Policy, limit: int) -> None:
         limit: the most tokens of a rollout.
 
     Raises:
-        ValueError: it has learned positions, and fewer of them.
+        UserError: it has learned positions, and fewer of them.
     """
     config: Any = policy.model.config
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < limit and not getattr(config, "rope_parameters", None):
-        raise ValueError(
+        raise UserError(
             f"the policy has {positions} positions and protocol.max_rollout_tokens is {limit}; lower the limit"
         )
 
@@ -232,11 +233,11 @@ def enable_checkpointing(policy: Policy) -> None:
         policy: as loaded.
 
     Raises:
-        ValueError: its model cannot.
+        UserError: its model cannot.
     """
     model: Any = policy.model
     if not getattr(model, "supports_gradient_checkpointing", True):
-        raise ValueError(f"{type(model).__name__} cannot compute activations again; unset model.gradient_checkpointing")
+        raise UserError(f"{type(model).__name__} cannot compute activations again; unset model.gradient_checkpointing")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
@@ -262,7 +263,7 @@ def _explained(folder: Path, what: str, remedy: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"model.policy '{folder}' has no {what} that loads ({reason}); {remedy}") from error
+        raise UserError(f"model.policy '{folder}' has no {what} that loads ({reason}); {remedy}") from error
 
 
 @contextmanager
@@ -284,7 +285,7 @@ def with_adapters(model: Any, lora: Lora) -> Any:
         The model with adapters, which alone are trained.
 
     Raises:
-        ValueError: the model has no such modules, or ties them.
+        UserError: the model has no such modules, or ties them.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -302,13 +303,13 @@ def with_adapters(model: Any, lora: Lora) -> Any:
             adapted: Any = get_peft_model(model, config)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"model.lora.target_modules is {lora.target_modules}; name modules to adapt ({reason})"
         ) from error
     if model.config.get_text_config().tie_word_embeddings and any(
         isinstance(layer, BaseTunerLayer) for layer in (model.get_input_embeddings(), model.get_output_embeddings())
     ):
-        raise ValueError(
+        raise UserError(
             f"model.lora.target_modules is {lora.target_modules}, and the policy ties its output layer to its "
             "embedding: an adapter of one would untie them; leave both out"
         )

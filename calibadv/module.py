@@ -19,6 +19,7 @@ from calibadv.agent.protocol import Protocol
 from calibadv.agent.rollout import Agent, Draws, check_engine, check_prompt, check_searches, run_rollouts
 from calibadv.calibrators import check_combination
 from calibadv.data import QuestionData
+from calibadv.errors import UserError
 from calibadv.filters import Group, check_filter, refill
 from calibadv.interfaces import (
     AdvantageEstimator,
@@ -330,7 +331,7 @@ class SearchAgentModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Check what can only be checked with everything at hand, before any file is written."""
         if stage == "fit" and (self.trainer.max_epochs, self.trainer.max_steps) != (-1, -1):
-            raise ValueError(
+            raise UserError(
                 f"trainer.max_epochs is {self.trainer.max_epochs} and trainer.max_steps is {self.trainer.max_steps}; "
                 "both must be -1: set model.rollout_steps, which counts what you mean"
             )
@@ -346,7 +347,7 @@ class SearchAgentModule(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, QuestionData):
             if stage == "fit" and data.questions_per_step % self.trainer.world_size:
-                raise ValueError(
+                raise UserError(
                     f"data.questions_per_step is {data.questions_per_step} and there are {self.trainer.world_size} "
                     "processes, which must share the questions evenly; give a multiple"
                 )
@@ -354,9 +355,7 @@ class SearchAgentModule(pl.LightningModule):
             for question in sorted(asked, key=lambda question: -len(question.question))[:_PROMPTS_CHECKED]:
                 check_prompt(question, self.agent)
         elif stage == "fit" and self.group_filter is not None:
-            raise ValueError(
-                "model.group_filter asks further questions of QuestionData; give that to fit as datamodule"
-            )
+            raise UserError("model.group_filter asks further questions of QuestionData; give that to fit as datamodule")
 
     def on_fit_start(self) -> None:
         """Move the reference to the device, on which the policy is by now."""

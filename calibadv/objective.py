@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from calibadv.errors import UserError
 from calibadv.interfaces import LossInputs, Metrics, PolicyLoss, Regularizer
 from calibadv.numerics.kl import KL_ESTIMATORS, KLEstimator, k3
 from calibadv.update import ReadyBatch
@@ -35,10 +36,10 @@ class Objective:
             old_logprobs: whose log-probabilities the ratio compares with, ``trainer`` or ``engine``.
 
         Raises:
-            ValueError: one of them.
+            UserError: one of them.
         """
         if not self.kl_coef and self.kl_estimator != "k3":
-            raise ValueError(
+            raise UserError(
                 f"model.kl_estimator is {self.kl_estimator} and model.kl_coef is 0, so there is no KL to estimate; "
                 "set kl_coef, as in 0.001, or leave kl_estimator out"
             )
@@ -56,16 +57,16 @@ class Objective:
         kinds = [type(regularizer).__name__ for regularizer in self.regularizers]
         for kind, regularizer in zip(kinds, self.regularizers, strict=True):
             if kinds.count(kind) > 1:
-                raise ValueError(
+                raise UserError(
                     f"model.regularizers names {kind} {kinds.count(kind)} times; keep one, with the sum of weights"
                 )
             if regularizer.acts_on_change and old_logprobs == "engine":
-                raise ValueError(
+                raise UserError(
                     f"model.old_logprobs is engine and {kind} acts on changes of the trainer's log-probabilities: "
                     "it would take the engine's other numerics for that; set old_logprobs to trainer"
                 )
             if regularizer.acts_on_change and mini_batches < 2:
-                raise ValueError(
+                raise UserError(
                     f"model.mini_batches is {mini_batches} and {kind} acts on what earlier updates of a rollout step "
                     f"have changed, of which there are none; set mini_batches to at least 2, or leave {kind} out"
                 )
@@ -122,5 +123,5 @@ class Objective:
 def _merge(metrics: Metrics, reported: Metrics, part: PolicyLoss | Regularizer) -> Metrics:
     taken = reported.keys() & {*metrics, *_OURS}
     if taken:
-        raise ValueError(f"{type(part).__name__} reports the metric '{min(taken)}', which is taken; rename it there")
+        raise UserError(f"{type(part).__name__} reports the metric '{min(taken)}', which is taken; rename it there")
     return {**metrics, **reported}

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from calibadv.errors import UserError
 from calibadv.jsonl import read_jsonl
 from calibadv.types import Question
 
@@ -32,12 +33,12 @@ def read_questions(source: str | list[str]) -> list[Question]:
         The questions, in the order of the files.
 
     Raises:
-        ValueError: a file is missing, empty or of another kind; a question lacks a field or has no golden answer; or
+        UserError: a file is missing, empty or of another kind; a question lacks a field or has no golden answer; or
             an id occurs twice in one data source.
     """
     paths = [source] if isinstance(source, str) else source
     if not paths:
-        raise ValueError("the list of question files is empty; name at least one")
+        raise UserError("the list of question files is empty; name at least one")
     places: dict[tuple[str, str], str] = {}
     questions: list[Question] = []
     for path in paths:
@@ -45,7 +46,7 @@ def read_questions(source: str | list[str]) -> list[Question]:
             key = (question.data_source, question.id)
             first = places.setdefault(key, place)
             if first is not place:
-                raise ValueError(
+                raise UserError(
                     f"{place} repeats the id '{question.id}' of {first}; ids must be unique within a data source"
                 )
             questions.append(question)
@@ -57,17 +58,17 @@ def read_questions(source: str | list[str]) -> list[Question]:
 
 def _read_file(path: Path) -> list[tuple[str, Question]]:
     if not path.is_file():
-        raise ValueError(f"question file '{path}' does not exist; give a {', '.join(_SUFFIXES)} file or 'embedded'")
+        raise UserError(f"question file '{path}' does not exist; give a {', '.join(_SUFFIXES)} file or 'embedded'")
     suffix = next((suffix for suffix in _SUFFIXES if path.name.endswith(suffix)), None)
     if suffix is None:
-        raise ValueError(f"question file '{path}' has an unknown suffix; it must be one of {', '.join(_SUFFIXES)}")
+        raise UserError(f"question file '{path}' has an unknown suffix; it must be one of {', '.join(_SUFFIXES)}")
     questions = []
     with closing(_read_parquet(path) if suffix == ".parquet" else read_jsonl(path, "question file")) as records:
         for number, record in records:
             place = f"{path}:{number}"
             questions.append((place, _parse_question(record, place, number, path.name.removesuffix(suffix))))
     if not questions:
-        raise ValueError(f"question file '{path}' is empty; it must hold at least one question")
+        raise UserError(f"question file '{path}' is empty; it must hold at least one question")
     return questions
 
 
@@ -77,7 +78,7 @@ def _read_parquet(path: Path) -> Generator[tuple[int, dict[str, Any]], None, Non
     try:
         file = parquet.ParquetFile(path)
     except ArrowInvalid as error:
-        raise ValueError(f"question file '{path}' is not a Parquet file ({error})") from error
+        raise UserError(f"question file '{path}' is not a Parquet file ({error})") from error
     number = 0
     with file:
         columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
@@ -90,12 +91,12 @@ def _read_parquet(path: Path) -> Generator[tuple[int, dict[str, Any]], None, Non
 def _parse_question(record: dict[str, Any], place: str, number: int, stem: str) -> Question:
     metadata = record.get("metadata") or {}
     if not isinstance(metadata, dict):
-        raise ValueError(f"{place} has {metadata!r:.60} as metadata; it must be an object")
+        raise UserError(f"{place} has {metadata!r:.60} as metadata; it must be an object")
     question_id = _question_id(record, place, number)
     text = record.get("question") or _question_of_prompt(record.get("prompt"))
     if not isinstance(text, str) or not text.strip():
         keys = ", ".join(record)
-        raise ValueError(f"{place}: question '{question_id}' has no text among its fields {keys}; add 'question'")
+        raise UserError(f"{place}: question '{question_id}' has no text among its fields {keys}; add 'question'")
     return Question(
         id=question_id,
         question=text.strip(),
@@ -112,7 +113,7 @@ def _question_id(record: dict[str, Any], place: str, number: int) -> str:
         extra = record.get("extra_info")
         value = extra.get("index", number) if isinstance(extra, dict) else number
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"{place} has the id {value!r}; it must be a string or an integer")
+        raise UserError(f"{place} has the id {value!r}; it must be a string or an integer")
     return str(value)
 
 
@@ -131,9 +132,9 @@ def _golden_answers(record: dict[str, Any], who: str) -> list[str]:
         answers = _nested(record, "reward_model", "ground_truth", "target")
     answers = [answers] if isinstance(answers, str) else answers
     if not answers:
-        raise ValueError(f"{who} has no golden answers; give it at least one, or remove it")
+        raise UserError(f"{who} has no golden answers; give it at least one, or remove it")
     if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        raise ValueError(f"{who} has the golden answers {answers!r:.80}; they must be a list of non-blank strings")
+        raise UserError(f"{who} has the golden answers {answers!r:.80}; they must be a list of non-blank strings")
     return answers
 
 

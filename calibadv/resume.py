@@ -6,6 +6,8 @@ import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from calibadv.errors import UserError
+
 if TYPE_CHECKING:
     from calibadv.module import SearchAgentModule
 
@@ -36,13 +38,13 @@ def check_identity(checkpoint: dict[str, Any], module: SearchAgentModule, verb: 
         verb: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
-        ValueError: nothing is left to train, or the seed, the protocol or the reference is another.
+        UserError: nothing is left to train, or the seed, the protocol or the reference is another.
     """
     if verb == "fit":
         _check_resume(checkpoint, module)
     changed = _changed_protocol(checkpoint, module)
     if changed and verb == "fit":
-        raise ValueError(f"the checkpoint's run has another protocol: {changed}; resume with its own")
+        raise UserError(f"the checkpoint's run has another protocol: {changed}; resume with its own")
     if changed:
         log.warning("the checkpoint was trained with another protocol: %s; the figures depend on it", changed)
     if module.reference is not None:
@@ -58,12 +60,12 @@ def _changed_protocol(checkpoint: dict[str, Any], module: SearchAgentModule) -> 
 def _check_resume(checkpoint: dict[str, Any], module: SearchAgentModule) -> None:
     done = checkpoint["rollout_step"]
     if done >= module.rollout_steps:
-        raise ValueError(
+        raise UserError(
             f"nothing is left to do: the checkpoint holds {done} rollout steps and model.rollout_steps is "
             f"{module.rollout_steps}; raise it to go on"
         )
     if checkpoint["seed"] != module.seed:
-        raise ValueError(
+        raise UserError(
             f"--seed_everything is {module.seed} and the checkpoint's run has {checkpoint['seed']}; all draws of a "
             "run depend on one seed, so resume with that"
         )
@@ -71,11 +73,11 @@ def _check_resume(checkpoint: dict[str, Any], module: SearchAgentModule) -> None
 
 def _check_reference(checkpoint: dict[str, Any], checksum: str) -> None:
     if "reference_checksum" not in checkpoint:
-        raise ValueError(
+        raise UserError(
             "model.kl_coef is above 0, and the checkpoint's run had no reference; resume with model.kl_coef 0"
         )
     if checkpoint["reference_checksum"] != checksum:
-        raise ValueError(
+        raise UserError(
             "model.policy does not hold the weights that the checkpoint's run started from, so the KL would be "
             "measured against another reference; give the same folder"
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calibadv.agent.protocol import is_valid, parse_message
+from calibadv.errors import UserError
 from calibadv.jsonl import read_jsonl
 from calibadv.types import Document, Question, Rollout, RolloutStatus, Segment
 
@@ -85,18 +86,18 @@ def find_rollout_files(paths: Sequence[Path]) -> list[Path]:
         The files, and those of the training steps of each run, each once.
 
     Raises:
-        ValueError: there is none, or a folder holds none.
+        UserError: there is none, or a folder holds none.
     """
     found: list[Path] = []
     for path in paths:
         files = sorted(path.rglob("train-step-*.jsonl")) if path.is_dir() else [path]
         if not files:
-            raise ValueError(
+            raise UserError(
                 f"folder '{path}' holds no train-step-*.jsonl; give rollout files, or the folder of a run or study"
             )
         found += files
     if not found:
-        raise ValueError("rollouts names no file; give at least one")
+        raise UserError("rollouts names no file; give at least one")
     return list(dict.fromkeys(found))
 
 
@@ -108,12 +109,12 @@ def refuse_to_replace(outs: Iterable[Path], files: Sequence[Path]) -> None:
         files: rollout files to read.
 
     Raises:
-        ValueError: one of the first is one of the second.
+        UserError: one of the first is one of the second.
     """
     read = {file.resolve() for file in files}
     for out in outs:
         if out.resolve() in read:
-            raise ValueError(f"out '{out}' is one of the rollout files, which it would replace; give another --out")
+            raise UserError(f"out '{out}' is one of the rollout files, which it would replace; give another --out")
 
 
 def short_names(files: Sequence[Path]) -> list[str]:
@@ -158,7 +159,7 @@ def read_rollouts(path: Path) -> Iterator[Rollout]:
         One rollout per line that is not blank.
 
     Raises:
-        ValueError: a line is not a rollout; the message names the file, the line and the remedy.
+        UserError: a line is not a rollout; the message names the file, the line and the remedy.
     """
     for _, rollout in read_records(path):
         yield rollout
@@ -174,13 +175,13 @@ def read_records(path: Path) -> Iterator[tuple[Record, Rollout]]:
         The JSON object, with keys that are not ours too, and the rollout that it describes.
 
     Raises:
-        ValueError: a line is not a rollout; the message names the file, the line and the remedy.
+        UserError: a line is not a rollout; the message names the file, the line and the remedy.
     """
     for number, record in read_jsonl(path, "rollout file"):
         try:
             yield record, rollout_from_json(record, number)
         except ValueError as error:
-            raise ValueError(f"{path}, {error}") from error
+            raise UserError(f"{path}, {error}") from error
 
 
 def rollout_from_json(record: Record, line_number: int) -> Rollout:
@@ -198,7 +199,7 @@ def rollout_from_json(record: Record, line_number: int) -> Rollout:
         which files do not hold, are left at their defaults.
 
     Raises:
-        ValueError: the record is not a rollout; the message names the line, what is wrong and the remedy.
+        UserError: the record is not a rollout; the message names the line, what is wrong and the remedy.
     """
     where = f"line {line_number}"
     prepend_think = _field(record, "prepend_think", bool, where)
@@ -225,7 +226,7 @@ _TYPE_NAMES |= {dict: "an object"}
 def _field(record: Record, key: str, kind: type, where: str, default: Any = _REQUIRED) -> Any:
     if record.get(key) is None:
         if default is _REQUIRED:
-            raise ValueError(f"{where}: {key} is missing; add it ({_TYPE_NAMES[kind]})")
+            raise UserError(f"{where}: {key} is missing; add it ({_TYPE_NAMES[kind]})")
         return default
     return _typed(record[key], kind, f"{where}: {key}")
 
@@ -234,14 +235,14 @@ def _typed(value: Any, kind: type, name: str) -> Any:
     accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
     fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
     if not fits:
-        raise ValueError(f"{name} is {json.dumps(value)[:80]}; it must be {_TYPE_NAMES[kind]}")
+        raise UserError(f"{name} is {json.dumps(value)[:80]}; it must be {_TYPE_NAMES[kind]}")
     return float(value) if kind is float else value
 
 
 def _question(record: Record, where: str) -> Question:
     golden = _field(record, "golden_answers", list, where)
     if not golden:
-        raise ValueError(f"{where}: golden_answers is empty; give at least one accepted answer")
+        raise UserError(f"{where}: golden_answers is empty; give at least one accepted answer")
     return Question(
         id=_field(record, "question_id", str, where),
         question=_field(record, "question", str, where),
@@ -253,7 +254,7 @@ def _question(record: Record, where: str) -> Question:
 
 def _segments(records: list[Any], where: str) -> tuple[Segment, ...]:
     if not records:
-        raise ValueError(f"{where}: segments is empty; a rollout has at least one policy segment")
+        raise UserError(f"{where}: segments is empty; a rollout has at least one policy segment")
     segments = []
     for number, record in enumerate(records):
         place = f"{where}: segments[{number}]"
@@ -261,7 +262,7 @@ def _segments(records: list[Any], where: str) -> tuple[Segment, ...]:
         due = "policy" if number % 2 == 0 else "environment"
         if segment.source != due:
             problem = f"follows another {segment.source} segment" if number else f"is the {segment.source}'s"
-            raise ValueError(
+            raise UserError(
                 f"{place} {problem}; segments begin with policy and alternate: join neighbours of one source"
             )
         segments.append(segment)
@@ -271,10 +272,10 @@ def _segments(records: list[Any], where: str) -> tuple[Segment, ...]:
 def _segment(record: Record, where: str) -> Segment:
     source = _field(record, "source", str, where)
     if source not in ("policy", "environment"):
-        raise ValueError(f"{where}: source is '{source}'; it must be 'policy' or 'environment'")
+        raise UserError(f"{where}: source is '{source}'; it must be 'policy' or 'environment'")
     num_tokens = _field(record, "num_tokens", int, where)
     if num_tokens < 0:
-        raise ValueError(f"{where}: num_tokens is {num_tokens}; it must be 0 or more")
+        raise UserError(f"{where}: num_tokens is {num_tokens}; it must be 0 or more")
     documents = _field(record, "documents", list, where, [])
     return Segment(
         source=source,
@@ -296,7 +297,7 @@ def _document(record: Any, where: str) -> Document:
 def _status(recorded: Any, segments: Sequence[Segment], prepend_think: bool, where: str) -> RolloutStatus:
     names = [str(status) for status in RolloutStatus]
     if recorded is not None and recorded not in names:
-        raise ValueError(f"{where}: status is {json.dumps(recorded)}; it must be one of {', '.join(names)}")
+        raise UserError(f"{where}: status is {json.dumps(recorded)}; it must be one of {', '.join(names)}")
     if recorded == RolloutStatus.SEARCH_FAILED:
         return RolloutStatus.SEARCH_FAILED
     messages = [parse_message(segment.text, prepend_think) for segment in segments if segment.source == "policy"]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibadv.errors import UserError
+
 STUDY_FILE = "study.json"  # in the folder of a study; run folders lie below it
 _STEP = re.compile(r"step[-=](\d+)")
 
@@ -76,16 +78,16 @@ class RunFolder:
             config: the resolved config, which is the first file of a run.
 
         Raises:
-            ValueError: another run has been started here, perhaps a moment ago; or the folder cannot be written.
+            UserError: another run has been started here, perhaps a moment ago; or the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with self.config(None).open("x", encoding="utf-8") as file:
                 file.write(config)
         except FileExistsError as error:
-            raise ValueError(f"{self.path} holds a run already; choose another --run.name") from error
+            raise UserError(f"{self.path} holds a run already; choose another --run.name") from error
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"run folder '{self.path}' cannot be written to ({error.strerror}); choose another --run.root"
             ) from error
 
@@ -119,14 +121,14 @@ class RunFolder:
             A ``rollout-step=`` file; ``last.ckpt``, which is the same file as one of those, where it is alone.
 
         Raises:
-            ValueError: there is none.
+            UserError: there is none.
         """
         found = self.step_checkpoints() or [path for path in (self.last,) if path.exists()]
         if not found:
             remedy = "name the run to resume with --run.name, or start one without --ckpt_path"
             if self.holds_run:
                 remedy = "the run ended before its first; remove the folder and start again without --ckpt_path"
-            raise ValueError(f"--ckpt_path last: there is no checkpoint in {self.checkpoints}; {remedy}")
+            raise UserError(f"--ckpt_path last: there is no checkpoint in {self.checkpoints}; {remedy}")
         return found[-1]
 
     def step_checkpoints(self) -> list[Path]:

@@ -15,8 +15,9 @@ from records import answer, rollout, search
 from tokenizers import Tokenizer, decoders
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from calibadv.cli.errors import is_ours, message_for_users
+from calibadv.cli.errors import message_for_users
 from calibadv.cli.main import main
+from calibadv.errors import UserError
 from calibadv.questions import read_questions
 from calibadv.rollout_files import rollout_to_json
 from calibadv.run_folder import RunFolder
@@ -382,13 +383,13 @@ def test_a_group_of_one_is_warned_of_and_trained(tmp_path: Path, caplog: pytest.
     assert warning.startswith("model.group_size is 1: the rollouts of a question are compared")
 
 
-def test_only_what_our_code_raises_on_purpose_is_a_message_for_users() -> None:
-    with pytest.raises(ValueError, match="the list of question files is empty") as ours:
+def test_only_errors_for_users_are_shown_in_one_line() -> None:
+    with pytest.raises(UserError, match="the list of question files is empty") as ours:
         read_questions([])
     with pytest.raises(TypeError, match="not iterable") as bug:
         read_questions(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="invalid literal") as python:
         int("x")
-    assert [is_ours(error.value) for error in (ours, bug, python)] == [True, False, False]
+    assert [message_for_users(error.value) for error in (ours, bug, python)] == [str(ours.value), None, None]
     python.value.__cause__ = ours.value  # as jsonargparse does, where a value fits none of several types
-    assert [message_for_users(error.value) for error in (ours, bug, python)] == [str(ours.value), None, str(ours.value)]
+    assert message_for_users(python.value) == str(ours.value)

@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+from calibadv.errors import UserError
 from calibadv.types import Document
 
 TAGS = tuple(f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/"))
@@ -47,11 +48,11 @@ class Protocol:
         """Check the limits.
 
         Raises:
-            ValueError: a limit is below 1.
+            UserError: a limit is below 1.
         """
         for name in ("max_searches", "max_turn_tokens", "max_rollout_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"protocol.{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"protocol.{name} is {getattr(self, name)}; it must be at least 1")
 
     def read_template(self) -> str:
         """The prompt template.
@@ -60,15 +61,15 @@ class Protocol:
             Text that contains ``{question}``.
 
         Raises:
-            ValueError: there is no such template, or it lacks ``{question}``.
+            UserError: there is no such template, or it lacks ``{question}``.
         """
         packaged = files("calibadv.agent") / "templates" / f"{self.template}.txt"
         path = packaged if packaged.is_file() else Path(self.template)
         if not path.is_file():
-            raise ValueError(f"protocol.template '{self.template}' is neither 'instruct', 'short' nor a text file")
+            raise UserError(f"protocol.template '{self.template}' is neither 'instruct', 'short' nor a text file")
         text = path.read_text(encoding="utf-8")
         if "{question}" not in text:
-            raise ValueError(f"protocol.template '{self.template}' does not contain {{question}}")
+            raise UserError(f"protocol.template '{self.template}' does not contain {{question}}")
         return text
 
 

@@ -11,6 +11,7 @@ from calibadv.agent.episode import Episode, finish, observe, search, speak
 from calibadv.agent.protocol import Protocol
 from calibadv.agent.streaming import Key, stream
 from calibadv.agent.tokenizer import AgentTokenizer
+from calibadv.errors import UserError
 from calibadv.interfaces import Engine, RetrievalError, Retriever, StreamingEngine
 from calibadv.processes import ALONE, Processes
 from calibadv.types import DrawKey, Question, Rollout, RolloutStatus, Sampling
@@ -56,7 +57,7 @@ def run_rollouts(
         ``draws.samples`` rollouts per question of this process, neighbours in the list.
 
     Raises:
-        ValueError: a prompt leaves no room for a message within ``max_rollout_tokens``, or the engine is made for less.
+        UserError: a prompt leaves no room for a message within ``max_rollout_tokens``, or the engine is made for less.
     """
     check_engine(agent)
     episodes: list[Episode] = []
@@ -105,11 +106,11 @@ def check_engine(agent: Agent) -> None:
         agent: its engine and protocol are compared. An engine may know its limit only after the first ``sync``.
 
     Raises:
-        ValueError: it does not.
+        UserError: it does not.
     """
     engine, limit = agent.engine, agent.protocol.max_rollout_tokens
     if engine.max_model_len is not None and engine.max_model_len < limit:
-        raise ValueError(
+        raise UserError(
             f"{type(engine).__name__} takes at most {engine.max_model_len} tokens (max_model_len) and "
             f"protocol.max_rollout_tokens is {limit}; raise model.engine.max_model_len, or lower the protocol's limit"
         )
@@ -126,12 +127,12 @@ def check_prompt(question: Question, agent: Agent) -> tuple[int, ...]:
         Token ids of the prompt.
 
     Raises:
-        ValueError: the prompt alone fills ``max_rollout_tokens``.
+        UserError: the prompt alone fills ``max_rollout_tokens``.
     """
     prompt = tuple(agent.tokenizer.encode_prompt(question.question, agent.protocol))
     limit = agent.protocol.max_rollout_tokens
     if len(prompt) >= limit:
-        raise ValueError(
+        raise UserError(
             f"the prompt of question '{question.id}' has {len(prompt)} tokens and protocol.max_rollout_tokens is "
             f"{limit}; raise the limit, or leave the question out"
         )

@@ -9,6 +9,7 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 from calibadv.agent.protocol import TAGS, Protocol, disarm
+from calibadv.errors import UserError
 
 _PROBE = "one {0} two{0}one"  # observations put words beside a tag without white space
 _TAG = re.compile("|".join(TAGS))
@@ -114,14 +115,14 @@ def prepare_tags(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         The tags that were added; the embedding must be resized when there are any.
 
     Raises:
-        ValueError: the tags do not survive even so.
+        UserError: the tags do not survive even so.
     """
     broken = [tag for tag in TAGS if _tags_of(tokenizer, _PROBE.format(tag)) != [tag, tag]]
     if broken:
         tokenizer.add_tokens(broken)
     lost = [tag for tag in TAGS if _tags_of(tokenizer, _PROBE.format(tag)) != [tag, tag]]
     if lost:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer ({type(tokenizer).__name__}) does not return {lost[0]} as it was written, even as an added "
             "token; add the eight tags to its vocabulary as non-special tokens and save it in the model folder"
         )

@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from calibadv.agent.collate import answer_mask
+from calibadv.errors import UserError
 from calibadv.interfaces import Calibrator, Metrics
 from calibadv.numerics.credit import rebalance_factors, scale_answers
 from calibadv.types import RolloutBatch
@@ -24,7 +25,7 @@ class AnswerRebalance(Calibrator):
 
     def __init__(self, target_ratio: float = 1.0) -> None:
         if not (target_ratio > 0 and math.isfinite(target_ratio)):
-            raise ValueError(f"target_ratio is {target_ratio}; it must be a number above 0 (1.0 balances both sides)")
+            raise UserError(f"target_ratio is {target_ratio}; it must be a number above 0 (1.0 balances both sides)")
         self.target_ratio = target_ratio
 
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:

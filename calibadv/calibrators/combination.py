@@ -11,6 +11,7 @@ from calibadv.calibrators.negative_clip import NegativeClip
 from calibadv.calibrators.negative_scale import NegativeScale
 from calibadv.calibrators.shuffled_penalty import ShuffledPenalty
 from calibadv.calibrators.soft_penalty import SoftPenalty
+from calibadv.errors import UserError
 from calibadv.interfaces import AdvantageEstimator, Calibrator
 
 _PENALTIES = (SoftPenalty, ConstantPenalty, ShuffledPenalty)
@@ -27,18 +28,18 @@ def check_combination(
         group_size: rollouts per question; None where it is not known.
 
     Raises:
-        ValueError: a calibrator is there twice, two soften the same searches, one that takes CalibAdv's ratio stands
+        UserError: a calibrator is there twice, two soften the same searches, one that takes CalibAdv's ratio stands
             beside CalibAdv's parts, evidence would be counted twice, or groups have nothing to calibrate by.
     """
     if group_size == 1 and calibrators:
         name = type(calibrators[0]).__name__
-        raise ValueError(f"model.group_size is 1, and {name} needs the other rollouts of a group; give at least 2")
+        raise UserError(f"model.group_size is 1, and {name} needs the other rollouts of a group; give at least 2")
     _refuse_doubles(calibrators)
     for calibrator in calibrators:
         if isinstance(calibrator, NegativeScale) and calibrator.match is not None:
             _refuse_beside_match(calibrators)
         if estimator.credits_evidence and _uses_evidence(calibrator):
-            raise ValueError(
+            raise UserError(
                 f"{type(estimator).__name__} already gives credit by step correctness, and "
                 f"{type(calibrator).__name__} would count it twice; use one of the two (GRPO goes with all calibrators)"
             )
@@ -47,10 +48,10 @@ def check_combination(
 def _refuse_doubles(calibrators: Sequence[Calibrator]) -> None:
     for kind, count in Counter(map(type, calibrators)).items():
         if count > 1:
-            raise ValueError(f"{kind.__name__} is installed {count} times; keep one")
+            raise UserError(f"{kind.__name__} is installed {count} times; keep one")
     softening = [type(calibrator).__name__ for calibrator in calibrators if isinstance(calibrator, _PENALTIES)]
     if len(softening) > 1:
-        raise ValueError(
+        raise UserError(
             f"{' and '.join(softening)} soften the same searches, one after the other; each stands in the place of the "
             "others: keep one"
         )
@@ -59,7 +60,7 @@ def _refuse_doubles(calibrators: Sequence[Calibrator]) -> None:
 def _refuse_beside_match(calibrators: Sequence[Calibrator]) -> None:
     parts = [type(c).__name__ for c in calibrators if isinstance(c, (*_PENALTIES, AnswerRebalance, NegativeClip))]
     if parts:
-        raise ValueError(
+        raise UserError(
             f"NegativeScale with match calibadv gives the ratio that CalibAdv would, and {' and '.join(parts)} beside "
             "it would count twice, or undo that; keep one of them"
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calibadv.calibrators.softening import find_punished, soften_searches
+from calibadv.errors import UserError
 from calibadv.interfaces import Calibrator, Metrics
 from calibadv.numerics.controls import mean_over
 from calibadv.types import RolloutBatch
@@ -26,7 +27,7 @@ class ConstantPenalty(Calibrator):
 
     def __init__(self, correctness: float | Literal["batch_mean"] = "batch_mean") -> None:
         if correctness != "batch_mean" and not 0 <= correctness <= 1:
-            raise ValueError(f"correctness is {correctness}; it must be a number from 0 to 1, or batch_mean")
+            raise UserError(f"correctness is {correctness}; it must be a number from 0 to 1, or batch_mean")
         self.correctness = correctness
 
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:

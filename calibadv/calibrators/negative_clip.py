@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from calibadv.errors import UserError
 from calibadv.interfaces import Calibrator, Metrics
 from calibadv.numerics.controls import negative_floor
 from calibadv.types import RolloutBatch
@@ -24,7 +25,7 @@ class NegativeClip(Calibrator):
 
     def __init__(self, bound: float = 1.0) -> None:
         if not (bound > 0 and math.isfinite(bound)):
-            raise ValueError(f"bound is {bound}; it must be a number above 0, such as 1.0")
+            raise UserError(f"bound is {bound}; it must be a number above 0, such as 1.0")
         self.bound = bound
 
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:

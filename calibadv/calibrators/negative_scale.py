@@ -9,6 +9,7 @@ from torch import Tensor
 
 from calibadv.calibrators.answer_rebalance import AnswerRebalance
 from calibadv.calibrators.soft_penalty import SoftPenalty
+from calibadv.errors import UserError
 from calibadv.interfaces import Calibrator, Metrics
 from calibadv.numerics.controls import matching_negative_weight, scale_by_sign
 from calibadv.types import RolloutBatch
@@ -33,15 +34,15 @@ class NegativeScale(Calibrator):
     ) -> None:
         for name, value in (("positive_weight", positive_weight), ("negative_weight", negative_weight)):
             if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name} is {value}; it must be a number of at least 0 (1.0 changes nothing)")
+                raise UserError(f"{name} is {value}; it must be a number of at least 0 (1.0 changes nothing)")
         if positive_weight == negative_weight == 0:
-            raise ValueError("positive_weight and negative_weight are both 0; raise one, or nothing is trained")
+            raise UserError("positive_weight and negative_weight are both 0; raise one, or nothing is trained")
         if match is not None and negative_weight != 1:
-            raise ValueError(
+            raise UserError(
                 f"negative_weight is {negative_weight}, but match is {match}, which sets it per batch; leave one out"
             )
         if match is not None and positive_weight == 0:
-            raise ValueError(f"positive_weight is 0, but match is {match}, a ratio to be kept; raise it above 0")
+            raise UserError(f"positive_weight is 0, but match is {match}, a ratio to be kept; raise it above 0")
         self.positive_weight = positive_weight
         self.negative_weight = negative_weight
         self.match = match

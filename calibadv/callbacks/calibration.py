@@ -6,6 +6,7 @@ from typing import Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from calibadv.errors import UserError
 from calibadv.interfaces import Calibrator
 
 
@@ -32,11 +33,11 @@ class AdvantageCalibration(Callback):
             stage: not used.
 
         Raises:
-            ValueError: another AdvantageCalibration has installed its own.
+            UserError: another AdvantageCalibration has installed its own.
         """
         module = cast(_Calibrated, pl_module)
         if module.calibrators and module.calibrators is not self.calibrators:
-            raise ValueError(
+            raise UserError(
                 "trainer.callbacks holds two AdvantageCalibration callbacks; keep one and list all calibrators in it, "
                 "as configs/calibrators/calibadv.yaml does"
             )

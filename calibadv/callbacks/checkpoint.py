@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 
+from calibadv.errors import UserError
 from calibadv.run_folder import RunFolder, remove
 
 
@@ -26,9 +27,9 @@ class RolloutCheckpoint(Callback):
 
     def __init__(self, every_n_rollout_steps: int = 20, keep: int = 2) -> None:
         if every_n_rollout_steps < 1:
-            raise ValueError(f"checkpoint.every_n_rollout_steps is {every_n_rollout_steps}; it must be at least 1")
+            raise UserError(f"checkpoint.every_n_rollout_steps is {every_n_rollout_steps}; it must be at least 1")
         if keep < 0:
-            raise ValueError(f"checkpoint.keep is {keep}; it must be at least 0 (0 keeps all)")
+            raise UserError(f"checkpoint.keep is {keep}; it must be at least 0 (0 keeps all)")
         self.every_n_rollout_steps = every_n_rollout_steps
         self.keep = keep
         self.stopped_by: signal.Signals | None = None

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from calibadv.callbacks.checkpoint import RolloutCheckpoint
 from calibadv.callbacks.rollout_writer import write_training_rollouts
 from calibadv.callbacks.surroundings import installed, writers
+from calibadv.errors import UserError
 from calibadv.guard.rules import Limits
 from calibadv.guard.watch import Alarm, Watch
 from calibadv.interfaces import Metrics
@@ -61,9 +62,9 @@ class CollapseGuard(Callback):
         max_rollbacks: int = 2,
     ) -> None:
         if not 0 < rate_factor < 1:
-            raise ValueError(f"the guard's rate_factor is {rate_factor}; it must be above 0 and below 1")
+            raise UserError(f"the guard's rate_factor is {rate_factor}; it must be above 0 and below 1")
         if max_rollbacks < 1:
-            raise ValueError(f"the guard's max_rollbacks is {max_rollbacks}; it must be at least 1, or action be stop")
+            raise UserError(f"the guard's max_rollbacks is {max_rollbacks}; it must be at least 1, or action be stop")
         self.action = action
         self.limits = limits or Limits()
         self.rate_factor = rate_factor
@@ -99,7 +100,7 @@ class CollapseGuard(Callback):
         if self.action != "rollback" or stage != "fit":
             return
         if trainer.world_size > 1:
-            raise ValueError(
+            raise UserError(
                 "CollapseGuard's action is rollback, which begins again in the same process, and there are "
                 f"{trainer.world_size} processes; give action stop, and resume with a lower rate"
             )
@@ -109,7 +110,7 @@ class CollapseGuard(Callback):
         unsure = max(self.limits.patience, int(trainer.val_check_interval) - 1)  # steps since the last healthy value
         least = math.ceil(unsure / checkpoints.every_n_rollout_steps) + 1
         if checkpoints.keep < least:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint.keep is {checkpoints.keep}, and the guard may notice a collapse {unsure} steps late, by "
                 f"which time no healthy checkpoint is kept; set it to at least {least}, or 0 to keep all"
             )

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 
 from calibadv.agent.collate import turn_values
 from calibadv.callbacks.surroundings import writers
+from calibadv.errors import UserError
 from calibadv.rollout_files import write_rollouts
 from calibadv.run_folder import RunFolder
 from calibadv.types import Rollout, RolloutStatus, StepOutput
@@ -27,9 +28,9 @@ class RolloutWriter(Callback):
 
     def __init__(self, every_n_rollout_steps: int = 10, shown: int = 4) -> None:
         if every_n_rollout_steps < 1:
-            raise ValueError(f"rollouts.every_n_rollout_steps is {every_n_rollout_steps}; it must be at least 1")
+            raise UserError(f"rollouts.every_n_rollout_steps is {every_n_rollout_steps}; it must be at least 1")
         if shown < 0:
-            raise ValueError(f"rollouts.shown is {shown}; it must be at least 0 (0 shows none)")
+            raise UserError(f"rollouts.shown is {shown}; it must be at least 0 (0 shows none)")
         self.every_n_rollout_steps = every_n_rollout_steps
         self.shown = shown
         self._evaluated: list[Rollout] = []

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from calibadv.errors import UserError
+
 CALLBACKS = "trainer.callbacks"
 _OPTION = re.compile(r"--?[A-Za-z]")  # and not -1
 
@@ -39,7 +41,7 @@ def resolve_config(name: str) -> Path:
         An existing file.
 
     Raises:
-        ValueError: there is none; the message names packaged ones.
+        UserError: there is none; the message names packaged ones.
     """
     folder = configs_folder()
     for candidate in (folder / f"{name}.yaml", Path(name)):
@@ -50,7 +52,7 @@ def resolve_config(name: str) -> Path:
     meant = difflib.get_close_matches(Path(name).stem, last_parts, n=1, cutoff=0.8)
     close = [known for known in names if known.startswith(name) or known.rpartition("/")[2] in meant]
     known = f"did you mean {' or '.join(close)}?" if close else f"the packaged ones are {', '.join(names)}"
-    raise ValueError(f"config '{name}' is neither a file nor a packaged config; {known}")
+    raise UserError(f"config '{name}' is neither a file nor a packaged config; {known}")
 
 
 def config_name(path: Path) -> str:
@@ -96,7 +98,7 @@ def read_words(arguments: Sequence[str]) -> list[ConfigFile | Option]:
         In the order of the command line.
 
     Raises:
-        ValueError: ``--config`` names nothing, or what is no config.
+        UserError: ``--config`` names nothing, or what is no config.
     """
     settings: list[ConfigFile | Option] = []
     for words in _options(arguments):
@@ -104,7 +106,7 @@ def read_words(arguments: Sequence[str]) -> list[ConfigFile | Option]:
         given = [value] if equals else words[1:]
         if name in ("--config", "-c"):
             if not any(given):
-                raise ValueError("--config has no value; name a packaged config such as quickstart, or a file")
+                raise UserError("--config has no value; name a packaged config such as quickstart, or a file")
             settings += [read_config(resolve_config(config)) for config in given]
         else:
             settings.append(Option(name, tuple(words), {name.lstrip("-"): _parse(given)}))
@@ -136,7 +138,7 @@ def read_config(path: Path) -> ConfigFile:
         Its name and its values under dotted keys.
 
     Raises:
-        ValueError: it is not YAML, or no mapping.
+        UserError: it is not YAML, or no mapping.
     """
     return ConfigFile(config_name(path), path, dict(_flatten(read_yaml(path), "")))
 
@@ -151,15 +153,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         The mapping.
 
     Raises:
-        ValueError: it is not YAML, or no mapping.
+        UserError: it is not YAML, or no mapping.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"config '{config_name(path)}' is not YAML: {reason}") from error
+        raise UserError(f"config '{config_name(path)}' is not YAML: {reason}") from error
     if not isinstance(content, dict | None):
-        raise ValueError(f"config '{config_name(path)}' holds {type(content).__name__}; write 'key: value' lines")
+        raise UserError(f"config '{config_name(path)}' holds {type(content).__name__}; write 'key: value' lines")
     return content or {}
 
 
@@ -178,7 +180,7 @@ def scan_settings(settings: Sequence[ConfigFile | Option]) -> None:
         settings: config files, and options of the command line, in the order in which they apply.
 
     Raises:
-        ValueError: an overlay or an option stands before a file that sets all of it again, or a class without the
+        UserError: an overlay or an option stands before a file that sets all of it again, or a class without the
             options that it sets, or the list that it appends to; or two AdvantageCalibration callbacks are in effect,
             of which the second would replace the first.
     """
@@ -186,7 +188,7 @@ def scan_settings(settings: Sequence[ConfigFile | Option]) -> None:
         _refuse_if_lost(setting, [later for later in settings[place + 1 :] if isinstance(later, ConfigFile)])
     names = [name for name, _ in calibrations(settings)]
     if len(names) > 1:
-        raise ValueError(
+        raise UserError(
             f"{' and '.join(repr(name) for name in names)} each install an AdvantageCalibration; give one overlay that "
             "lists all calibrators in one such callback, as calibrators/calibadv does"
         )
@@ -198,13 +200,13 @@ def _refuse_if_lost(setting: ConfigFile | Option, later: Sequence[ConfigFile]) -
     if last is None:
         return
     if all(owners.values()):
-        raise ValueError(
+        raise UserError(
             f"nothing of '{setting.name}' remains: what comes later sets all of it again; leave it out, "
             f"or put it after '{last}'"
         )
     for key, owner in owners.items():
         if key.endswith("+") and owner:
-            raise ValueError(
+            raise UserError(
                 f"what '{setting.name}' appends to {key[:-1]} is lost: '{owner}' sets the whole list afterwards; "
                 f"put '{setting.name}' after '{owner}'"
             )
@@ -245,7 +247,7 @@ def options_of(class_path: str) -> Mapping[str, inspect.Parameter]:
     Raises:
         ImportError: there is no such module.
         AttributeError: it has no such class.
-        ValueError: the path names no module.
+        UserError: the path names no module.
     """
     module, _, name = class_path.rpartition(".")
     return inspect.signature(getattr(import_module(module), name)).parameters

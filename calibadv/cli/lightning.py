@@ -50,6 +50,7 @@ from calibadv.cli.start import (
 )
 from calibadv.cli.trainer import check_checkpoint, check_trainer, moment
 from calibadv.data import QuestionData
+from calibadv.errors import UserError
 from calibadv.module import SearchAgentModule
 from calibadv.run_folder import write_atomically
 from calibadv.settings import changed_settings
@@ -123,7 +124,7 @@ class CalibadvCLI(LightningCLI):
             args: the words of the command line.
 
         Raises:
-            ValueError: the arguments are not accepted.
+            UserError: the arguments are not accepted.
         """
         own = self._parser(self.verb)
         describe(own)
@@ -131,7 +132,7 @@ class CalibadvCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             options = [option for action in own._actions for option in action.option_strings]
-            raise ValueError(explain(str(error), options, self.verb)) from error
+            raise UserError(explain(str(error), options, self.verb)) from error
 
     def _parse_ckpt_path(self) -> None:
         """Skip LightningCLI's reading of hyperparameters from checkpoints: ours hold none, and may be large."""
@@ -182,7 +183,7 @@ class CalibadvCLI(LightningCLI):
             The trainer.
 
         Raises:
-            ValueError: Lightning does not accept its settings.
+            UserError: Lightning does not accept its settings.
         """
         settings = dict(self._get(self.config_init, "trainer"))
         if settings["logger"] in (None, True):
@@ -205,7 +206,7 @@ class CalibadvCLI(LightningCLI):
         try:
             return pl.Trainer(**{**settings, "default_root_dir": str(self.start.folder.path), **kwargs})
         except (ValueError, ImportError, MisconfigurationException) as error:
-            raise ValueError(f"trainer: {error}") from error
+            raise UserError(f"trainer: {error}") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self._run:
@@ -290,7 +291,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         The exit status: 0, or 128 + signal after an orderly stop.
 
     Raises:
-        ValueError: a mistake in the arguments, or in what they name.
+        UserError: a mistake in the arguments, or in what they name.
     """
     quiet_libraries()
     settings = read_words(arguments)
@@ -299,7 +300,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         with ended_by_sigterm():
             cli = run_to_the_end(verb, settings)
     except MisconfigurationException as error:
-        raise ValueError(f"trainer: {error}") from error
+        raise UserError(f"trainer: {error}") from error
     if not cli.trainer.is_global_zero:
         return 0
     done, planned = cli.model.rollout_step, cli.model.rollout_steps

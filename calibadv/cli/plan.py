@@ -19,6 +19,7 @@ from calibadv.cli.lightning import ReadingCLI
 from calibadv.cli.plan_report import print_report
 from calibadv.cli.quiet import quiet_libraries
 from calibadv.cli.trainer import number_of_processes
+from calibadv.errors import UserError
 from calibadv.models import Lora, check_model_folder, with_adapters
 from calibadv.retrieval.manifest import read_manifest
 from calibadv.sizing.job import GIB, GPUS, PRECISIONS, Assumptions, Gpu, Job, Precision, Sampler
@@ -53,13 +54,13 @@ class Sizing:
         """Check the numbers.
 
         Raises:
-            ValueError: one is not above 0, or the share is above 1.
+            UserError: one is not above 0, or the share is above 1.
         """
         for name, value in vars(self).items():
             if isinstance(value, int | float) and value <= 0:
-                raise ValueError(f"--{name} is {value}; it must be above 0")
+                raise UserError(f"--{name} is {value}; it must be above 0")
         if self.mfu > 1:
-            raise ValueError(f"--mfu is {self.mfu}; it is a share of the peak rate, at most 1")
+            raise UserError(f"--mfu is {self.mfu}; it is a share of the peak rate, at most 1")
 
     def device(self) -> Gpu:
         """Give the accelerator.
@@ -123,7 +124,7 @@ def plan(arguments: Sequence[str]) -> None:
         arguments: options of ``fit``, and those of ``Sizing``.
 
     Raises:
-        ValueError: a mistake in the arguments or in what they name.
+        UserError: a mistake in the arguments or in what they name.
     """
     quiet_libraries()
     cli = PlanCLI(arguments)
@@ -143,7 +144,7 @@ def read_job(settings: Namespace, sizing: Sizing) -> Job:
         The run.
 
     Raises:
-        ValueError: ``fit`` would refuse the settings, or they say too little.
+        UserError: ``fit`` would refuse the settings, or they say too little.
     """
     model, trainer, data = settings.model, settings.trainer, settings.data
     policy = empty_model(AutoConfig.from_pretrained(check_model_folder(model.policy), local_files_only=True))
@@ -155,7 +156,7 @@ def read_job(settings: Namespace, sizing: Sizing) -> Job:
     limit = model.protocol.max_rollout_tokens
     longest = getattr(model.engine.init_args, "max_model_len", None)
     if longest is not None and longest < limit:
-        raise ValueError(
+        raise UserError(
             f"model.engine.max_model_len is {longest} and protocol.max_rollout_tokens is {limit}; raise the first"
         )
     _check_job(processes, data.questions_per_step, sampler, sizing, limit)
@@ -200,21 +201,21 @@ def _strategy(strategy: Any) -> tuple[str, dict[str, Any]]:
 def _check_job(processes: int, questions: int, sampler: Sampler, sizing: Sizing, limit: int) -> None:
     """Refuse what ``fit`` would refuse once it has built everything, and lengths that cannot be."""
     if questions % processes:
-        raise ValueError(
+        raise UserError(
             f"data.questions_per_step is {questions} and there are {processes} processes, which must share the "
             "questions evenly; give a multiple"
         )
     if processes > 1 and sampler.tensor_parallel > 1:
-        raise ValueError(
+        raise UserError(
             f"model.engine.tensor_parallel_size is {sampler.tensor_parallel} and {processes} processes train; give 1"
         )
     if (sizing.rollout_tokens or 0) > limit:
-        raise ValueError(
+        raise UserError(
             f"--rollout_tokens is {sizing.rollout_tokens} and protocol.max_rollout_tokens is {limit}; lower the one or "
             "raise the other"
         )
     if (sizing.policy_tokens or 0) > (sizing.rollout_tokens or limit):
-        raise ValueError(
+        raise UserError(
             f"--policy_tokens is {sizing.policy_tokens} and a rollout has {sizing.rollout_tokens or limit}; lower it"
         )
 
@@ -223,7 +224,7 @@ def _precision(name: Any) -> Precision:
     known = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed"}
     chosen = known.get(str(name), str(name))
     if chosen not in PRECISIONS:
-        raise ValueError(f"trainer.precision is {name}; plan knows {', '.join(PRECISIONS)}")
+        raise UserError(f"trainer.precision is {name}; plan knows {', '.join(PRECISIONS)}")
     return PRECISIONS[chosen]
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from calibadv.cli.configs import config_name, read_yaml, resolve_config
 from calibadv.cli.explain import explain
+from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
 from calibadv.questions import read_questions
 from calibadv.retrieval import BM25, Dense  # imports every retriever, and only those have short names
@@ -43,10 +44,10 @@ def search(
         json: Print a JSON list of objects with rank, score, id, title and text, uncut.
 
     Raises:
-        ValueError: the query is empty, ``top_k`` is below 1, or there is no such index or retriever.
+        UserError: the query is empty, ``top_k`` is below 1, or there is no such index or retriever.
     """
     if not query.strip():
-        raise ValueError("query is empty; give --query at least one word")
+        raise UserError("query is empty; give --query at least one word")
     check_top_k(top_k)
     [hits] = open_retriever(index, retriever).search([query], top_k)
     if json:
@@ -76,7 +77,7 @@ def serve(
         limits: What a request may ask for.
 
     Raises:
-        ValueError: there is no such index or retriever, a limit is below 1, or the address cannot be listened on.
+        UserError: there is no such index or retriever, a limit is below 1, or the address cannot be listened on.
     """
     run_server(open_retriever(index, retriever), host, port, limits)
 
@@ -99,7 +100,7 @@ def audit(
         json: Print a JSON object with questions, answer_coverage and recall.
 
     Raises:
-        ValueError: a question file or retriever cannot be used, or a number of ``top_k`` is below 1.
+        UserError: a question file or retriever cannot be used, or a number of ``top_k`` is below 1.
     """
     for k in top_k:
         check_top_k(k)
@@ -126,12 +127,12 @@ def open_retriever(index: Path | None, retriever: str | None) -> Retriever:
         BM25 or Dense for an index, else the configured retriever.
 
     Raises:
-        ValueError: both are given or none is, or what is given cannot be opened.
+        UserError: both are given or none is, or what is given cannot be opened.
     """
     if index is None and retriever is None:
-        raise ValueError("there is nothing to search; give --index DIR or --retriever NAME_OR_FILE")
+        raise UserError("there is nothing to search; give --index DIR or --retriever NAME_OR_FILE")
     if index is not None and retriever is not None:
-        raise ValueError(f"--index {index} and --retriever {retriever} exclude each other; give one of them")
+        raise UserError(f"--index {index} and --retriever {retriever} exclude each other; give one of them")
     if index is not None:
         of_words = read_manifest(index).backend == "bm25"
         return BM25(index=str(index)) if of_words else Dense(index=str(index))
@@ -144,10 +145,10 @@ def _configured_retriever(path: Path) -> Retriever:
     try:
         parsed = parser.parse_object({"retriever": _retriever_of(path)})
     except ArgumentError as error:
-        raise ValueError(f"config '{config_name(path)}': {explain(str(error))}") from error
+        raise UserError(f"config '{config_name(path)}': {explain(str(error))}") from error
     given = parsed.retriever.get("init_args", {})
     if given.get("corpus", "") is None and given.get("index", "") is None:
-        raise ValueError(
+        raise UserError(
             f"config '{config_name(path)}' does not say what to search, which it leaves to the config that it "
             "completes; copy it, and add corpus or index to its init_args"
         )
@@ -163,7 +164,7 @@ def _retriever_of(path: Path) -> Any:
         return model["retriever"]
     if "class_path" in content:
         return content
-    raise ValueError(
+    raise UserError(
         f"config '{config_name(path)}' describes no retriever; write 'model: {{retriever: {{class_path: ..., "
         "init_args: ...}}' into it, or class_path and init_args alone"
     )

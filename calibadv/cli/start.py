@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from calibadv.cli.configs import ConfigFile, Option
+from calibadv.errors import UserError
 from calibadv.run_folder import RunFolder
 
 _RUN_ROOT = "runs"
@@ -57,13 +58,13 @@ def plan_start(root: str, name: str | None, default_name: str, ckpt_path: str | 
         The plan; nothing is written yet.
 
     Raises:
-        ValueError: there is no such checkpoint, it is not one of ours, or the folder cannot be written.
+        UserError: there is no such checkpoint, it is not one of ours, or the folder cannot be written.
     """
     named = RunFolder(Path(root) / name) if name else None
     if ckpt_path is None:
         return Start(_writable(named or RunFolder(Path(root) / default_name)))
     if ckpt_path == "last" and named is None:
-        raise ValueError("--ckpt_path last: name the run to resume with --run.name (its folder under --run.root)")
+        raise UserError("--ckpt_path last: name the run to resume with --run.name (its folder under --run.root)")
     checkpoint = named.newest_checkpoint() if named and ckpt_path == "last" else Path(ckpt_path)
     step = read_rollout_step(checkpoint)
     folder = named or owner(checkpoint) or RunFolder(Path(root) / default_name)
@@ -93,16 +94,16 @@ def read_rollout_step(checkpoint: Path) -> int:
         Rollout steps.
 
     Raises:
-        ValueError: there is no such file, or it is not a checkpoint of a run.
+        UserError: there is no such file, or it is not a checkpoint of a run.
     """
     file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint  # what Lightning writes of a sharded one
     if not file.is_file():
-        raise ValueError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint, or 'last' with --run.name")
+        raise UserError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint, or 'last' with --run.name")
     try:
         content: Any = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
         return int(content["rollout_step"])
     except (RuntimeError, OSError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(
+        raise UserError(
             f"--ckpt_path {checkpoint} is not a checkpoint of a calibadv run; give a file of a run's checkpoints "
             "folder, or 'last' with --run.name"
         ) from error
@@ -115,11 +116,11 @@ def refuse_in_study(folder: RunFolder) -> None:
         folder: of the run.
 
     Raises:
-        ValueError: it lies there, and no study has started this process.
+        UserError: it lies there, and no study has started this process.
     """
     owner = next((path for path in folder.path.absolute().parents[:2] if RunFolder(path).holds_study), None)
     if owner is not None and STUDY_WORDS not in os.environ:
-        raise ValueError(
+        raise UserError(
             f"{folder.path} lies in the folder of a study; its own command continues it: choose another --run.root"
         )
 
@@ -131,7 +132,7 @@ def refuse_second_run(start: Start) -> None:
         start: as planned.
 
     Raises:
-        ValueError: the folder holds a run, and the checkpoint is not of it.
+        UserError: the folder holds a run, and the checkpoint is not of it.
     """
     folder = start.folder
     own = owner(start.checkpoint) if start.checkpoint else None
@@ -140,7 +141,7 @@ def refuse_second_run(start: Start) -> None:
     own_settings = [ConfigFile(str(folder.newest_config()), folder.newest_config(), {})]
     command = resume_command("fit", own_settings, folder)
     resume = f"resume it with '{command}'" if folder.last.exists() else "it has no checkpoint: remove the folder"
-    raise ValueError(f"{folder.path} holds a run already; {resume}, or choose another --run.name")
+    raise UserError(f"{folder.path} holds a run already; {resume}, or choose another --run.name")
 
 
 def refuse_untrained(start: Start, verb: str) -> None:
@@ -151,10 +152,10 @@ def refuse_untrained(start: Start, verb: str) -> None:
         verb: ``validate``, ``test`` or ``predict``.
 
     Raises:
-        ValueError: the folder holds a run, and there is no checkpoint to evaluate.
+        UserError: the folder holds a run, and there is no checkpoint to evaluate.
     """
     if start.checkpoint is None and start.folder.holds_run:
-        raise ValueError(
+        raise UserError(
             f"{start.folder.path} holds a run, and without a checkpoint {verb} evaluates the policy before training; "
             "add --ckpt_path last, or choose another --run.name"
         )
@@ -184,8 +185,8 @@ def resume_command(verb: str, settings: Sequence[ConfigFile | Option], folder: R
 
 def _writable(folder: RunFolder) -> RunFolder:
     if folder.holds_study:
-        raise ValueError(f"{folder.path} is the folder of a study, and not of a run; choose another --run.name")
+        raise UserError(f"{folder.path} is the folder of a study, and not of a run; choose another --run.name")
     existing = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"run folder '{folder.path}': {existing} cannot be written to; choose another --run.root")
+        raise UserError(f"run folder '{folder.path}': {existing} cannot be written to; choose another --run.root")
     return folder

@@ -14,6 +14,7 @@ from rich.console import Console
 from calibadv.cli.configs import ConfigFile, read_words
 from calibadv.cli.explain import explain
 from calibadv.cli.help import TOOLS, ToolHelp, describe_tool
+from calibadv.errors import UserError
 
 Functions = dict[str, Callable[..., Any]]
 
@@ -29,7 +30,7 @@ def run_tool(command: str, arguments: Sequence[str]) -> int:
         The exit status.
 
     Raises:
-        ValueError: a mistake in the arguments, in what they name, or in where to write.
+        UserError: a mistake in the arguments, in what they name, or in where to write.
     """
     functions = tool_functions(command)
     parser = tool_parser(command)
@@ -37,7 +38,7 @@ def run_tool(command: str, arguments: Sequence[str]) -> int:
         parsed = parser.instantiate(parser.parse_args(_joined_lists(arguments, functions)))
     except ArgumentError as error:
         verb = next((word for word in arguments if word in functions), "")
-        raise ValueError(explain(str(error), _options(parser), verb)) from error
+        raise UserError(explain(str(error), _options(parser), verb)) from error
     chosen = parsed.pop("subcommand", None)
     options = (parsed[chosen] if chosen else parsed).as_dict()
     function = functions[chosen or command]
@@ -54,7 +55,7 @@ def _run_and_report(function: Callable[..., Any], options: dict[str, Any]) -> No
     try:
         function(**options)
     except OSError as error:
-        raise ValueError(f"out '{out}' cannot be written ({error.strerror or error}); give another --out") from error
+        raise UserError(f"out '{out}' cannot be written ({error.strerror or error}); give another --out") from error
     if not options.get("json"):  # what is printed then is for a program to read
         Console(soft_wrap=True).print(f"wrote {out}", highlight=False, markup=False)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from calibadv.cli.help import STAYS
+from calibadv.errors import UserError
 
 # Lightning starts further processes with a copy of the first one's environment.
 _MOMENT = "CALIBADV_MOMENT"
@@ -35,27 +36,27 @@ def check_trainer(trainer: Any) -> None:
         trainer: the parsed section ``trainer``.
 
     Raises:
-        ValueError: see the messages.
+        UserError: see the messages.
     """
     for name, (value, reason) in STAYS.items():
         if trainer[name] not in (value, str(value)):
             kept = "null" if value is None else value
-            raise ValueError(f"trainer.{name} is {trainer[name]}; it must stay {kept}: {reason}")
+            raise UserError(f"trainer.{name} is {trainer[name]}; it must stay {kept}: {reason}")
     if str(trainer.precision).startswith("16"):
-        raise ValueError(
+        raise UserError(
             f"trainer.precision is {trainer.precision}; float16 needs scaled gradients, which model.clip_norm "
             "would clip as they are: give bf16-mixed or 32-true"
         )
     interval = trainer.val_check_interval
     if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-        raise ValueError(
+        raise UserError(
             f"trainer.val_check_interval is {interval}; it counts rollout steps, and must be a whole number from 1 on"
         )
     _check_strategy(trainer.strategy)
     if _name(trainer.strategy) == "ModelParallelStrategy":
         shards, processes = trainer.strategy.init_args.data_parallel_size, number_of_processes(trainer)
         if shards != processes:
-            raise ValueError(
+            raise UserError(
                 f"trainer.strategy.data_parallel_size is {shards} and there are {processes} processes (devices x "
                 f"num_nodes); give --trainer.strategy.data_parallel_size {processes}"
             )
@@ -88,10 +89,10 @@ def check_checkpoint(checkpoint: Path | None, trainer: Any) -> None:
         trainer: the parsed section ``trainer``.
 
     Raises:
-        ValueError: only ModelParallelStrategy reads such a folder.
+        UserError: only ModelParallelStrategy reads such a folder.
     """
     if checkpoint is not None and checkpoint.is_dir() and _name(trainer.strategy) != "ModelParallelStrategy":
-        raise ValueError(
+        raise UserError(
             f"checkpoint {checkpoint} is sharded, and trainer.strategy is {_name(trainer.strategy)}; add --config "
             "cluster/fsdp, with trainer.devices and trainer.strategy.data_parallel_size of any number, 1 included"
         )
@@ -107,9 +108,9 @@ def _check_strategy(strategy: Any) -> None:
         return
     name = _name(strategy)
     if isinstance(strategy, str) or name not in ("DDPStrategy", "SingleDeviceStrategy", "ModelParallelStrategy"):
-        raise ValueError(f"trainer.strategy is {name}; give auto, ddp, or --config cluster/fsdp (FSDP2)")
+        raise UserError(f"trainer.strategy is {name}; give auto, ddp, or --config cluster/fsdp (FSDP2)")
     if name == "ModelParallelStrategy" and strategy.init_args.tensor_parallel_size != 1:
-        raise ValueError(
+        raise UserError(
             f"trainer.strategy.tensor_parallel_size is {strategy.init_args.tensor_parallel_size}; it must be 1, and "
             "data_parallel_size the number of processes: parameters are sharded, layers are not split"
         )

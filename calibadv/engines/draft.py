@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from calibadv.agent.tokenizer import AgentTokenizer
 from calibadv.engines.stopping import stop_reason
+from calibadv.errors import UserError
 from calibadv.types import Completion, StopReason
 
 
@@ -28,11 +29,11 @@ class Draft:
             tokenizer: the policy's.
 
         Raises:
-            ValueError: the model gave no distribution to draw from.
+            UserError: the model gave no distribution to draw from.
         """
         for token_id, logprob in zip(token_ids, logprobs, strict=True):
             if not math.isfinite(logprob):
-                raise ValueError(
+                raise UserError(
                     f"the sampler drew token {token_id} with log-probability {logprob}: training has diverged; "
                     "resume from an earlier checkpoint with a lower model.learning_rate"
                 )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from calibadv.agent.tokenizer import AgentTokenizer
 from calibadv.engines.stopping import stop_reason
+from calibadv.errors import UserError
 from calibadv.interfaces import Engine
 from calibadv.models import Policy
 from calibadv.types import Completion, DrawKey, Sampling, StopReason
@@ -51,7 +52,7 @@ class ScriptedEngine(Engine):
             One completion per prompt.
 
         Raises:
-            ValueError: the script holds no message for a key.
+            UserError: the script holds no message for a key.
         """
         return [self._play(key, sampling.max_tokens) for key in keys]
 
@@ -59,7 +60,7 @@ class ScriptedEngine(Engine):
         samples = self._replies.get(key.question_id, self._default)
         messages = samples[key.sample % len(samples)] if samples else []
         if key.turn >= len(messages):
-            raise ValueError(
+            raise UserError(
                 f"the script of question '{key.question_id}', sample {key.sample} has {len(messages)} messages, "
                 f"and message {key.turn + 1} was asked for; script it, or end with an answer"
             )

@@ -19,6 +19,7 @@ from calibadv.agent.tokenizer import AgentTokenizer
 from calibadv.engines.attention import grouped_attention
 from calibadv.engines.kv_cache import KeptRows
 from calibadv.engines.stopping import ends_with_search, may_stop, stop_reason
+from calibadv.errors import UserError
 from calibadv.interfaces import Engine
 from calibadv.models import Policy
 from calibadv.numerics.draws import uniforms
@@ -41,7 +42,7 @@ class TransformersEngine(Engine):
 
     def __init__(self, batch_size: int = 256) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
         self.batch_size = batch_size
         self._policy: Policy | None = None
         self._copy: nn.Module | None = None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from calibadv.agent.tokenizer import AgentTokenizer
 from calibadv.engines.draft import Draft
 from calibadv.engines.vllm_host import hosting, reason
+from calibadv.errors import UserError
 from calibadv.interfaces import StreamingEngine
 from calibadv.models import Policy
 from calibadv.numerics.draws import request_seed
@@ -61,11 +62,11 @@ class VLLMEngine(StreamingEngine):
     ) -> None:
         for name, value in (("max_model_len", max_model_len), ("tensor_parallel_size", tensor_parallel_size)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise UserError(f"{name} is {value}; it must be at least 1")
         if not 0 < gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization is {gpu_memory_utilization}; it must be above 0 and at most 1")
+            raise UserError(f"gpu_memory_utilization is {gpu_memory_utilization}; it must be above 0 and at most 1")
         if kv_cache_gib is not None and kv_cache_gib <= 0:
-            raise ValueError(f"kv_cache_gib is {kv_cache_gib}; it must be above 0")
+            raise UserError(f"kv_cache_gib is {kv_cache_gib}; it must be above 0")
         self.max_model_len = max_model_len
         self.dtype = dtype
         self.gpu_memory_utilization = gpu_memory_utilization
@@ -83,13 +84,13 @@ class VLLMEngine(StreamingEngine):
         """See that vLLM can be started.
 
         Raises:
-            ValueError: it is not installed, or is to be spread over GPUs in a run of several processes.
+            UserError: it is not installed, or is to be spread over GPUs in a run of several processes.
         """
         if find_spec("vllm") is None:
-            raise ValueError("VLLMEngine needs vLLM, which is not installed; run: pip install 'calibadv[vllm]'")
+            raise UserError("VLLMEngine needs vLLM, which is not installed; run: pip install 'calibadv[vllm]'")
         processes = Processes.current()
         if processes.size > 1 and self.tensor_parallel_size > 1:
-            raise ValueError(
+            raise UserError(
                 f"tensor_parallel_size is {self.tensor_parallel_size} and {processes.size} processes train; it must be "
                 "1 where there are several, or take calibadv.engines.VLLMServerEngine"
             )
@@ -101,7 +102,7 @@ class VLLMEngine(StreamingEngine):
             policy: model and tokenizer. The first call starts vLLM with the model's configuration.
 
         Raises:
-            ValueError: vLLM is not installed, or does not take this model with these settings.
+            UserError: vLLM is not installed, or does not take this model with these settings.
         """
         if self._llm is None:
             self._llm = self._start(policy)
@@ -155,7 +156,7 @@ class VLLMEngine(StreamingEngine):
             The requests that ended with it.
 
         Raises:
-            ValueError: the model gave no distribution to draw from.
+            UserError: the model gave no distribution to draw from.
         """
         if not self._drafts:
             return {}
@@ -227,7 +228,7 @@ class VLLMEngine(StreamingEngine):
                         distributed_executor_backend="external_launcher" if processes.size > 1 else None,
                     )
             except (ValueError, NotImplementedError) as error:
-                raise ValueError(
+                raise UserError(
                     f"vLLM does not take this policy, or these settings of model.engine ({reason(error)}); "
                     "change them, or sample with calibadv.engines.TransformersEngine"
                 ) from error

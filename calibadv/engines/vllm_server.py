@@ -17,6 +17,7 @@ from calibadv.agent.protocol import STOP_TAGS
 from calibadv.agent.tokenizer import AgentTokenizer
 from calibadv.engines.draft import Draft
 from calibadv.engines.vllm import Dtype
+from calibadv.errors import ServiceError, UserError
 from calibadv.interfaces import StreamingEngine
 from calibadv.models import Policy
 from calibadv.numerics.draws import request_seed
@@ -55,11 +56,11 @@ class VLLMServerEngine(StreamingEngine):
         timeout: float = 600.0,
     ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url is '{url}'; give the server's address, with http:// or https://")
+            raise UserError(f"url is '{url}'; give the server's address, with http:// or https://")
         if concurrency < 1:
-            raise ValueError(f"concurrency is {concurrency}; it must be at least 1")
+            raise UserError(f"concurrency is {concurrency}; it must be at least 1")
         if timeout <= 0:
-            raise ValueError(f"timeout is {timeout}; it must be above 0 seconds")
+            raise UserError(f"timeout is {timeout}; it must be above 0 seconds")
         self.url = url.rstrip("/")
         self.weights_folder = Path(weights_folder)
         self.dtype = dtype
@@ -75,13 +76,13 @@ class VLLMServerEngine(StreamingEngine):
         """Ask the server what it serves.
 
         Raises:
-            ValueError: it was started without a setting that training needs.
-            RuntimeError: it does not answer, or not as it should.
+            UserError: it was started without a setting that training needs.
+            ServiceError: it does not answer, or not as it should.
         """
         served = self._call("GET", "/v1/models")["data"][0]
         mode = self._call("GET", "/server_info?config_format=json")["vllm_config"]["model_config"]["logprobs_mode"]
         if mode != "processed_logprobs":
-            raise ValueError(
+            raise UserError(
                 f"the vLLM server at {self.url} gives {mode}, which leave the temperature out; "
                 "start it with --logprobs-mode processed_logprobs"
             )
@@ -96,8 +97,8 @@ class VLLMServerEngine(StreamingEngine):
             policy: model and tokenizer.
 
         Raises:
-            ValueError: the server was started without a setting that training needs.
-            RuntimeError: the server does not answer, or not as it should.
+            UserError: the server was started without a setting that training needs.
+            ServiceError: the server does not answer, or not as it should.
         """
         self._tokenizer = policy.tokenizer
         if not self._model:
@@ -109,7 +110,7 @@ class VLLMServerEngine(StreamingEngine):
                 weights[name] = tensor.to("cpu", getattr(torch, self.dtype), copy=True).contiguous()
         failures = processes.gather(self._hand_over(weights) if processes.rank == 0 else "")
         if any(failures):
-            raise RuntimeError(max(failures))
+            raise ServiceError(max(failures))
 
     def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]) -> list[int]:
         """Send requests to the server.
@@ -136,7 +137,7 @@ class VLLMServerEngine(StreamingEngine):
             The requests that ended meanwhile.
 
         Raises:
-            RuntimeError: a request failed.
+            ServiceError: a request failed.
         """
         done, _ = wait(self._replies, timeout=_MOMENT, return_when=FIRST_COMPLETED)
         return {self._replies.pop(reply): reply.result() for reply in done}
@@ -166,11 +167,11 @@ class VLLMServerEngine(StreamingEngine):
         try:
             response = self._client.request(method, self.url + route, json=body)
         except HTTPError as error:
-            raise RuntimeError(f"the vLLM server at {self.url}{route} does not answer ({error}); is it up?") from error
+            raise ServiceError(f"the vLLM server at {self.url}{route} does not answer ({error}); is it up?") from error
         if response.status != 200:
             told = " ".join(response.data.decode(errors="replace").split())[:300]
             hint = "; start it with VLLM_SERVER_DEV_MODE=1" if response.status == 404 else ""
-            raise RuntimeError(f"the vLLM server at {self.url}{route} answered {response.status}: {told}{hint}")
+            raise ServiceError(f"the vLLM server at {self.url}{route} answered {response.status}: {told}{hint}")
         return response.json()
 
     def _hand_over(self, weights: dict[str, Tensor]) -> str:
@@ -189,7 +190,7 @@ class VLLMServerEngine(StreamingEngine):
             self._call("POST", "/collective_rpc", request)
             if not self._call("POST", "/reset_prefix_cache")["success"]:
                 return f"the vLLM server at {self.url} works for others too: it cannot drop what old weights computed"
-        except (RuntimeError, OSError) as error:
+        except (ServiceError, OSError) as error:
             return str(error)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -219,7 +220,7 @@ class VLLMServerEngine(StreamingEngine):
         draft = Draft()
         draft.extend(choice["token_ids"], choice["logprobs"]["token_logprobs"], self._tokenizer)
         if draft.reason is None and choice["finish_reason"] != "length":
-            raise RuntimeError(
+            raise ServiceError(
                 f"the vLLM server at {self.url} ended a message ({choice['finish_reason']}) that ends in "
                 f"{self._tokenizer.decode(draft.token_ids)[-40:]!r}; is its folder that of model.policy?"
             )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from calibadv.errors import UserError
+
 
 def check_weight(name: str, value: float) -> None:
     """See that a weight is one.
@@ -13,10 +15,10 @@ def check_weight(name: str, value: float) -> None:
         value: given for it.
 
     Raises:
-        ValueError: it is negative, infinite or not a number.
+        UserError: it is negative, infinite or not a number.
     """
     if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name} is {value}; it must be a number of at least 0 (1.0 weighs both parts alike)")
+        raise UserError(f"{name} is {value}; it must be a number of at least 0 (1.0 weighs both parts alike)")
 
 
 def check_gamma(gamma: float) -> None:
@@ -26,7 +28,7 @@ def check_gamma(gamma: float) -> None:
         gamma: factor per turn.
 
     Raises:
-        ValueError: it is not in (0, 1].
+        UserError: it is not in (0, 1].
     """
     if not 0 < gamma <= 1:
-        raise ValueError(f"gamma is {gamma}; it must be above 0 and at most 1 (1.0 does not discount)")
+        raise UserError(f"gamma is {gamma}; it must be above 0 and at most 1 (1.0 does not discount)")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from calibadv.errors import UserError
 from calibadv.estimators.checks import check_gamma
 from calibadv.estimators.golden import golden_probabilities, turn_gains
 from calibadv.estimators.tokens import of_turns
@@ -70,10 +71,10 @@ class IGPO(AdvantageEstimator):
             [B, T], 0 outside ``batch.loss_mask``.
 
         Raises:
-            ValueError: the gains are missing.
+            UserError: the gains are missing.
         """
         if batch.turn_gains is None:
-            raise ValueError(
+            raise UserError(
                 "IGPO needs the policy's probability of the golden answer before each turn, which recorded rollouts do "
                 "not hold; train with it (calibadv fit), or take another estimator here"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from calibadv.errors import UserError
 from calibadv.interfaces import GroupFilter
 from calibadv.types import Rollout
 
@@ -19,12 +20,12 @@ class DynamicSampling(GroupFilter):
             missing. What is missing after the last time is filled with groups that were dropped.
 
     Raises:
-        ValueError: ``max_tries`` is below 1.
+        UserError: ``max_tries`` is below 1.
     """
 
     def __init__(self, max_tries: int = 5) -> None:
         if max_tries < 1:
-            raise ValueError(f"max_tries is {max_tries}; it must be at least 1 (without a filter nothing is dropped)")
+            raise UserError(f"max_tries is {max_tries}; it must be at least 1 (without a filter nothing is dropped)")
         self.max_tries = max_tries
 
     def keep(self, group: Sequence[Rollout]) -> bool:

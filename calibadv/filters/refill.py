@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
+from calibadv.errors import UserError
 from calibadv.interfaces import AdvantageEstimator, GroupFilter, Metrics
 from calibadv.types import Question, Rollout
 
@@ -20,15 +21,15 @@ def check_filter(group_filter: GroupFilter | None, estimator: AdvantageEstimator
         group_size: rollouts per question.
 
     Raises:
-        ValueError: a group has one rollout, or the estimator is made to learn from groups of equal rewards.
+        UserError: a group has one rollout, or the estimator is made to learn from groups of equal rewards.
     """
     if group_filter is None:
         return
     name = type(group_filter).__name__
     if group_size == 1:
-        raise ValueError(f"model.group_size is 1, and {name} compares the rollouts of a group; give at least 2")
+        raise UserError(f"model.group_size is 1, and {name} compares the rollouts of a group; give at least 2")
     if estimator.learns_from_ties:
-        raise ValueError(
+        raise UserError(
             f"{type(estimator).__name__} also learns from groups whose rewards are equal, as their searches differ, "
             f"and {name} would drop these; use one of the two"
         )

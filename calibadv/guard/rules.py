@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import median
 
+from calibadv.errors import UserError
 from calibadv.interfaces import Metrics
 from calibadv.outcome import DROP, ROUNDING
 
@@ -58,13 +59,13 @@ class Limits:
         """Check the numbers.
 
         Raises:
-            ValueError: one is out of its range.
+            UserError: one is out of its range.
         """
         for name in (entry.name for entry in fields(self)):
             value, (low, high) = getattr(self, name), _RANGES.get(name, (1.0, math.inf))
             if not low <= value <= high:
                 most = "" if high == math.inf else f" and at most {high:g}"
-                raise ValueError(f"the guard's limits.{name} is {value}; it must be at least {low:g}{most}")
+                raise UserError(f"the guard's limits.{name} is {value}; it must be at least {low:g}{most}")
 
 
 _RANGES: dict[str, Bounds] = {

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from calibadv.errors import UserError
 from calibadv.interfaces import LossInputs
 from calibadv.numerics.aggregation import fixed_length, sequence_mean, token_mean
 
@@ -77,7 +78,7 @@ class FixedLength(Aggregation):
 
     def __init__(self, length: int) -> None:
         if length < 1:
-            raise ValueError(
+            raise UserError(
                 f"the length of FixedLength is {length}; it must be at least 1, such as the most tokens of a rollout"
             )
         self.length = length

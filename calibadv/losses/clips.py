@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from calibadv.errors import UserError
 from calibadv.interfaces import LossInputs, Metrics
 
 
@@ -15,12 +16,12 @@ def check_clips(clip_low: float, clip_high: float) -> None:
         clip_high: how far it may rise above 1.
 
     Raises:
-        ValueError: one of them is out of its range.
+        UserError: one of them is out of its range.
     """
     if not 0 < clip_low <= 1:
-        raise ValueError(f"clip_low is {clip_low}; it must lie in (0, 1], as in 0.2")
+        raise UserError(f"clip_low is {clip_low}; it must lie in (0, 1], as in 0.2")
     if not clip_high > 0:
-        raise ValueError(f"clip_high is {clip_high}; it must be above 0, as in 0.2")
+        raise UserError(f"clip_high is {clip_high}; it must be above 0, as in 0.2")
 
 
 def clip_shares(low: Tensor, high: Tensor, inputs: LossInputs) -> Metrics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from calibadv.errors import UserError
 from calibadv.interfaces import LossInputs, Metrics, PolicyLoss
 from calibadv.losses.aggregation import Aggregation, TokenMean
 from calibadv.losses.clips import check_clips, clip_shares
@@ -34,7 +35,7 @@ class PPOClip(PolicyLoss):
     ) -> None:
         check_clips(clip_low, clip_high)
         if dual_clip is not None and not dual_clip > 1:
-            raise ValueError(f"dual_clip is {dual_clip}; it must be above 1, as in 3.0, or null for none")
+            raise UserError(f"dual_clip is {dual_clip}; it must be above 1, as in 3.0, or null for none")
         self.clip_low = clip_low
         self.clip_high = clip_high
         self.dual_clip = dual_clip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from calibadv.errors import UserError
 from calibadv.numerics.shapes import check_shapes
 
 
@@ -22,14 +23,14 @@ def draw_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[T
         Token ids [N] and their log-probabilities [N].
 
     Raises:
-        ValueError: a row of logits has no distribution (it holds nan, or plus infinity).
+        UserError: a row of logits has no distribution (it holds nan, or plus infinity).
     """
     check_shapes("N V, N", logits, uniforms)
     if temperature not in (0, 1):
         logits = logits / temperature
     normaliser = logits.logsumexp(dim=-1, keepdim=True)
     if not normaliser.isfinite().all():
-        raise ValueError(
+        raise UserError(
             f"the policy's logits are not finite at temperature {temperature}: training has diverged; "
             "resume from an earlier checkpoint with a lower model.learning_rate"
         )

@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from calibadv.errors import UserError
 from calibadv.interfaces import LossInputs, Metrics, Regularizer
 from calibadv.numerics.displacement import lost_likelihood
 
@@ -30,9 +31,9 @@ class LLDS(Regularizer):
         self, coef: float = 0.1, gate: Literal["action", "response"] = "action", tolerance: float = 1e-4
     ) -> None:
         if not coef > 0:
-            raise ValueError(f"the coef of LLDS is {coef}; it must be above 0, as in 0.1, or leave LLDS out")
+            raise UserError(f"the coef of LLDS is {coef}; it must be above 0, as in 0.1, or leave LLDS out")
         if not tolerance >= 0:
-            raise ValueError(f"the tolerance of LLDS is {tolerance}; it must be at least 0, as in 1e-4")
+            raise UserError(f"the tolerance of LLDS is {tolerance}; it must be at least 0, as in 1e-4")
         self.coef = coef
         self.gate = gate
         self.tolerance = tolerance

@@ -16,6 +16,7 @@ from calibadv.cli.configs import (
     scan_settings,
 )
 from calibadv.cli.errors import message_for_users
+from calibadv.errors import UserError
 from calibadv.replay.method import Method, Outcome, apply_method, decides_advantages, load_method
 from calibadv.types import Rollout
 
@@ -44,7 +45,7 @@ class ReplayArm:
             The batch and its advantages.
 
         Raises:
-            ValueError: the estimator needs the model; the message names the arm.
+            UserError: the estimator needs the model; the message names the arm.
         """
         with _said_of(self.name):
             return apply_method(rollouts, self.method)
@@ -62,7 +63,7 @@ def load_arms(words: Sequence[str], common: Sequence[str]) -> list[ReplayArm]:
         The arms, in this order.
 
     Raises:
-        ValueError: an arm or an overlay cannot be used.
+        UserError: an arm or an overlay cannot be used.
     """
     shared = [read_config(resolve_config(name)) for name in common]
     if not words:
@@ -108,4 +109,4 @@ def _said_of(arm: str) -> Iterator[None]:
         message = message_for_users(error)
         if message is None:
             raise
-        raise ValueError(f"arm '{arm}': {message}") from error
+        raise UserError(f"arm '{arm}': {message}") from error

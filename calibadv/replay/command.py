@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from calibadv.errors import UserError
 from calibadv.progress import tracked
 from calibadv.replay.arms import ReplayArm, load_arms
 from calibadv.replay.comparison import Comparison
@@ -43,13 +44,13 @@ def replay(
         json: Print the figures as a JSON object, the texts uncut.
 
     Raises:
-        ValueError: a rollout file or an overlay cannot be used, or a method needs the model; ``out`` is then left as
+        UserError: a rollout file or an overlay cannot be used, or a method needs the model; ``out`` is then left as
             it was.
     """
     if top < 0:
-        raise ValueError(f"top is {top}; it must be at least 0 (0 shows no turns)")
+        raise UserError(f"top is {top}; it must be at least 0 (0 shows no turns)")
     if out is not None and arm and out.exists() and not out.is_dir():
-        raise ValueError(f"out '{out}' is a file, and with --arm it must be a folder; give another --out")
+        raise UserError(f"out '{out}' is a file, and with --arm it must be a folder; give another --out")
     files = find_rollout_files(rollouts)
     arms = load_arms(arm or [], [str(name) for name in config or []])
     outs = {} if out is None else {each.name: out / f"{each.name}.jsonl" if arm else out for each in arms}

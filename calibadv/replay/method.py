@@ -16,6 +16,7 @@ from calibadv.calibrators import check_combination
 from calibadv.callbacks.calibration import AdvantageCalibration
 from calibadv.cli.configs import CALLBACKS, calibrations, read_config
 from calibadv.cli.explain import explain
+from calibadv.errors import UserError
 from calibadv.interfaces import AdvantageEstimator, Calibrator, Reward
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
@@ -90,7 +91,7 @@ def apply_method(rollouts: Sequence[Rollout], method: Method) -> Outcome:
         The batch and its advantages.
 
     Raises:
-        ValueError: the estimator needs the model.
+        UserError: the estimator needs the model.
     """
     batch = collate(credit_rollouts(score_rollouts(rollouts, method.reward)))
     estimated = calibrated = method.estimator.estimate(batch)
@@ -109,7 +110,7 @@ def load_method(paths: Sequence[Path]) -> Method:
         The reward, the estimator, and the calibrators of the AdvantageCalibration callback if there is one.
 
     Raises:
-        ValueError: a config names a part that there is not, gives one what it does not take, or combines what does not
+        UserError: a config names a part that there is not, gives one what it does not take, or combines what does not
             go together.
     """
     configs = [read_config(path) for path in paths]
@@ -128,7 +129,7 @@ def load_method(paths: Sequence[Path]) -> Method:
             merged = parser.parse_object({CALLBACKS: installed[-1]}, namespace=merged)
         parts = parser.instantiate(merged)
     except ArgumentError as error:
-        raise ValueError(explain(str(error))) from error
+        raise UserError(explain(str(error))) from error
     method = Method(
         reward=parts.model.reward,
         estimator=parts.model.estimator,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calibadv.errors import UserError
 from calibadv.jsonl import read_jsonl
 from calibadv.rollout_files import Record, rollout_from_json
 from calibadv.types import Rollout
@@ -43,13 +44,13 @@ class Recorded:
         """Refuse to write the rollouts into one file where that would change their batches.
 
         Raises:
-            ValueError: two files hold the same step.
+            UserError: two files hold the same step.
         """
         owners: dict[int, Path] = {}
         for file, rollout in zip(self.files, self.rollouts, strict=True):
             owner = owners.setdefault(rollout.step, file)
             if owner != file:
-                raise ValueError(
+                raise UserError(
                     f"'{owner}' and '{file}' both hold step {rollout.step}, which would become one batch in the file "
                     "to be written; replay them one at a time, or without --out"
                 )
@@ -65,7 +66,7 @@ def read_recorded(files: Sequence[Path]) -> Recorded:
         Their rollouts, in order.
 
     Raises:
-        ValueError: a file is empty, or has a line that is not a rollout or holds a number that is not finite.
+        UserError: a file is empty, or has a line that is not a rollout or holds a number that is not finite.
     """
     recorded = Recorded()
     for file in files:
@@ -75,12 +76,12 @@ def read_recorded(files: Sequence[Path]) -> Recorded:
                 _refuse_not_finite(record, f"line {number}: ")
                 rollout = rollout_from_json(record, number)
             except ValueError as error:
-                raise ValueError(f"{file}, {error}") from error
+                raise UserError(f"{file}, {error}") from error
             recorded.files.append(file)
             recorded.records.append(record)
             recorded.rollouts.append(rollout)
         if len(recorded.records) == before:
-            raise ValueError(f"rollout file '{file}' is empty; it needs at least one rollout")
+            raise UserError(f"rollout file '{file}' is empty; it needs at least one rollout")
     return recorded
 
 
@@ -93,4 +94,4 @@ def _refuse_not_finite(value: Any, name: str) -> None:
         for place, member in enumerate(value):
             _refuse_not_finite(member, f"{name}[{place}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; write a finite number, or null where there is none")
+        raise UserError(f"{name} is {value}; write a finite number, or null where there is none")

@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from calibadv.errors import UserError
 from calibadv.reports.runs import Run
 from calibadv.settings import as_text
 
@@ -64,7 +65,7 @@ def group_arms(runs: Sequence[Run]) -> list[Arm]:
         Arms in the order of their first runs.
 
     Raises:
-        ValueError: two runs of an arm have one seed.
+        UserError: two runs of an arm have one seed.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -89,7 +90,7 @@ def _by_seed(run: Run) -> tuple[bool, int, str]:
 def _check_seeds(arm: Arm) -> None:
     for before, run in zip(arm.runs, arm.runs[1:], strict=False):
         if run.seed is not None and before.seed == run.seed:
-            raise ValueError(
+            raise UserError(
                 f"runs '{before.path}' and '{run.path}' have the same settings and the same seed {run.seed}; "
                 "leave one of them out"
             )

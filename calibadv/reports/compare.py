@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from calibadv.errors import UserError
 from calibadv.progress import tracked
 from calibadv.reports.arms import Arm, group_arms
 from calibadv.reports.curves import read_names
@@ -41,12 +42,12 @@ def compare(runs: list[Path], out: Path, baseline: str | None = None, names: Pat
         names: Name map for the TensorBoard curves of other programs, YAML: 'our tag: their tag' a line.
 
     Raises:
-        ValueError: there is nothing to compare, or a file cannot be used; ``out`` is then left as it was.
+        UserError: there is nothing to compare, or a file cannot be used; ``out`` is then left as it was.
     """
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out '{out}' is not a folder; give one, or a name that is free")
+        raise UserError(f"out '{out}' is not a folder; give one, or a name that is free")
     if RunFolder(out).config(None).exists() or RunFolder(out).holds_study:
-        raise ValueError(f"out '{out}' is the folder of a run or a study, whose files it would mix with; give another")
+        raise UserError(f"out '{out}' is the folder of a run or a study, whose files it would mix with; give another")
     figures, arms = compare_runs(runs, baseline, names)
     write_report(out, figures, arms)
     print_figures(figures)
@@ -66,15 +67,15 @@ def compare_runs(
         The content of results.json, and the arms.
 
     Raises:
-        ValueError: as of ``compare``.
+        UserError: as of ``compare``.
     """
     if not runs:
-        raise ValueError("runs names no folder; give run folders, or folders that hold such")
+        raise UserError("runs names no folder; give run folders, or folders that hold such")
     mapped = {} if names is None else read_names(names, known_tags())
     paths = find_runs(runs)
     found = list(tracked(read_runs(paths, mapped), "Reading runs", len(paths)))
     if mapped and all(run.ours for run in found):
-        raise ValueError(f"name map '{names}' is for runs of other programs, and all of these are ours; leave it out")
+        raise UserError(f"name map '{names}' is for runs of other programs, and all of these are ours; leave it out")
     arms = group_arms(found)
     chosen = choose_baseline(arms, baseline)
     finished = [run for arm in arms for run in arm.finished]

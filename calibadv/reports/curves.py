@@ -13,6 +13,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from calibadv.errors import UserError
+
 Curve = dict[int, float]
 Curves = dict[str, Curve]
 Floats = NDArray[np.float64]
@@ -48,7 +50,7 @@ def read_curves(folder: Path) -> Curves:
         Steps and values by tag; steps are in order. Empty without event files.
 
     Raises:
-        ValueError: an event file is damaged. A last record that is cut off, as a killed run leaves it, is no damage.
+        UserError: an event file is damaged. A last record that is cut off, as a killed run leaves it, is no damage.
     """
     curves: dict[str, Curve] = defaultdict(dict)
     for path in event_files(folder):
@@ -73,7 +75,7 @@ def _read_file(path: Path, curves: dict[str, Curve]) -> None:
             if number is not None:
                 curves[value.tag][event.step] = number
     if read < _count_records(path):  # the loader stops at damage without a word
-        raise ValueError(f"event file '{path}' is damaged after {read} records; copy it again, or leave its run out")
+        raise UserError(f"event file '{path}' is damaged after {read} records; copy it again, or leave its run out")
 
 
 def _scalar(value: Any, tensors: set[str]) -> float | None:
@@ -117,22 +119,22 @@ def read_names(path: Path, known: Iterable[Any]) -> dict[str, str]:
         Their tag by our tag.
 
     Raises:
-        ValueError: the file is no such map, or names a curve that we do not have.
+        UserError: the file is no such map, or names a curve that we do not have.
     """
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f"name map '{path}' cannot be read ({reason}); give a YAML file of 'our tag: their tag'"
         ) from error
     entries = content.items() if isinstance(content, dict) else []
     if not entries or not all(isinstance(word, str) for entry in entries for word in entry):
-        raise ValueError(f"name map '{path}' is no map of tags; write one 'our tag: their tag' a line")
+        raise UserError(f"name map '{path}' is no map of tags; write one 'our tag: their tag' a line")
     patterns = list(known)
     for ours in content:
         if not any(pattern.fullmatch(ours) for pattern in patterns):
-            raise ValueError(f"name map '{path}': '{ours}' is none of our curves, which docs/curves.md lists")
+            raise UserError(f"name map '{path}': '{ours}' is none of our curves, which docs/curves.md lists")
     return dict(content)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from calibadv.errors import UserError
 from calibadv.reports.curves import Curves, event_files, read_curves, rename
 from calibadv.reports.meanings import known_tags
 from calibadv.run_folder import STUDY_FILE, RunFolder
@@ -94,15 +95,15 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
         the arms of a study in its order.
 
     Raises:
-        ValueError: a folder does not exist, or has no run.
+        UserError: a folder does not exist, or has no run.
     """
     found: dict[Path, None] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"run '{folder}' is not a folder; give run folders, or folders that hold such")
+            raise UserError(f"run '{folder}' is not a folder; give run folders, or folders that hold such")
         below = list(_walk(folder.resolve()))
         if not below:
-            raise ValueError(
+            raise UserError(
                 f"'{folder}' holds no run: no config.yaml of a run, and no TensorBoard event files; "
                 "give run folders, or folders that hold such"
             )
@@ -162,7 +163,7 @@ def read_runs(paths: Sequence[Path], names: Mapping[str, str]) -> Iterator[Run]:
         One record per folder.
 
     Raises:
-        ValueError: a file is damaged, or a run of another program has none of our curves.
+        UserError: a file is damaged, or a run of another program has none of our curves.
     """
     common = Path(os.path.commonpath([path.parent for path in paths]))
     for path in paths:
@@ -178,7 +179,7 @@ def _read_ours(path: Path, label: str) -> Run:
     try:
         results = folder.read_results()
     except ValueError as error:
-        raise ValueError(f"'{folder.results}' is no JSON ({error}); copy it again, or leave its run out") from error
+        raise UserError(f"'{folder.results}' is no JSON ({error}); copy it again, or leave its run out") from error
     changed = changed_settings(first, last)
     curves = read_curves(path)
     notes = [f"{label}: resumed with other settings ({', '.join(changed)})"] if changed else []
@@ -218,7 +219,7 @@ def _read_foreign(path: Path, label: str, names: Mapping[str, str]) -> Run:
     if not curves:
         tags = ", ".join(sorted(read)[:12]) + (", ..." if len(read) > 12 else "")
         reason = "tags of the name map" if names else "curves; map its tags with --names"
-        raise ValueError(f"run '{path}' is not ours, and has none of our {reason}. It has: {tags or 'no scalars'}")
+        raise UserError(f"run '{path}' is not ours, and has none of our {reason}. It has: {tags or 'no scalars'}")
     missing = [f"{ours} ({theirs})" for ours, theirs in names.items() if ours not in curves]
     notes = [f"{label}: without {', '.join(missing)}, which the name map names"] if missing else []
     notes += _not_finite(curves, label)
@@ -241,7 +242,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"'{path}' is no YAML ({reason}); copy it again, or leave its run out") from error
+        raise UserError(f"'{path}' is no YAML ({reason}); copy it again, or leave its run out") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(f"'{path}' is no config of a run; copy it again, or leave its run out")
+        raise UserError(f"'{path}' is no config of a run; copy it again, or leave its run out")
     return content

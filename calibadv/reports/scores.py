@@ -79,7 +79,7 @@ def score_run(run: Run) -> RunScores:
         Its figures, by question too if its rollout files hold the same validations as its results.json.
 
     Raises:
-        ValueError: a rollout file is damaged.
+        UserError: a rollout file is damaged.
     """
     if not run.ours:
         return RunScores(run, (), {}, "the run of another program has no rollouts of ours")

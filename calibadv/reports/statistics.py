@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from calibadv.errors import UserError
+
 Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
@@ -35,11 +37,11 @@ def bootstrap_interval(scores: Floats, resamples: int = RESAMPLES, level: float 
         [M, 2] lower and upper ends.
 
     Raises:
-        ValueError: one score is no sample.
+        UserError: one score is no sample.
     """
     measures, seeds, questions = scores.shape
     if seeds * questions < 2:
-        raise ValueError("one score has no interval; give at least two seeds or two questions")
+        raise UserError("one score has no interval; give at least two seeds or two questions")
     generator = np.random.default_rng(0)
     means = np.empty((measures, resamples))
     chunk = max(1, _CHUNK_ENTRIES // questions)

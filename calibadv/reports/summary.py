@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from calibadv.errors import UserError
 from calibadv.reports.arms import Arm, differing_settings, shared_settings
 from calibadv.reports.differences import DIGITS, ArmScores, conclude, difference, over
 from calibadv.reports.scores import MEASURES, RunScores
@@ -39,12 +40,12 @@ def choose_baseline(arms: Sequence[Arm], name: str | None) -> Arm:
         One of the arms.
 
     Raises:
-        ValueError: there is no arm of that name; the message lists them.
+        UserError: there is no arm of that name; the message lists them.
     """
     by_name = {arm.name: arm for arm in arms}
     name = default_baseline(list(by_name)) if name is None else name
     if name not in by_name:
-        raise ValueError(f"baseline '{name}' is none of the arms: " + ", ".join(f"'{known}'" for known in by_name))
+        raise UserError(f"baseline '{name}' is none of the arms: " + ", ".join(f"'{known}'" for known in by_name))
     return by_name[name]
 
 

@@ -13,6 +13,7 @@ from string import Template
 from rich.console import Console
 from rich.text import Text
 
+from calibadv.errors import UserError
 from calibadv.reports.view_data import ViewerData
 from calibadv.rollout_files import Record, find_rollout_files, refuse_to_replace, short_names
 from calibadv.run_folder import write_atomically
@@ -29,11 +30,11 @@ def view(rollouts: list[Path], out: Path) -> None:
         out: HTML file to write, which appears when all is done.
 
     Raises:
-        ValueError: a rollout file cannot be used, or ``out`` is one of them or a folder; ``out`` then stays as it was.
+        UserError: a rollout file cannot be used, or ``out`` is one of them or a folder; ``out`` then stays as it was.
     """
     paths = find_rollout_files(rollouts)
     if out.is_dir():
-        raise ValueError(f"out '{out}' is a folder; give a file, such as {out / 'view.html'}")
+        raise UserError(f"out '{out}' is a folder; give a file, such as {out / 'view.html'}")
     refuse_to_replace([out], paths)
     data = ViewerData()
     console = Console(stderr=True)

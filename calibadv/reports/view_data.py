@@ -26,6 +26,7 @@ from typing import Any
 import docstring_parser
 import numpy as np
 
+from calibadv.errors import UserError
 from calibadv.rewards import F1
 from calibadv.rewards.evidence import silver_documents, step_correctness
 from calibadv.rewards.scoring import score_rollouts
@@ -54,7 +55,7 @@ class ViewerData:
             name: what to call it.
 
         Raises:
-            ValueError: the file has no rollout, or a line that is none.
+            UserError: the file has no rollout, or a line that is none.
         """
         records: list[Record] = []
         rollouts: list[Rollout] = []
@@ -63,7 +64,7 @@ class ViewerData:
             records.append(record)
             rollouts.append(_scored(record, rollout))
         if not records:
-            raise ValueError(f"rollout file '{path}' is empty; it needs at least one rollout")
+            raise UserError(f"rollout file '{path}' is empty; it needs at least one rollout")
         self.files.append(name)
         for rows in group_rollouts(rollouts):
             self._add_group([records[row] for row in rows], [rollouts[row] for row in rows])
@@ -163,16 +164,16 @@ def _check_lengths(record: Record, rollout: Rollout, path: Path) -> None:
     messages = len(rollout.policy_segments)
     advantages = record.get("advantages") or {}
     if not isinstance(advantages, dict):
-        raise ValueError(f"{where}: advantages is no object; write estimated and calibrated, or leave it out")
+        raise UserError(f"{where}: advantages is no object; write estimated and calibrated, or leave it out")
     for key in ("estimated", "calibrated"):
         values = advantages.get(key)
         if values is not None and not _is_numbers(values, messages):
-            raise ValueError(
+            raise UserError(
                 f"{where}: advantages.{key} must be one number for each of the {messages} policy segments; "
                 "calibadv replay computes them again"
             )
     if rollout.step_correctness and len(rollout.step_correctness) != messages - 1:
-        raise ValueError(
+        raise UserError(
             f"{where}: step_correctness has {len(rollout.step_correctness)} values and the rollout {messages - 1} "
             "search turns; calibadv replay computes them again"
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from calibadv.errors import UserError
 from calibadv.retrieval.corpus import Corpus, unknown_id
 from calibadv.retrieval.errors import one_line
 from calibadv.retrieval.records import check_record, read_record
@@ -33,7 +34,7 @@ class ArrowCorpus(Corpus):
         folder: the folder.
 
     Raises:
-        ValueError: the folder is not whole, or another release wrote it.
+        UserError: the folder is not whole, or another release wrote it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,7 +89,7 @@ class ArrowCorpus(Corpus):
             Its row.
 
         Raises:
-            ValueError: no document has this id.
+            UserError: no document has this id.
         """
         wanted = id_hash(doc_id)
         place = int(np.searchsorted(self._hashes, np.uint64(wanted)))
@@ -130,7 +131,7 @@ def open_shard(folder: Path, shard: int, rows: int, batch_rows: int) -> list[Any
         Its record batches, which are immutable, so that threads may share them.
 
     Raises:
-        ValueError: the file is damaged.
+        UserError: the file is damaged.
     """
     import pyarrow as pa  # type: ignore[import-untyped]
 
@@ -139,7 +140,7 @@ def open_shard(folder: Path, shard: int, rows: int, batch_rows: int) -> list[Any
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         if [batch.num_rows for batch in batches] != [min(batch_rows, rows - at) for at in range(0, rows, batch_rows)]:
-            raise ValueError("it has other rows")
+            raise UserError("it has other rows")
         for batch in batches:
             batch.validate()
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -163,7 +164,7 @@ def _read_layout(folder: Path) -> dict[str, Any]:
     path = folder / LAYOUT
     layout = read_record(path, {}, _REMEDY)
     if layout.get("format") != FORMAT:
-        raise ValueError(f"'{folder}' has the corpus format {layout.get('format')}, not {FORMAT}; {_REMEDY}")
+        raise UserError(f"'{folder}' has the corpus format {layout.get('format')}, not {FORMAT}; {_REMEDY}")
     check_record(path, layout, _KINDS, _REMEDY)
     shards = -(-layout["documents"] // layout["shard_rows"])
     check_names(path, layout["files"], [*map(shard_name, range(shards)), IDS], _REMEDY)
@@ -181,8 +182,8 @@ def _load_ids(path: Path, documents: int) -> Any:
     return ids
 
 
-def _damaged(path: Path, reason: str) -> ValueError:
-    return ValueError(f"'{path}' is damaged ({reason}); {_REMEDY}")
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"'{path}' is damaged ({reason}); {_REMEDY}")
 
 
 def check_names(path: Path, files: dict[str, int], names: Sequence[str], remedy: str) -> None:
@@ -195,11 +196,11 @@ def check_names(path: Path, files: dict[str, int], names: Sequence[str], remedy:
         remedy: what to do, for the message.
 
     Raises:
-        ValueError: a name is missing.
+        UserError: a name is missing.
     """
     for name in names:
         if name not in files:
-            raise ValueError(f"'{path}' is damaged (its files lack {name}); {remedy}")
+            raise UserError(f"'{path}' is damaged (its files lack {name}); {remedy}")
 
 
 def check_sizes(folder: Path, files: dict[str, int], remedy: str) -> None:
@@ -211,12 +212,12 @@ def check_sizes(folder: Path, files: dict[str, int], remedy: str) -> None:
         remedy: what to do, for the message.
 
     Raises:
-        ValueError: a file is missing or has another size.
+        UserError: a file is missing or has another size.
     """
     for name, size in files.items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"'{path}' is missing; it must have {size} bytes: {remedy}")
+            raise UserError(f"'{path}' is missing; it must have {size} bytes: {remedy}")
         found = path.stat().st_size
         if found != size:
-            raise ValueError(f"'{path}' has {found} bytes; it must have {size}: {remedy}")
+            raise UserError(f"'{path}' has {found} bytes; it must have {size}: {remedy}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
 from calibadv.progress import blocks, progress_bar
 from calibadv.retrieval.corpus import searched_text
@@ -55,11 +56,11 @@ def audit_coverage(
         Answer coverage, and recall by k in the order of ``top_k``.
 
     Raises:
-        ValueError: ``top_k`` is empty or holds a number below 1, or the labels of a question are no list.
+        UserError: ``top_k`` is empty or holds a number below 1, or the labels of a question are no list.
         RetrievalError: a search failed.
     """
     if not top_k or min(top_k) < 1:
-        raise ValueError(f"top_k is {list(top_k)}; give one or more numbers, each at least 1")
+        raise UserError(f"top_k is {list(top_k)}; give one or more numbers, each at least 1")
     gold = [(question, labels) for question in questions if (labels := supporting_labels(question))]
     shares: dict[int, list[float]] = {k: [] for k in top_k}
     for batch in blocks(gold, _BATCH, "Searching", hidden=len(gold) <= _BATCH):
@@ -131,12 +132,12 @@ def supporting_labels(question: Question) -> frozenset[tuple[str, str]]:
         Pairs of ``id`` or ``title`` and its value; empty where the question names neither.
 
     Raises:
-        ValueError: what names them is no list.
+        UserError: what names them is no list.
     """
     for kind in ("id", "title"):
         labels: Any = question.metadata.get(f"supporting_{kind}s")
         if labels and not isinstance(labels, list):
-            raise ValueError(
+            raise UserError(
                 f"question '{question.id}' has {labels!r:.60} as supporting_{kind}s; it must be a list of {kind}s"
             )
         if labels:

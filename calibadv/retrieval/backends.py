@@ -70,7 +70,7 @@ class IndexBackend(ABC):
             documents: size of the corpus.
 
         Raises:
-            ValueError: it is too small.
+            UserError: it is too small.
         """
 
     @abstractmethod
@@ -155,7 +155,7 @@ class FaissIndex(IndexBackend):
         device: where the encoder runs.
 
     Raises:
-        ValueError: there is no such encoder, or faiss does not make such an index.
+        UserError: there is no such encoder, or faiss does not make such an index.
     """
 
     name: Backend = "faiss"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
 from calibadv.progress import blocks
 from calibadv.retrieval.corpus import Corpus, open_corpus, searched_text
@@ -47,7 +48,7 @@ class BM25(Retriever):
         index: Folder of ``calibadv index --backend bm25``.
 
     Raises:
-        ValueError: there is neither ``corpus`` nor ``index`` or there are both, one of them cannot be read or has no
+        UserError: there is neither ``corpus`` nor ``index`` or there are both, one of them cannot be read or has no
             words, ``stopwords`` or ``stemmer`` is unknown or differs from the index, or ``top_k`` is below 1.
     """
 
@@ -64,7 +65,7 @@ class BM25(Retriever):
         check_top_k(top_k)
         self.top_k = top_k
         if index is not None and corpus is not None:
-            raise ValueError(f"index '{index}' brings its own corpus; leave out corpus '{corpus}' (set it to null)")
+            raise UserError(f"index '{index}' brings its own corpus; leave out corpus '{corpus}' (set it to null)")
         if index is not None:
             manifest, self.corpus = open_index(Path(index))
             self._stopwords, self._stemmer = _settings_of(index, manifest, stopwords, stemmer)
@@ -75,7 +76,7 @@ class BM25(Retriever):
             large = len(self.corpus) >= _LARGE_CORPUS
             self._index = build_bm25(self.corpus, self._stopwords, self._stemmer, show_progress=large)
         else:
-            raise ValueError("BM25 has nothing to search; give corpus (a JSON-lines file) or index (a folder)")
+            raise UserError("BM25 has nothing to search; give corpus (a JSON-lines file) or index (a folder)")
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
         """Find the best documents of each query.
@@ -88,7 +89,7 @@ class BM25(Retriever):
             One list per query, best first, ties in the order of the corpus. A query without a known word finds nothing.
 
         Raises:
-            ValueError: ``top_k`` is below 1, or ``queries`` is one text.
+            UserError: ``top_k`` is below 1, or ``queries`` is one text.
         """
         check_search(queries, top_k)
         return [self._search_words(words, top_k) for words in _tokenize(list(queries), self._stopwords, self._stemmer)]
@@ -124,7 +125,7 @@ def build_bm25(
         A ``bm25s.BM25``.
 
     Raises:
-        ValueError: ``stopwords`` or ``stemmer`` is unknown, or no document has a word.
+        UserError: ``stopwords`` or ``stemmer`` is unknown, or no document has a word.
     """
     bm25s = _import_bm25s()
     _tokenize([], stopwords, stemmer)  # refuses unknown names before anything is read
@@ -132,7 +133,7 @@ def build_bm25(
     for block in blocks(documents, _BLOCK, "Indexing the corpus", hidden=not show_progress):
         postings.add(_tokenize([searched_text(document) for document in block], stopwords, stemmer))
     if not postings.vocabulary:
-        raise ValueError("the corpus has no word to search for; words have at least two characters and no stop-words")
+        raise UserError("the corpus has no word to search for; words have at least two characters and no stop-words")
     index = bm25s.BM25()
     index.scores = postings.scores(index.k1, index.b)
     index.vocab_dict = postings.vocabulary
@@ -164,11 +165,11 @@ def _settings_of(
 ) -> tuple[str | list[str], str | None]:
     """What an index was built with, which the caller may only repeat."""
     if manifest.backend != "bm25":
-        raise ValueError(f"index '{index}' was built with --backend {manifest.backend}; give it to Dense, or build one")
+        raise UserError(f"index '{index}' was built with --backend {manifest.backend}; give it to Dense, or build one")
     built = manifest.settings
     for name, given in (("stopwords", stopwords), ("stemmer", stemmer)):
         if given is not None and given != built[name]:
-            raise ValueError(
+            raise UserError(
                 f"{name} is {given!r}, and index '{index}' was built with {built[name]!r}; leave {name} out, or build "
                 "the index again"
             )
@@ -182,11 +183,11 @@ def _load_bm25(folder: Path, documents: int) -> Any:
         stored = index.scores
         whole = len(stored["data"]) == len(stored["indices"]) == stored["indptr"][-1]
         if not whole or stored["num_docs"] != documents or len(index.vocab_dict) != len(stored["indptr"]) - 1:
-            raise ValueError("its files do not belong together")
+            raise UserError("its files do not belong together")
     except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError) as error:
         # numpy takes whatever is no array of its own for a pickle, and says how to load that.
         reason = "one of its arrays is damaged" if "pickle" in str(error) else one_line(error)
-        raise ValueError(
+        raise UserError(
             f"index '{folder}' does not load ({reason}); copy it again, or build it anew with 'calibadv index'"
         ) from error
     # Views of the same memory without the class of numpy that makes every slice slower.
@@ -215,7 +216,7 @@ def _tokenize(texts: list[str], stopwords: str | list[str], stemmer: str | None)
             texts, stopwords=left_out, stemmer=stem, return_ids=False, show_progress=False
         )
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"stopwords is '{stopwords}'; it must be none, a language ({_LANGUAGES}), or a list of words"
         ) from error
     return words
@@ -225,11 +226,11 @@ def _make_stemmer(language: str) -> Any:
     try:
         import Stemmer  # type: ignore[import-not-found]
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"stemmer '{language}' needs the package PyStemmer; install it with pip install 'calibadv[stem]'"
         ) from error
     try:
         return Stemmer.Stemmer(language)
     except KeyError as error:
         known = ", ".join(Stemmer.algorithms())
-        raise ValueError(f"stemmer is '{language}'; it must be one of {known}") from error
+        raise UserError(f"stemmer is '{language}'; it must be one of {known}") from error

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
 
+from calibadv.errors import UserError
 from calibadv.interfaces import Metrics, Retriever
 from calibadv.retrieval.ranking import check_search, check_top_k
 from calibadv.types import ScoredDocument
@@ -25,12 +26,12 @@ class Cached(Retriever):
         max_queries: Queries whose documents are kept; at three passages of 600 bytes each, 100,000 take about 200 MB.
 
     Raises:
-        ValueError: ``top_k`` or ``max_queries`` is below 1.
+        UserError: ``top_k`` or ``max_queries`` is below 1.
     """
 
     def __init__(self, retriever: Retriever, top_k: int | None = None, max_queries: int = 100_000) -> None:
         if max_queries < 1:
-            raise ValueError(f"max_queries is {max_queries}; it must be at least 1")
+            raise UserError(f"max_queries is {max_queries}; it must be at least 1")
         self.top_k = retriever.top_k if top_k is None else top_k
         check_top_k(self.top_k)
         self.corpus = retriever.corpus
@@ -53,7 +54,7 @@ class Cached(Retriever):
 
         Raises:
             RetrievalError: the search for an unknown query failed.
-            ValueError: ``top_k`` is below 1, or ``queries`` is one text.
+            UserError: ``top_k`` is below 1, or ``queries`` is one text.
         """
         check_search(queries, top_k)
         found = self._look_up(queries, top_k)

@@ -86,7 +86,7 @@ def open_source(path: str) -> Source:
         The source. The numbers of a file are its lines, those of others count the documents.
 
     Raises:
-        ValueError: there is no such file, or the folder is not a whole index.
+        UserError: there is no such file, or the folder is not a whole index.
     """
     if Path(path).is_file():
         return file_source(Path(path))
@@ -111,7 +111,7 @@ def convert(source: Source, folder: Path, shard_rows: int = SHARD_ROWS) -> Arrow
         The corpus.
 
     Raises:
-        ValueError: the source holds a mistake, an id occurs twice, or there is no document.
+        UserError: the source holds a mistake, an id occurs twice, or there is no document.
     """
     if not (folder / LAYOUT).exists():
         layout = {"format": FORMAT, "shard_rows": shard_rows, "batch_rows": min(BATCH_ROWS, shard_rows)}

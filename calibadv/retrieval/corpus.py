@@ -9,6 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import overload
 
+from calibadv.errors import UserError
 from calibadv.retrieval.corpus_files import read_documents
 from calibadv.types import Document
 
@@ -33,7 +34,7 @@ class Corpus(Sequence[Document]):
             The corpus.
 
         Raises:
-            ValueError: there is no document, or an id occurs twice.
+            UserError: there is no document, or an id occurs twice.
         """
         return _MemoryCorpus(enumerate(documents, 1), "documents")
 
@@ -62,7 +63,7 @@ class Corpus(Sequence[Document]):
             Its row.
 
         Raises:
-            ValueError: no document has this id.
+            UserError: no document has this id.
         """
 
     @property
@@ -125,7 +126,7 @@ def open_corpus(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Cor
         The documents, in the order of the file.
 
     Raises:
-        ValueError: the file is missing or empty, a line is not a document, an id occurs twice, or the folder is not a
+        UserError: the file is missing or empty, a line is not a document, an id occurs twice, or the folder is not a
             whole index.
     """
     if str(path) == "embedded":
@@ -172,7 +173,7 @@ def extend_checksum(state: bytes, document: Document) -> bytes:
     return blake2b(state + f"{lengths}{document.id}{document.title}{document.text}".encode(), digest_size=16).digest()
 
 
-def empty_corpus(name: str) -> ValueError:
+def empty_corpus(name: str) -> UserError:
     """The error for a corpus without a document.
 
     Args:
@@ -181,10 +182,10 @@ def empty_corpus(name: str) -> ValueError:
     Returns:
         What to raise.
     """
-    return ValueError(f"corpus '{name}' is empty; it must hold at least one document")
+    return UserError(f"corpus '{name}' is empty; it must hold at least one document")
 
 
-def repeated_id(place: str, doc_id: str, first: int) -> ValueError:
+def repeated_id(place: str, doc_id: str, first: int) -> UserError:
     """The error for an id that occurs twice.
 
     Args:
@@ -195,10 +196,10 @@ def repeated_id(place: str, doc_id: str, first: int) -> ValueError:
     Returns:
         What to raise.
     """
-    return ValueError(f"{place} repeats the id '{doc_id}' of line {first}; ids must be unique")
+    return UserError(f"{place} repeats the id '{doc_id}' of line {first}; ids must be unique")
 
 
-def unknown_id(doc_id: str, documents: int) -> ValueError:
+def unknown_id(doc_id: str, documents: int) -> UserError:
     """The error for an id that no document has.
 
     Args:
@@ -208,4 +209,4 @@ def unknown_id(doc_id: str, documents: int) -> ValueError:
     Returns:
         What to raise.
     """
-    return ValueError(f"none of the {documents} documents has the id '{doc_id}'; give an id of this corpus")
+    return UserError(f"none of the {documents} documents has the id '{doc_id}'; give an id of this corpus")

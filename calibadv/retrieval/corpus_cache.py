@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from calibadv.errors import UserError
 from calibadv.jsonl import UnreadableError
 from calibadv.retrieval.arrow_store import FORMAT, ArrowCorpus
 from calibadv.retrieval.convert import convert, file_source
@@ -29,7 +30,7 @@ def cached_corpus(path: Path) -> ArrowCorpus:
         The corpus.
 
     Raises:
-        ValueError: the file holds a mistake, or the folder cannot be written or is on a disk that is too small.
+        UserError: the file holds a mistake, or the folder cannot be written or is on a disk that is too small.
     """
     root = Path(os.environ.get("CALIBADV_CACHE") or Path.home() / ".cache" / "calibadv") / "corpora"
     key = blake2b(f"{FORMAT} {file_source(path).identity}".encode(), digest_size=8).hexdigest()
@@ -39,7 +40,7 @@ def cached_corpus(path: Path) -> ArrowCorpus:
             root.mkdir(parents=True, exist_ok=True)
             _convert_once(path, folder)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"corpus '{path}' cannot be converted into '{root}' ({one_line(error)}); set CALIBADV_CACHE to another "
             "folder"
         ) from error

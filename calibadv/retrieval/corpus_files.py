@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from calibadv.errors import UserError
 from calibadv.jsonl import read_jsonl
 from calibadv.types import Document
 
@@ -25,7 +26,7 @@ def read_documents(path: str | Path, after: int = 0) -> Generator[tuple[int, Doc
         Line number, counted from 1, and document.
 
     Raises:
-        ValueError: the file is missing or damaged, or a line is not such an object.
+        UserError: the file is missing or damaged, or a line is not such an object.
     """
     with closing(read_jsonl(path, "corpus", after)) as lines:
         for number, record in lines:
@@ -43,31 +44,31 @@ def parse_document(record: dict[str, Any], place: str) -> Document:
         The document.
 
     Raises:
-        ValueError: a key is missing or has another type, or a text cannot be written as UTF-8.
+        UserError: a key is missing or has another type, or a text cannot be written as UTF-8.
     """
     row_id = record.get("id")
     if isinstance(row_id, bool) or not isinstance(row_id, str | int):
-        raise ValueError(f"{place} has the id {row_id!r}; it must be a string or an integer")
+        raise UserError(f"{place} has the id {row_id!r}; it must be a string or an integer")
     if "title" in record and "text" in record:
         title, text = _string(record, "title", place), _string(record, "text", place)
     elif "contents" in record:
         title, text = _split_contents(_string(record, "contents", place))
     else:
         keys = ", ".join(record)
-        raise ValueError(f"{place} has only the keys {keys}; a document needs 'contents', or 'title' and 'text'")
+        raise UserError(f"{place} has only the keys {keys}; a document needs 'contents', or 'title' and 'text'")
     document = Document(id=str(row_id), title=title, text=text)
     try:
         f"{document.id}{title}{text}".encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise ValueError(f"{place} has {half!a}, half of a surrogate pair; no text may hold it: remove it") from error
+        raise UserError(f"{place} has {half!a}, half of a surrogate pair; no text may hold it: remove it") from error
     return document
 
 
 def _string(record: dict[str, Any], key: str, place: str) -> str:
     value = record[key]
     if not isinstance(value, str):
-        raise ValueError(f"{place} has {value!r:.60} as '{key}'; it must be a string")
+        raise UserError(f"{place} has {value!r:.60} as '{key}'; it must be a string")
     return value
 
 

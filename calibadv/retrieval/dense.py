@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
 from calibadv.progress import blocks
 from calibadv.retrieval.corpus import Corpus, open_corpus
@@ -48,7 +49,7 @@ class Dense(Retriever):
         device: Where the encoder runs, such as ``cpu`` or ``cuda:1``; by default an accelerator if there is one.
 
     Raises:
-        ValueError: what is to be searched is not said or said twice, cannot be read, or does not fit together (number
+        UserError: what is to be searched is not said or said twice, cannot be read, or does not fit together (number
             of documents, dimension, passage prompt); faiss does not make ``factory`` or the corpus is too small for
             it; the index has no ``nprobe`` or ``ef_search``; or ``top_k``, ``nprobe``, ``ef_search`` or ``batch_size``
             is below 1.
@@ -73,7 +74,7 @@ class Dense(Retriever):
         check_top_k(top_k)
         self.top_k = top_k
         if index is not None and factory is not None:
-            raise ValueError(f"factory is '{factory}', but index '{index}' is built already; leave factory out")
+            raise UserError(f"factory is '{factory}', but index '{index}' is built already; leave factory out")
         parts = _complete(index, corpus, encoder, query_prompt, passage_prompt)
         self.corpus = parts.corpus
         stored = None if parts.file is None else load_faiss(parts.file, len(self.corpus))
@@ -81,7 +82,7 @@ class Dense(Retriever):
         if stored is None:
             stored = _index_corpus(self.corpus, self._encoder, factory or "Flat")
         elif stored.d != self._encoder.dimension:
-            raise ValueError(
+            raise UserError(
                 f"encoder '{parts.encoder}' makes vectors of {self._encoder.dimension} dimensions, and index '{index}' "
                 f"holds vectors of {stored.d}; name the encoder that it was built with"
             )
@@ -99,7 +100,7 @@ class Dense(Retriever):
             One list per query, best first, ties in the order of the corpus. An empty query finds nothing.
 
         Raises:
-            ValueError: ``top_k`` is below 1, or ``queries`` is one text.
+            UserError: ``top_k`` is below 1, or ``queries`` is one text.
         """
         check_search(queries, top_k)
         found: list[list[ScoredDocument]] = [[] for _ in queries]
@@ -128,18 +129,18 @@ def _complete(
     """Fill in what the index or our defaults say, and refuse what contradicts."""
     if index is None:
         if corpus is None:
-            raise ValueError("Dense has nothing to search; give corpus (a JSON-lines file) or index (a folder or file)")
+            raise UserError("Dense has nothing to search; give corpus (a JSON-lines file) or index (a folder or file)")
         return _Parts(open_corpus(corpus), encoder or "minilm", query_prompt, passage_prompt)
     path = Path(index)
     if path.is_dir():
         if corpus is not None:
-            raise ValueError(f"index '{index}' brings its own corpus; leave out corpus '{corpus}' (set it to null)")
+            raise UserError(f"index '{index}' brings its own corpus; leave out corpus '{corpus}' (set it to null)")
         return _read_folder(path, encoder, query_prompt, passage_prompt)
     if not path.is_file():
-        raise ValueError(f"index '{index}' does not exist; give a folder of 'calibadv index', or a FAISS file")
+        raise UserError(f"index '{index}' does not exist; give a folder of 'calibadv index', or a FAISS file")
     if corpus is None or encoder is None:
         missing = "corpus" if corpus is None else "encoder"
-        raise ValueError(
+        raise UserError(
             f"index '{index}' is a bare FAISS file, which does not tell its {missing}; give {missing} (for Search-R1's "
             "e5_Flat.index: wiki-18.jsonl and intfloat/e5-base-v2)"
         )
@@ -149,10 +150,10 @@ def _complete(
 def _read_folder(folder: Path, encoder: str | None, query_prompt: str | None, passage_prompt: str | None) -> _Parts:
     manifest, corpus = open_index(folder)
     if manifest.backend != "faiss":
-        raise ValueError(f"index '{folder}' was built with --backend {manifest.backend}; give it to BM25, or build one")
+        raise UserError(f"index '{folder}' was built with --backend {manifest.backend}; give it to BM25, or build one")
     built = manifest.settings
     if passage_prompt not in (None, built["passage_prompt"]):
-        raise ValueError(
+        raise UserError(
             f"passage_prompt is {passage_prompt!r}, and the passages of index '{folder}' were encoded with "
             f"{built['passage_prompt']!r}; leave it out, or build the index again"
         )

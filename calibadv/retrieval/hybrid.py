@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from math import fsum
 
+from calibadv.errors import UserError
 from calibadv.interfaces import Metrics, Retriever
 from calibadv.retrieval.corpus import Corpus
 from calibadv.retrieval.ranking import check_search, check_top_k
@@ -25,16 +26,16 @@ class Hybrid(Retriever):
         rrf_k: Added to each rank: the larger, the less the first ranks stand out.
 
     Raises:
-        ValueError: no retriever, ``top_k`` below 1, ``fetch_k`` below ``top_k``, ``rrf_k`` below 0, or different
+        UserError: no retriever, ``top_k`` below 1, ``fetch_k`` below ``top_k``, ``rrf_k`` below 0, or different
             corpora.
     """
 
     def __init__(self, retrievers: list[Retriever], top_k: int = 3, fetch_k: int = 20, rrf_k: int = 60) -> None:
         check_fetch_k(top_k, fetch_k)
         if not retrievers:
-            raise ValueError("retrievers is empty; name at least one retriever to fuse")
+            raise UserError("retrievers is empty; name at least one retriever to fuse")
         if rrf_k < 0:
-            raise ValueError(f"rrf_k is {rrf_k}; it must be at least 0")
+            raise UserError(f"rrf_k is {rrf_k}; it must be at least 0")
         corpora = [retriever.corpus for retriever in retrievers if retriever.corpus is not None]
         _check_corpora(corpora)
         self.top_k = top_k
@@ -55,7 +56,7 @@ class Hybrid(Retriever):
 
         Raises:
             RetrievalError: one of the retrievers failed.
-            ValueError: ``top_k`` is below 1, or ``queries`` is one text.
+            UserError: ``top_k`` is below 1, or ``queries`` is one text.
         """
         check_search(queries, top_k)
         fetch_k = max(self._fetch_k, top_k)
@@ -79,14 +80,14 @@ def _check_corpora(corpora: Sequence[Sequence[Document]]) -> None:
     """Refuse different corpora, as far as their sizes and their checksums tell."""
     sizes = sorted({len(corpus) for corpus in corpora})
     if len(sizes) > 1:
-        raise ValueError(
+        raise UserError(
             f"the retrievers search corpora of {sizes[0]} and {sizes[-1]} documents; documents are fused by id: "
             "give all of them the same corpus"
         )
     # Two openings of one corpus are two objects; the checksum of a large one is stored with it.
     known = {id(corpus): corpus for corpus in corpora if isinstance(corpus, Corpus)}.values()
     if len(known) > 1 and len({corpus.checksum for corpus in known}) > 1:
-        raise ValueError(
+        raise UserError(
             f"the retrievers search different corpora of {sizes[0]} documents each; documents are fused by id: give "
             "all of them the same corpus"
         )
@@ -121,8 +122,8 @@ def check_fetch_k(top_k: int, fetch_k: int) -> None:
         fetch_k: documents that are fetched to choose from.
 
     Raises:
-        ValueError: ``top_k`` is below 1, or ``fetch_k`` below ``top_k``.
+        UserError: ``top_k`` is below 1, or ``fetch_k`` below ``top_k``.
     """
     check_top_k(top_k)
     if fetch_k < top_k:
-        raise ValueError(f"fetch_k is {fetch_k}; it must be at least top_k, which is {top_k}")
+        raise UserError(f"fetch_k is {fetch_k}; it must be at least top_k, which is {top_k}")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from calibadv.errors import UserError
 from calibadv.jsonl import UnreadableError
 from calibadv.retrieval.arrow_store import ArrowCorpus
 from calibadv.retrieval.backends import BM25Index, Cost, FaissIndex, IndexBackend
@@ -61,7 +62,7 @@ def index(  # noqa: PLR0913 - its parameters are the options of the command
         passage_prompt: Of faiss: put before passages; what the encoder declares by default.
 
     Raises:
-        ValueError: the corpus holds a mistake, the folder holds something else, the disk is too small, or an option
+        UserError: the corpus holds a mistake, the folder holds something else, the disk is too small, or an option
             is wrong or belongs to the other backend.
     """
     options = {
@@ -101,9 +102,7 @@ def _own_options(backend: Backend, given: dict[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in own:
             other = next(other for other in _KINDS if other != backend)
-            raise ValueError(
-                f"--{name} is an option of --backend {other}, and this is {backend}; leave one of them out"
-            )
+            raise UserError(f"--{name} is an option of --backend {other}, and this is {backend}; leave one of them out")
     options = {**own, **given}
     folder = Path(options.get("encoder", "minilm")).expanduser()
     if folder.is_dir() and str(folder) != "minilm":
@@ -118,14 +117,14 @@ def _is_finished(out: Path, plan: dict[str, Any]) -> bool:
     if (out / MANIFEST).exists():
         if begun == plan:
             return True
-        raise ValueError(f"out '{out}' holds a finished index; name another folder, or remove it")
+        raise UserError(f"out '{out}' holds a finished index; name another folder, or remove it")
     if begun is None:
         if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {_WORK}):
-            raise ValueError(f"out '{out}' is not an empty folder; name another folder, or remove it")
+            raise UserError(f"out '{out}' is not an empty folder; name another folder, or remove it")
     elif begun != plan:
         names = [name for name in {**begun, **plan} if begun.get(name) != plan.get(name)]
         was, now = (", ".join(f"{name} {content.get(name)}" for name in names) for content in (begun, plan))
-        raise ValueError(f"out '{out}' was begun with {was}, and this is {now}; give what it was, or remove the folder")
+        raise UserError(f"out '{out}' was begun with {was}, and this is {now}; give what it was, or remove the folder")
     return False
 
 
@@ -156,7 +155,7 @@ def _resumable(out: Path) -> Iterator[None]:
     except OSError as error:
         if not (out / UNFINISHED).exists():
             raise
-        raise ValueError(
+        raise UserError(
             f"out '{out}' cannot be written ({one_line(error)}); free space there, and run the same command again to "
             "go on where it stopped"
         ) from error
@@ -171,7 +170,7 @@ def _locked(out: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(f"another process is writing to out '{out}'; wait for it, or name another folder") from error
+        raise UserError(f"another process is writing to out '{out}'; wait for it, or name another folder") from error
     try:
         yield
     finally:

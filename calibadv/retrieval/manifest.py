@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
 
+from calibadv.errors import UserError
 from calibadv.retrieval.arrow_store import IDS, LAYOUT, ArrowCorpus, check_names, check_sizes
 from calibadv.retrieval.corpus import Corpus
 from calibadv.retrieval.records import Kinds, check_record, read_record
@@ -86,27 +87,27 @@ def read_manifest(folder: Path) -> Manifest:
         The manifest.
 
     Raises:
-        ValueError: the folder is not a finished index of this format, or its manifest is damaged.
+        UserError: the folder is not a finished index of this format, or its manifest is damaged.
     """
     if not folder.is_dir():
-        raise ValueError(f"index '{folder}' is not a folder; give a folder that 'calibadv index' wrote")
+        raise UserError(f"index '{folder}' is not a folder; give a folder that 'calibadv index' wrote")
     path = folder / MANIFEST
     if not path.exists():
         if (folder / UNFINISHED).exists():
-            raise ValueError(f"index '{folder}' is unfinished; run the same 'calibadv index' command again to go on")
-        raise ValueError(
+            raise UserError(f"index '{folder}' is unfinished; run the same 'calibadv index' command again to go on")
+        raise UserError(
             f"'{folder}' is a folder without {MANIFEST}, and so not an index; give a folder that 'calibadv index' wrote"
         )
     content = read_record(path, {}, _REMEDY)
     if content.pop("format", None) != FORMAT:
-        raise ValueError(f"'{path}' is not a manifest of format {FORMAT}, which this release reads; {_REMEDY}")
+        raise UserError(f"'{path}' is not a manifest of format {FORMAT}, which this release reads; {_REMEDY}")
     check_record(path, content, _KINDS, _REMEDY)
     try:
         manifest = Manifest(**content)
     except TypeError as error:
-        raise ValueError(f"'{path}' is damaged ({error}); {_REMEDY}") from error
+        raise UserError(f"'{path}' is damaged ({error}); {_REMEDY}") from error
     if manifest.backend not in _SETTINGS:
-        raise ValueError(f"'{path}' has the backend {manifest.backend!r}; {_REMEDY}")
+        raise UserError(f"'{path}' has the backend {manifest.backend!r}; {_REMEDY}")
     check_record(path, manifest.settings, _SETTINGS[manifest.backend], _REMEDY)
     names = [f"{CORPUS_FOLDER}/{name}" for name in (LAYOUT, IDS)] + _FILES[manifest.backend]
     check_names(path, manifest.files, names, _REMEDY)
@@ -123,7 +124,7 @@ def open_index(folder: Path) -> tuple[Manifest, Corpus]:
         The manifest, and the documents, memory-mapped.
 
     Raises:
-        ValueError: the folder is not a finished index of this format, a file is missing or has another size, or its
+        UserError: the folder is not a finished index of this format, a file is missing or has another size, or its
             corpus is another than the index was built of.
     """
     manifest = read_manifest(folder)
@@ -131,7 +132,7 @@ def open_index(folder: Path) -> tuple[Manifest, Corpus]:
     corpus = ArrowCorpus(folder / CORPUS_FOLDER)
     found, built = (len(corpus), corpus.checksum), (manifest.documents, manifest.corpus_checksum)
     if found != built:
-        raise ValueError(
+        raise UserError(
             f"the corpus in '{folder}' has {found[0]} documents with checksum {found[1]}, and the index was built of "
             f"{built[0]} with {built[1]}; {_REMEDY}"
         )

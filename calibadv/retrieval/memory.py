@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from calibadv.errors import UserError
 from calibadv.interfaces import RetrievalError, Retriever
 from calibadv.retrieval.ranking import check_search, check_top_k
 from calibadv.types import Document, ScoredDocument
@@ -19,7 +20,7 @@ class MemoryRetriever(Retriever):
         failing: Queries whose search fails.
 
     Raises:
-        ValueError: a result is not in ``documents``, an id is repeated, or ``top_k`` is below 1.
+        UserError: a result is not in ``documents``, an id is repeated, or ``top_k`` is below 1.
     """
 
     def __init__(
@@ -33,11 +34,11 @@ class MemoryRetriever(Retriever):
         documents = documents or []
         by_id = {document.id: document for document in documents}
         if len(by_id) < len(documents):
-            raise ValueError(f"{len(documents)} documents have only {len(by_id)} different ids; ids must be unique")
+            raise UserError(f"{len(documents)} documents have only {len(by_id)} different ids; ids must be unique")
         results = results or {}
         unknown = [doc_id for ids in results.values() for doc_id in ids if doc_id not in by_id]
         if unknown:
-            raise ValueError(f"results names the document '{unknown[0]}', which is not in documents; add it there")
+            raise UserError(f"results names the document '{unknown[0]}', which is not in documents; add it there")
         self.top_k = top_k
         self._failing = frozenset(failing or [])
         self._results = {
@@ -57,7 +58,7 @@ class MemoryRetriever(Retriever):
 
         Raises:
             RetrievalError: one of the queries is listed as failing.
-            ValueError: ``top_k`` is below 1, or ``queries`` is one text.
+            UserError: ``top_k`` is below 1, or ``queries`` is one text.
         """
         check_search(queries, top_k)
         for query in queries:

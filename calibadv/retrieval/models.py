@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibadv.errors import UserError
 from calibadv.retrieval.errors import one_line
 
 # What a sentence-transformers model is made of. Weights come as safetensors only: nothing is unpickled.
@@ -49,7 +50,7 @@ def load_model(
         What ``make`` makes of the folder.
 
     Raises:
-        ValueError: there is no such model, it does not load, or it has no safetensors or no words.
+        UserError: there is no such model, it does not load, or it has no safetensors or no words.
     """
     called = f"{kind.what} '{name}'"
     folder = folder or _find_folder(kind, name, called)
@@ -67,11 +68,11 @@ def load_model(
     # device that is not there.
     except Exception as error:
         where = "" if device is None else f" on device '{device}'"
-        raise ValueError(f"{called} does not load{where} ({one_line(error)}); give {kind.remedy}") from error
+        raise UserError(f"{called} does not load{where} ({one_line(error)}); give {kind.remedy}") from error
     # transformers makes an empty tokenizer up where the files of one are missing.
     specials = getattr(model.tokenizer, "all_special_ids", None)
     if specials is not None and len(model.tokenizer) <= len(specials):
-        raise ValueError(f"{called} has a tokenizer without words; save the model's own tokenizer beside it")
+        raise UserError(f"{called} has a tokenizer without words; save the model's own tokenizer beside it")
     return model
 
 
@@ -80,14 +81,14 @@ def _find_folder(kind: ModelKind, name: str, called: str) -> Path:
     if folder.is_dir():
         return folder
     if not _HUB_NAME.fullmatch(name):
-        raise ValueError(f"{called} is not a folder; give {kind.remedy}")
+        raise UserError(f"{called} is not a folder; give {kind.remedy}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name if "/" in name else f"{kind.owner}/{name}", allow_patterns=_HUB_FILES))
     # The hub's errors, those of the connection, and of the disk.
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"{called} is neither a folder nor can it be fetched from the Hugging Face hub ({one_line(error)}); check "
             "the name and the connection, or give a folder"
         ) from error
@@ -95,10 +96,10 @@ def _find_folder(kind: ModelKind, name: str, called: str) -> Path:
 
 def _check_files(called: str, folder: Path) -> None:
     if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
-        raise ValueError(f"{called} has no modules.json or config.json; give a folder with a saved model")
+        raise UserError(f"{called} has no modules.json or config.json; give a folder with a saved model")
     for weights in folder.rglob("pytorch_model*.bin"):
         if not any(weights.parent.glob("*.safetensors")):
-            raise ValueError(
+            raise UserError(
                 f"{called} has its weights in {weights.relative_to(folder)}, a pickle, which is not loaded because it "
                 "may run code; save the model again with safe_serialization=True, or give one with model.safetensors"
             )

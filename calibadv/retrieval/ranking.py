@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from calibadv.errors import UserError
+
 
 def check_top_k(top_k: int) -> None:
     """Refuse a number of documents below 1.
@@ -15,10 +17,10 @@ def check_top_k(top_k: int) -> None:
         top_k: documents per query.
 
     Raises:
-        ValueError: ``top_k`` is below 1.
+        UserError: ``top_k`` is below 1.
     """
     if top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+        raise UserError(f"top_k is {top_k}; it must be at least 1")
 
 
 def check_search(queries: Sequence[str], top_k: int) -> None:
@@ -29,10 +31,10 @@ def check_search(queries: Sequence[str], top_k: int) -> None:
         top_k: documents per query.
 
     Raises:
-        ValueError: ``queries`` is one text, whose letters would each be searched for, or ``top_k`` is below 1.
+        UserError: ``queries`` is one text, whose letters would each be searched for, or ``top_k`` is below 1.
     """
     if isinstance(queries, str):
-        raise ValueError(f"queries is the text {queries!r:.60}; it must be a list of texts: put it in brackets")
+        raise UserError(f"queries is the text {queries!r:.60}; it must be a list of texts: put it in brackets")
     check_top_k(top_k)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from calibadv.errors import UserError
+
 Kinds = Mapping[str, type | UnionType]
 
 
@@ -23,14 +25,14 @@ def read_record(path: Path, kinds: Kinds, remedy: str) -> dict[str, Any]:
         The object.
 
     Raises:
-        ValueError: the file is missing or no such object.
+        UserError: the file is missing or no such object.
     """
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"'{path}' is missing or damaged ({error}); {remedy}") from error
+        raise UserError(f"'{path}' is missing or damaged ({error}); {remedy}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"'{path}' is damaged (it is no JSON object); {remedy}")
+        raise UserError(f"'{path}' is damaged (it is no JSON object); {remedy}")
     check_record(path, content, kinds, remedy)
     return content
 
@@ -45,10 +47,10 @@ def check_record(path: Path, content: Mapping[str, Any], kinds: Kinds, remedy: s
         remedy: what to do, for the message.
 
     Raises:
-        ValueError: it does.
+        UserError: it does.
     """
     for key, kind in kinds.items():
         if key not in content:
-            raise ValueError(f"'{path}' is damaged (it has no '{key}'); {remedy}")
+            raise UserError(f"'{path}' is damaged (it has no '{key}'); {remedy}")
         if not isinstance(content[key], kind) or (kind is int and content[key] < 1):
-            raise ValueError(f"'{path}' is damaged (it has {content[key]!r:.60} as '{key}'); {remedy}")
+            raise UserError(f"'{path}' is damaged (it has {content[key]!r:.60} as '{key}'); {remedy}")

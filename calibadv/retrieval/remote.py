@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from calibadv.errors import UserError
 from calibadv.interfaces import RetrievalError, Retriever
 from calibadv.retrieval.ranking import check_search, check_top_k
 from calibadv.retrieval.wire import Results, parse_results
@@ -45,7 +46,7 @@ class Remote(Retriever):
         backoff: Seconds before the second try of a server, at most; doubled for each further one.
 
     Raises:
-        ValueError: an address is malformed, or a number is out of its range.
+        UserError: an address is malformed, or a number is out of its range.
     """
 
     def __init__(
@@ -62,13 +63,13 @@ class Remote(Retriever):
         check_top_k(top_k)
         for name, value, least in (("retries", retries, 0), ("batch_size", batch_size, 1), ("backoff", backoff, 0)):
             if not least <= value < math.inf:
-                raise ValueError(f"{name} is {value}; it must be a number of at least {least}")
+                raise UserError(f"{name} is {value}; it must be a number of at least {least}")
         if not 0 < timeout < math.inf:
-            raise ValueError(f"timeout is {timeout}; it must be a number of seconds above 0")
+            raise UserError(f"timeout is {timeout}; it must be a number of seconds above 0")
         self.top_k = top_k
         self._urls = [_check_url(address) for address in ([url] if isinstance(url, str) else url)]
         if not self._urls:
-            raise ValueError("url is an empty list; give the address of at least one retrieval server")
+            raise UserError("url is an empty list; give the address of at least one retrieval server")
         self._timeout = timeout
         self._tries = max(retries + 1, len(self._urls))
         self._batch_size = batch_size
@@ -88,7 +89,7 @@ class Remote(Retriever):
 
         Raises:
             RetrievalError: no server answered, or one answered with something else than results.
-            ValueError: ``top_k`` is below 1.
+            UserError: ``top_k`` is below 1.
         """
         check_search(queries, top_k)
         asked = [query for query in queries if query.strip()]
@@ -218,5 +219,5 @@ def _check_url(url: str) -> str:
     except LocationParseError:
         parts = None
     if parts is None or parts.scheme not in ("http", "https") or not parts.host:
-        raise ValueError(f"url is '{url}'; give an address such as http://127.0.0.1:8000/retrieve")
+        raise UserError(f"url is '{url}'; give an address such as http://127.0.0.1:8000/retrieve")
     return (parts if parts.path not in (None, "", "/") else parts._replace(path="/retrieve")).url

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from calibadv.errors import UserError
 from calibadv.interfaces import Metrics, Retriever
 from calibadv.retrieval.corpus import searched_text
 from calibadv.retrieval.hybrid import check_fetch_k
@@ -37,7 +38,7 @@ class Reranked(Retriever):
         max_length: Tokens of query and document together, the rest is cut off; as the model has it by default.
 
     Raises:
-        ValueError: the model does not load or is no cross-encoder with one score, ``fetch_k`` is below ``top_k``,
+        UserError: the model does not load or is no cross-encoder with one score, ``fetch_k`` is below ``top_k``,
             ``max_length`` is more than the model reads, or a number is below 1.
     """
 
@@ -54,7 +55,7 @@ class Reranked(Retriever):
         check_fetch_k(top_k, fetch_k)
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise UserError(f"{name} is {value}; it must be at least 1")
         self.top_k = top_k
         self.corpus = retriever.corpus
         self._retriever = retriever
@@ -64,7 +65,7 @@ class Reranked(Retriever):
         most = self._model.max_seq_length
         if max_length is not None:
             if max_length > most:
-                raise ValueError(f"max_length is {max_length}; model '{model}' reads at most {most} tokens")
+                raise UserError(f"max_length is {max_length}; model '{model}' reads at most {most} tokens")
             self._model.max_seq_length = max_length
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
@@ -79,7 +80,7 @@ class Reranked(Retriever):
 
         Raises:
             RetrievalError: the retriever failed.
-            ValueError: ``top_k`` is below 1, or ``queries`` is one text.
+            UserError: ``top_k`` is below 1, or ``queries`` is one text.
         """
         check_search(queries, top_k)
         fetched = self._retriever.search(queries, max(self._fetch_k, top_k))
@@ -123,12 +124,12 @@ def _load_cross_encoder(name: str, device: str | None) -> Any:
     architectures = getattr(first.model.config, "architectures", None) or []
     classifies = getattr(first, "transformer_task", "") == "sequence-classification"
     if classifies and architectures and not any(a.endswith("ForSequenceClassification") for a in architectures):
-        raise ValueError(
+        raise UserError(
             f"model '{name}' is a {architectures[0]}, whose classifier would be made up; give a cross-encoder, such as "
             "cross-encoder/ms-marco-MiniLM-L6-v2"
         )
     if model.num_labels != 1:
-        raise ValueError(
+        raise UserError(
             f"model '{name}' gives {model.num_labels} scores to a pair; give a cross-encoder that gives one"
         )
     return model

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from calibadv.errors import UserError
 from calibadv.interfaces import RetrievalError, Retriever
 from calibadv.retrieval.batcher import Batcher, BusyError
 from calibadv.retrieval.wire import RequestError, parse_request, render_results
@@ -40,7 +41,7 @@ class ServerLimits:
     """What one request, and all together, may ask of a server.
 
     Raises:
-        ValueError: a limit is below 1.
+        UserError: a limit is below 1.
     """
 
     max_body_bytes: int = 16 * 2**20
@@ -57,7 +58,7 @@ class ServerLimits:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise UserError(f"{name} is {value}; it must be at least 1")
 
 
 def make_app(retriever: Retriever, limits: ServerLimits | None = None) -> FastAPI:
@@ -75,7 +76,7 @@ def make_app(retriever: Retriever, limits: ServerLimits | None = None) -> FastAP
         An ASGI application.
 
     Raises:
-        ValueError: FastAPI or uvicorn is not installed.
+        UserError: FastAPI or uvicorn is not installed.
     """
     _require_packages()
     from fastapi import FastAPI
@@ -133,7 +134,7 @@ def run_server(
         limits: of requests.
 
     Raises:
-        ValueError: FastAPI or uvicorn is not installed, or the address cannot be listened on.
+        UserError: FastAPI or uvicorn is not installed, or the address cannot be listened on.
     """
     app = make_app(retriever, limits)
     import uvicorn
@@ -201,7 +202,7 @@ def _require_packages() -> None:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"serving needs the package {error.name}; install it with: pip install 'calibadv[serve]'"
         ) from error
 
@@ -217,10 +218,10 @@ def listen(host: str, port: int) -> socket.socket:
         A listening socket.
 
     Raises:
-        ValueError: the address cannot be listened on.
+        UserError: the address cannot be listened on.
     """
     if not 0 <= port < 2**16:
-        raise ValueError(f"port is {port}; it must be from 0 to 65535")
+        raise UserError(f"port is {port}; it must be from 0 to 65535")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         # localhost may have both kinds of address; clients write 127.0.0.1.
@@ -229,9 +230,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         # Python's own text repeats the address, but for a name that cannot be resolved, whose number is below 0.
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        raise ValueError(
-            f"cannot listen on host '{host}', port {port} ({reason}); give another host or port"
-        ) from error
+        raise UserError(f"cannot listen on host '{host}', port {port} ({reason}); give another host or port") from error
     # Connections inherit it. asyncio does not set it on sockets that are opened for it, and without it the body of an
     # answer waits 40 ms for the acknowledgement of its head.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

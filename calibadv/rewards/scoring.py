@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from calibadv.agent.protocol import parse_message
+from calibadv.errors import UserError
 from calibadv.interfaces import Reward
 from calibadv.rewards.answer import cover_match, exact_match, f1
 from calibadv.types import Rollout
@@ -25,7 +26,7 @@ def score_rollouts(rollouts: Iterable[Rollout], reward: Reward) -> list[Rollout]
         The same rollouts in the same order, with these fields set.
 
     Raises:
-        ValueError: the reward returned a value outside [0, 1].
+        UserError: the reward returned a value outside [0, 1].
     """
     return [_score(rollout, reward) for rollout in rollouts]
 
@@ -36,7 +37,7 @@ def _score(rollout: Rollout, reward: Reward) -> Rollout:
         return replace(rollout, answer=None, answer_score=None, score=0.0, f1=0.0, em=0.0, cover_em=0.0)
     value = reward.score(last.content, rollout.question)
     if not 0 <= value <= 1:
-        raise ValueError(
+        raise UserError(
             f"{type(reward).__name__} scored {value} on question '{rollout.question.id}'; a reward lies in [0, 1]"
         )
     golden = rollout.question.golden_answers

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from calibadv.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -75,14 +77,14 @@ def shape_of(model: nn.Module) -> ModelShape:
         Its sizes.
 
     Raises:
-        ValueError: it has no stack of equal layers that could be found.
+        UserError: it has no stack of equal layers that could be found.
     """
     config: Any = model.config
     config = config.get_text_config()
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     stack = next((layers for layers in lists if len(layers) == config.num_hidden_layers), None)
     if stack is None:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} has no list of {config.num_hidden_layers} layers, by which memory is estimated; "
             "measure a step of it with tools/bench_step.py"
         )

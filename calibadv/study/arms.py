@@ -15,6 +15,7 @@ from calibadv.callbacks import AdvantageCalibration
 from calibadv.cli.configs import ConfigFile, Option, read_config, resolve_config, scan_settings
 from calibadv.cli.errors import message_for_users
 from calibadv.cli.lightning import ReadingCLI
+from calibadv.errors import UserError
 from calibadv.progress import tracked
 from calibadv.study.options import refuse_per_run
 
@@ -56,13 +57,13 @@ def read_arms(words: Sequence[str]) -> list[Arm]:
         The arms, in this order.
 
     Raises:
-        ValueError: a name is not one, or is there twice; or an overlay is not a config.
+        UserError: a name is not one, or is there twice; or an overlay is not a config.
     """
     arms: list[Arm] = []
     for word in words:
         arm = _read_arm(word)
         if any(arm.name.lower() == other.name.lower() for other in arms):  # as file systems may take it
-            raise ValueError(f"arm '{arm.name}' is there twice; give every arm a name of its own")
+            raise UserError(f"arm '{arm.name}' is there twice; give every arm a name of its own")
         arms.append(arm)
     return arms
 
@@ -70,18 +71,18 @@ def read_arms(words: Sequence[str]) -> list[Arm]:
 def _read_arm(word: str) -> Arm:
     name, equals, overlays = word.partition("=")
     if not _NAME.fullmatch(name):
-        raise ValueError(
+        raise UserError(
             f"arm '{name}': a name has letters, digits, '_', '-' and '.', and begins with one of the first two"
         )
     if name.lower() == REPORT:
-        raise ValueError(f"arm '{name}': the folder of this name is that of the report; give another name")
+        raise UserError(f"arm '{name}': the folder of this name is that of the report; give another name")
     try:
         files = tuple(read_config(resolve_config(overlay)) for overlay in (overlays.split("+") if equals else ()))
         for file in files:
             for key in file.values:
                 refuse_per_run(key, f"'{key}' of '{file.name}'")
     except ValueError as error:
-        raise ValueError(f"arm '{name}': {error}") from error
+        raise UserError(f"arm '{name}': {error}") from error
     return Arm(name, files)
 
 
@@ -96,7 +97,7 @@ def resolve_arms(arms: Sequence[Arm], common: Sequence[ConfigFile | Option]) -> 
         The whole config by the arm's name.
 
     Raises:
-        ValueError: ``fit`` would refuse an arm's settings, or an option of all arms undoes what makes one of them.
+        UserError: ``fit`` would refuse an arm's settings, or an option of all arms undoes what makes one of them.
     """
     scan_settings(common)
     resolved: dict[str, Settings] = {}
@@ -104,7 +105,7 @@ def resolve_arms(arms: Sequence[Arm], common: Sequence[ConfigFile | Option]) -> 
         try:
             resolved[arm.name] = _resolve(arm, common)
         except ValueError as error:
-            raise ValueError(f"arm '{arm.name}': {message_for_users(error) or error}") from error
+            raise UserError(f"arm '{arm.name}': {message_for_users(error) or error}") from error
     return resolved
 
 
@@ -125,7 +126,7 @@ def _refuse_to_undo(option: Option, overlays: Sequence[ConfigFile]) -> None:
     for key in option.values:
         for overlay in overlays:
             if any(f"{own.removesuffix('+')}.".startswith(f"{key}.") for own in overlay.values):
-                raise ValueError(
+                raise UserError(
                     f"{option.name} sets in every arm what '{overlay.name}' sets in this one; leave one of the two out"
                 )
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from calibadv.cli.configs import Option, read_words
 from calibadv.cli.help import describe
 from calibadv.cli.quiet import quiet_libraries
+from calibadv.errors import UserError
 from calibadv.run_folder import RunFolder
 from calibadv.study.arms import REPORT, ArmCLI, read_arms, resolve_arms
 from calibadv.study.options import LISTS, PER_RUN, StudyOptions, read_options, split
@@ -82,7 +83,7 @@ def study(arguments: Sequence[str]) -> int:
         The exit status: 0; 1 if a run has failed; 128 + signal after an orderly stop.
 
     Raises:
-        ValueError: a mistake in the arguments or in what they name; nothing has been run then.
+        UserError: a mistake in the arguments or in what they name; nothing has been run then.
     """
     quiet_libraries()
     options, given = read_study(arguments)
@@ -105,7 +106,7 @@ def read_study(arguments: Sequence[str]) -> tuple[StudyOptions, Record]:
         The study's own options, and what it is made of.
 
     Raises:
-        ValueError: a mistake in the arguments or in what they name.
+        UserError: a mistake in the arguments or in what they name.
     """
     own, common = split(read_words(arguments))
     for option in common:
@@ -123,9 +124,9 @@ def _alone(out: Path) -> AbstractContextManager[object]:
         out.mkdir(parents=True, exist_ok=True)
         return FileLock(out / _LOCK).acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(f"another study is at work in {out}; wait for it, or choose another --out") from error
+        raise UserError(f"another study is at work in {out}; wait for it, or choose another --out") from error
     except OSError as error:
-        raise ValueError(f"out '{out}' cannot be written to ({error.strerror}); choose another --out") from error
+        raise UserError(f"out '{out}' cannot be written to ({error.strerror}); choose another --out") from error
 
 
 def plan(given: Record, out: Path, baseline: str | None = None) -> Record:
@@ -140,21 +141,21 @@ def plan(given: Record, out: Path, baseline: str | None = None) -> Record:
         The whole study. Nothing is written.
 
     Raises:
-        ValueError: the folder holds something else, or the call contradicts what is recorded.
+        UserError: the folder holds something else, or the call contradicts what is recorded.
     """
     before = Record.read(out)
     if before is None and RunFolder(out).config(None).exists():
-        raise ValueError(f"'{out}' is the folder of a run; choose another --out")
+        raise UserError(f"'{out}' is the folder of a run; choose another --out")
     record = given if before is None else before.extended(given, out)
     record.check_arms()
     if baseline is not None and baseline not in record.arms:
-        raise ValueError(f"--baseline is '{baseline}'; it must be one of the arms: {', '.join(record.arms)}")
+        raise UserError(f"--baseline is '{baseline}'; it must be one of the arms: {', '.join(record.arms)}")
     known = set() if before is None else {run.folder.path for run in runs_of(before, out)}
     for run in runs_of(record, out):
         path = run.folder.path
         there = path.parent if path.parent.is_file() else path
         if path not in known and there.exists():
-            raise ValueError(f"{there} is there, and not of this study; choose another --out, or move it away")
+            raise UserError(f"{there} is there, and not of this study; choose another --out, or move it away")
     return record
 
 

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 from calibadv.cli.configs import ConfigFile, Option
 from calibadv.cli.explain import explain
+from calibadv.errors import UserError
 
 _MAX_SEED = 2**32 - 1  # of NumPy, which LightningCLI seeds too
 # Options that may be given several times or with several values, and what stands for these in --help.
@@ -46,18 +47,18 @@ class StudyOptions:
         """Check the numbers.
 
         Raises:
-            ValueError: one is out of its range, or given twice.
+            UserError: one is out of its range, or given twice.
         """
         for name, value in (("jobs", self.jobs), ("threads", self.threads)):
             if value is not None and value < 1:
-                raise ValueError(f"--{name} is {value}; it must be at least 1")
+                raise UserError(f"--{name} is {value}; it must be at least 1")
         if not self.seeds:
-            raise ValueError("--seeds names no seed; give at least one, such as --seeds 0 1 2")
+            raise UserError("--seeds names no seed; give at least one, such as --seeds 0 1 2")
         for seed in self.seeds:
             if not 0 <= seed <= _MAX_SEED:
-                raise ValueError(f"--seeds has {seed}; a seed is a whole number from 0 to {_MAX_SEED}")
+                raise UserError(f"--seeds has {seed}; a seed is a whole number from 0 to {_MAX_SEED}")
             if self.seeds.count(seed) > 1:
-                raise ValueError(f"--seeds has {seed} twice; give each seed once")
+                raise UserError(f"--seeds has {seed} twice; give each seed once")
 
     @property
     def folder(self) -> Path:
@@ -75,7 +76,7 @@ def split(settings: Sequence[ConfigFile | Option]) -> tuple[list[Option], list[C
         The study's own options; and what ``fit`` is to read, for every arm alike.
 
     Raises:
-        ValueError: an option of ``fit`` is one that a study sets for each run.
+        UserError: an option of ``fit`` is one that a study sets for each run.
     """
     names = {f"--{field.name}" for field in fields(StudyOptions)}
     own: list[Option] = []
@@ -99,11 +100,11 @@ def refuse_per_run(key: str, shown: str) -> None:
         shown: what the user calls it.
 
     Raises:
-        ValueError: it is one of those.
+        UserError: it is one of those.
     """
     reason = PER_RUN.get(key.partition(".")[0])
     if reason:
-        raise ValueError(f"{shown} is set by the study: {reason}")
+        raise UserError(f"{shown} is set by the study: {reason}")
 
 
 def read_options(own: Sequence[Option]) -> StudyOptions:
@@ -116,7 +117,7 @@ def read_options(own: Sequence[Option]) -> StudyOptions:
         The options, checked.
 
     Raises:
-        ValueError: one is missing or not accepted.
+        UserError: one is missing or not accepted.
     """
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(StudyOptions)
@@ -124,7 +125,7 @@ def read_options(own: Sequence[Option]) -> StudyOptions:
         parsed = parser.parse_args(_words(own))
     except ArgumentError as error:
         options = [option for action in parser._actions for option in action.option_strings]
-        raise ValueError(explain(str(error), options)) from error
+        raise UserError(explain(str(error), options)) from error
     return StudyOptions(**parsed.as_dict())
 
 
@@ -144,7 +145,7 @@ def _words(own: Sequence[Option]) -> list[str]:
 
 def _values(given: list[str], name: str) -> list[Any]:
     if not given:
-        raise ValueError(f"{name} has no value; give it one")
+        raise UserError(f"{name} has no value; give it one")
     if name == "--arm":
         return given
     return [int(word) if word.lstrip("-").isdecimal() else word for word in given]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from calibadv.errors import UserError
 from calibadv.run_folder import STUDY_FILE, write_atomically
 from calibadv.settings import flat, method_of
 from calibadv.study.arms import Settings
@@ -46,7 +47,7 @@ class Record:
             The record, or None where no study has begun.
 
         Raises:
-            ValueError: the file is not one.
+            UserError: the file is not one.
         """
         path = out / STUDY_FILE
         if not path.exists():
@@ -54,7 +55,7 @@ class Record:
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"'{path}' is not the record of a study ({error}); choose another --out") from error
+            raise UserError(f"'{path}' is not the record of a study ({error}); choose another --out") from error
 
     def write(self, out: Path) -> None:
         """Write the record into a folder, whole or not at all.
@@ -75,13 +76,13 @@ class Record:
             The arms and seeds of both, those of this record first.
 
         Raises:
-            ValueError: the call contradicts this record; the message names what differs.
+            UserError: the call contradicts this record; the message names what differs.
         """
         differences = list(self._differences(given))
         if differences:
             shown = "; ".join(differences[:_SHOWN])
             more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
-            raise ValueError(
+            raise UserError(
                 f"the study in {out} was begun otherwise: {shown}{more}; give what it was begun with, or another --out"
             )
         seeds = dict.fromkeys([*self.seeds, *given.seeds])
@@ -96,26 +97,26 @@ class Record:
         """See that the arms differ in something that a run depends on: only then can a report tell them apart.
 
         Raises:
-            ValueError: two arms are the same.
+            UserError: two arms are the same.
         """
         methods: dict[str, dict[str, Any]] = {}
         for name, settings in self.arms.items():
             method = method_of(settings)
             same = next((other for other, known in methods.items() if known == method), None)
             if same is not None:
-                raise ValueError(f"arms '{same}' and '{name}' have the same settings; leave one of them out")
+                raise UserError(f"arms '{same}' and '{name}' have the same settings; leave one of them out")
             methods[name] = method
 
     def check_unchanged(self) -> None:
         """See that what the record names is what it was.
 
         Raises:
-            ValueError: the code, a file or a version has changed; the message names it.
+            UserError: the code, a file or a version has changed; the message names it.
         """
         now = digests(self.arms.values())
         changed = [*_changed(self.versions, versions()), *_changed_sources(self.sources, now)]
         if changed:
-            raise ValueError(f"{'; '.join(changed)}: put it back as it was, or begin with another --out")
+            raise UserError(f"{'; '.join(changed)}: put it back as it was, or begin with another --out")
 
     def _differences(self, given: Record) -> Iterator[str]:
         if given.threads != self.threads:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from calibadv.errors import UserError
 from calibadv.world.world import build_world
 
 
@@ -19,7 +20,7 @@ def export(out: Path, seed: int = 0) -> None:
         seed: Of the world. 0 is the world that configs call 'embedded'.
 
     Raises:
-        ValueError: the folder holds something.
+        UserError: the folder holds something.
     """
     check_empty(out)
     world = build_world(seed)
@@ -40,12 +41,12 @@ def policy(out: Path, seed: int = 0, clean_steps: int = 250, noisy_steps: int = 
         noisy_steps: Steps on demonstrations with mistakes, after those.
 
     Raises:
-        ValueError: the folder holds something, or a number of steps is negative.
+        UserError: the folder holds something, or a number of steps is negative.
     """
     check_empty(out)
     for name, steps in (("clean_steps", clean_steps), ("noisy_steps", noisy_steps)):
         if steps < 0:
-            raise ValueError(f"{name} is {steps}; it must be at least 0")
+            raise UserError(f"{name} is {steps}; it must be at least 0")
     from calibadv.world.warm_start import make_policy
 
     make_policy(out, seed, clean_steps, noisy_steps)
@@ -58,10 +59,10 @@ def check_empty(out: Path) -> None:
         out: where to write.
 
     Raises:
-        ValueError: it is a file, or a folder that is not empty.
+        UserError: it is a file, or a folder that is not empty.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"out '{out}' exists and is not an empty folder; name another folder, or remove it")
+        raise UserError(f"out '{out}' exists and is not an empty folder; name another folder, or remove it")
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
