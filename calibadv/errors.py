@@ -9,3 +9,7 @@ class UserError(ValueError):
 
 class ServiceError(RuntimeError):
     """A service that the run depends on does not answer, or not as it should."""
+
+
+class StopRequestedError(Exception):
+    """A signal asked the run to stop while it waited for something: the rollout step in progress is given up."""
