@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any, Literal, cast
 
@@ -38,7 +39,7 @@ from calibadv.metrics import evaluation_metrics, rollout_metrics, speed_metrics
 from calibadv.models import Lora, Reference, check_positions, enable_checkpointing, load_policy, make_reference
 from calibadv.numerics.kl import KLEstimator
 from calibadv.objective import Objective
-from calibadv.processes import Processes, shard
+from calibadv.processes import Attempt, Processes, shard
 from calibadv.resume import check_identity, save_identity
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
@@ -158,6 +159,9 @@ class SearchAgentModule(pl.LightningModule):
         self.garbled_perplexity = garbled_perplexity
         self.seed = seed
         self.rollout_step = 0
+        self.finished_step = 0  # the last one whose curves and rollout file are written
+        self.mid_update = False
+        self.stop_requested = False
         self.validated_step = -1
         self.evaluation: Metrics = {}
         self._evaluated: list[Rollout] = []
@@ -190,8 +194,9 @@ class SearchAgentModule(pl.LightningModule):
                 self.model, cast("torch.optim.Optimizer", self.optimizers()), self.descend, self.processes
             )
             update_metrics = self.learner.update(trainee, ready, self.rollout_step + 1)
-            self.agent.engine.sync(self.policy)
+        self._engine_is_stale = True
         self.rollout_step += 1
+        self.mid_update = False
         metrics = {
             **rollout_metrics(batch, estimated, calibrated),
             **filter_metrics,
@@ -220,11 +225,16 @@ class SearchAgentModule(pl.LightningModule):
         """
         step, seen = self.rollout_step + 1, list[Group]()
 
-        def ask(asked: Sequence[Question]) -> list[Group]:
+        def make(asked: Sequence[Question]) -> list[Rollout]:
             with clock.measure("rollout"):
                 own = self.sample(asked, step, self.group_size, self.temperature)
             with clock.measure("evidence"):
-                groups = self.share(asked, credit_rollouts(score_rollouts(own, self.reward)), self.group_size)
+                return credit_rollouts(score_rollouts(own, self.reward))
+
+        def ask(asked: Sequence[Question]) -> list[Group]:
+            own = self.processes.attempt(partial(make, asked))
+            with clock.measure("evidence"):
+                groups = self.share(asked, own, self.group_size)
             seen.extend(groups)
             check_searches(seen, step)  # all of the step: a few alone say little of the retriever
             return groups
@@ -252,7 +262,7 @@ class SearchAgentModule(pl.LightningModule):
             self._engine_is_stale = False
         return run_rollouts(questions, self.agent, Draws(self.seed, step, samples, temperature), self.processes)
 
-    def share(self, questions: Sequence[Question], own: Sequence[Rollout], samples: int) -> list[Group]:
+    def share(self, questions: Sequence[Question], own: Attempt[list[Rollout]], samples: int) -> list[Group]:
         """Put the rollouts of all processes together.
 
         Args:
@@ -263,9 +273,10 @@ class SearchAgentModule(pl.LightningModule):
         Returns:
             On every process, one group of ``samples`` rollouts per question, in the order of the questions.
         """
-        groups = [list(own[start : start + samples]) for start in range(0, len(own), samples)]
+        rollouts = own.result or []
+        groups = [rollouts[start : start + samples] for start in range(0, len(rollouts), samples)]
         owners = self.processes.owners([question.id for question in questions])
-        return self.processes.interleave(groups, owners)
+        return self.processes.interleave(Attempt(groups, own.error), owners)
 
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
         """Apply the installed calibrators in order; without any, this is plain GRPO.
@@ -362,8 +373,13 @@ class SearchAgentModule(pl.LightningModule):
         if self.reference is not None:
             self.reference.to(self.device)
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note that the weights are between two rollout steps from here on."""
+        self.mid_update = True
+
     def on_train_start(self) -> None:
         """Validate before training, as row 0 of every table; or after a stop that came before a validation was done."""
+        self.finished_step = self.rollout_step
         due = self.rollout_step % self.trainer.val_check_interval == 0 and self.validated_step != self.rollout_step
         if due and self.trainer.enable_validation:
             self.trainer.validating = True
@@ -391,8 +407,12 @@ class SearchAgentModule(pl.LightningModule):
         Returns:
             Scored rollouts, kept until the end of the epoch too.
         """
-        own = self.sample(questions, self.rollout_step, samples=1, temperature=0.0)
-        groups = self.share(questions, score_rollouts(own, self.reward), samples=1)
+
+        def make() -> list[Rollout]:
+            own = self.sample(questions, self.rollout_step, samples=1, temperature=0.0)
+            return score_rollouts(own, self.reward)
+
+        groups = self.share(questions, self.processes.attempt(make), samples=1)
         check_searches(groups, self.rollout_step)
         rollouts = list(chain.from_iterable(groups))
         self._evaluated.extend(rollouts)

@@ -8,18 +8,30 @@ the whole batch, by the code of one process. What is dealt out again are the pas
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from calibadv.errors import ServiceError, StopRequestedError, UserError
 from calibadv.interfaces import Metrics
 
 T = TypeVar("T")
+
+# Errors that other processes raise as what they are; any other becomes a RuntimeError there.
+_KINDS: tuple[type[Exception], ...] = (StopRequestedError, UserError, ServiceError)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt(Generic[T]):
+    """What one process has made of its share of the work, or why it could not."""
+
+    result: T | None = None
+    error: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +79,23 @@ class Processes:
         dist.all_gather_object(gathered, item)
         return gathered
 
-    def interleave(self, own: Sequence[T], owners: Sequence[int]) -> list[T]:
+    def attempt(self, work: Callable[[], T]) -> Attempt[T]:
+        """Do the share of this process; an error waits until ``interleave``, where the others can be told.
+
+        Args:
+            work: what may fail on some processes only.
+
+        Returns:
+            What ``interleave`` takes. In a run of one process an error is raised at once.
+        """
+        if self.size == 1:
+            return Attempt(work())
+        try:
+            return Attempt(work())
+        except Exception as error:
+            return Attempt(error=error)
+
+    def interleave(self, own: Attempt[list[T]], owners: Sequence[int]) -> list[T]:
         """Put together what the processes made of the items that they own.
 
         Args:
@@ -76,8 +104,19 @@ class Processes:
 
         Returns:
             Those of all, on every process.
+
+        Raises:
+            Exception: the attempt of a process failed; then all processes raise, here.
         """
-        sources = [iter(items) for items in self.gather(own)]
+        told = own.error and (_kind(own.error), str(own.error) or type(own.error).__name__)
+        gathered = self.gather((own.result, told))
+        failures = [(rank, failure) for rank, (_, failure) in enumerate(gathered) if failure]
+        if failures:
+            rank, (kind, text) = failures[0]
+            error = own.error or (kind or RuntimeError)(f"process {rank}: {text}")
+            setattr(error, _AGREED, True)
+            raise error
+        sources = [iter(items or ()) for items, _ in gathered]
         return [next(sources[owner]) for owner in owners]
 
     def deal(self, parts: Sequence[T]) -> list[tuple[T, bool]]:
@@ -130,6 +169,23 @@ class Processes:
 
 
 ALONE = Processes()
+_AGREED = "raised_by_all_processes"
+
+
+def _kind(error: Exception) -> type[Exception] | None:
+    return next((kind for kind in _KINDS if isinstance(error, kind)), None)
+
+
+def raised_by_all(error: BaseException) -> bool:
+    """Whether all processes of the run raise at the same place, so that they can still do something together.
+
+    Args:
+        error: as caught.
+
+    Returns:
+        True for what ``Processes.interleave`` raises.
+    """
+    return getattr(error, _AGREED, False)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
 
 from calibadv.errors import UserError
 
@@ -49,6 +52,41 @@ def check_identity(checkpoint: dict[str, Any], module: SearchAgentModule, verb: 
         log.warning("the checkpoint was trained with another protocol: %s; the figures depend on it", changed)
     if module.reference is not None:
         _check_reference(checkpoint, module.reference.checksum())
+    if "state_dict" in checkpoint:  # in a sharded checkpoint torch compares the shards
+        _check_weights(checkpoint["state_dict"], module)
+        if verb == "fit":
+            _check_optimizer(checkpoint["optimizer_states"], module)
+
+
+def _check_weights(weights: Mapping[str, Tensor], module: SearchAgentModule) -> None:
+    own = module.state_dict()
+    for name in {**own, **weights}:
+        there, wanted = (tuple(of[name].shape) if name in of else None for of in (weights, own))
+        if there != wanted:
+            shown = [f"has no {name}" if shape is None else f"has {name} of {list(shape)}" for shape in (there, wanted)]
+            raise UserError(
+                f"the checkpoint {shown[0]}, and the policy {shown[1]}; give model.policy and model.lora as the "
+                "checkpoint's run had them"
+            )
+
+
+def _check_optimizer(states: Sequence[Any], module: SearchAgentModule) -> None:
+    """The optimizer itself would notice other shapes in its first step only, when files of the run are gone already."""
+    trained = [parameter for parameter in module.model.parameters() if parameter.requires_grad]
+    state = states[0]["state"] if len(states) == 1 else {}
+    wrong = [number for number, values in state.items() if not _fits(values, trained, number)]
+    if len(states) != 1 or wrong or len(state) not in (0, len(trained)):
+        where = f"parameter {wrong[0]}" if wrong else f"{len(state)} of {len(trained)} parameters"
+        raise UserError(
+            f"the checkpoint's optimizer state does not fit the policy ({where}); resume from another checkpoint"
+        )
+
+
+def _fits(values: Any, trained: Sequence[nn.Parameter], number: Any) -> bool:
+    if not isinstance(values, dict) or not isinstance(number, int) or not 0 <= number < len(trained):
+        return False
+    moments = [value for value in values.values() if isinstance(value, Tensor) and value.dim() > 0]
+    return all(moment.shape == trained[number].shape for moment in moments)
 
 
 def _changed_protocol(checkpoint: dict[str, Any], module: SearchAgentModule) -> str:
@@ -59,7 +97,7 @@ def _changed_protocol(checkpoint: dict[str, Any], module: SearchAgentModule) -> 
 
 def _check_resume(checkpoint: dict[str, Any], module: SearchAgentModule) -> None:
     done = checkpoint["rollout_step"]
-    if done >= module.rollout_steps:
+    if done > module.rollout_steps:
         raise UserError(
             f"nothing is left to do: the checkpoint holds {done} rollout steps and model.rollout_steps is "
             f"{module.rollout_steps}; raise it to go on"

@@ -114,22 +114,17 @@ class RunFolder:
         """
         return self.rollouts / f"{split}-step-{step:06d}.jsonl"
 
-    def newest_checkpoint(self) -> Path:
-        """Find the checkpoint of the highest rollout step.
+    def checkpoints_newest_first(self) -> list[Path]:
+        """The checkpoints that a run can go on from.
 
         Returns:
-            A ``rollout-step=`` file; ``last.ckpt``, which is the same file as one of those, where it is alone.
-
-        Raises:
-            UserError: there is none.
+            ``rollout-step=`` files from the highest step down. ``last.ckpt`` follows the first of them, but for the
+            usual case that it is the same file as one of them. Empty where there is none.
         """
-        found = self.step_checkpoints() or [path for path in (self.last,) if path.exists()]
-        if not found:
-            remedy = "name the run to resume with --run.name, or start one without --ckpt_path"
-            if self.holds_run:
-                remedy = "the run ended before its first; remove the folder and start again without --ckpt_path"
-            raise UserError(f"--ckpt_path last: there is no checkpoint in {self.checkpoints}; {remedy}")
-        return found[-1]
+        found = self.step_checkpoints()[::-1]
+        if self.last.exists() and not any(self.last.samefile(path) for path in found):
+            found.insert(1, self.last)
+        return found
 
     def step_checkpoints(self) -> list[Path]:
         """The checkpoints that are named by their rollout step.
@@ -150,23 +145,47 @@ class RunFolder:
         partial = self.last.with_suffix(".partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
-        if checkpoint.is_dir():
-            partial.symlink_to(checkpoint.name)
-        else:
-            try:
-                os.link(checkpoint, partial)
-            except OSError:  # no hard links here
-                shutil.copyfile(checkpoint, partial)
-        partial.replace(self.last)
+        try:
+            if checkpoint.is_dir():
+                partial.symlink_to(checkpoint.name)
+            else:
+                try:
+                    os.link(checkpoint, partial)
+                except OSError:  # no hard links here
+                    shutil.copyfile(checkpoint, partial)
+            replace_durably(partial, self.last)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has come to its end, with everything written."""
+        return bool(self.read_results().get("finished", False))
+
+    def clear(self) -> None:
+        """Remove what an attempt has left that ended before its first checkpoint; files that are not ours stay."""
+        for pattern in ("config*.yaml", "events.*", "results.json", "guard.json", "nonfinite-*", "*.partial"):
+            for path in self.path.glob(pattern):
+                remove(path)
+        for folder in (self.rollouts, self.checkpoints):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def read_results(self) -> dict[str, Any]:
         """Read what earlier parts of this run recorded.
 
         Returns:
             The content of ``results.json``, or an empty dictionary.
+
+        Raises:
+            UserError: the file is damaged.
         """
-        content: dict[str, Any] = json.loads(self.results.read_text("utf-8")) if self.results.exists() else {}
-        return content
+        try:
+            content: Any = json.loads(self.results.read_text("utf-8")) if self.results.exists() else {}
+            return dict(content)
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"'{self.results}' is damaged ({error}); remove it: a resumed run writes it again"
+            ) from error
 
     def drop_beyond(self, step: int) -> None:
         """Remove rollout files and checkpoints that a resumed run will write again, and what an earlier one left over.

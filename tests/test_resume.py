@@ -130,7 +130,7 @@ def test_last_is_the_highest_step_even_if_a_kill_came_before_it_was_renewed(copy
     folder = RunFolder(copy)
     folder.point_last_at(folder.checkpoint(2))
     (folder.checkpoints / "rollout-step=000009.partial").write_text("killed while it was written")
-    assert folder.newest_checkpoint() == folder.checkpoint(6)
+    assert folder.checkpoints_newest_first()[0] == folder.checkpoint(6)
 
 
 def test_a_finished_run_says_that_nothing_is_left(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,19 +50,15 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file" / "run").claim("")
 
 
-def test_the_newest_checkpoint_has_the_highest_step(folder: RunFolder) -> None:
+def test_checkpoints_from_the_newest_down(folder: RunFolder) -> None:
+    assert folder.checkpoints_newest_first() == []
     touch(folder.last)
-    assert folder.newest_checkpoint() == folder.last
-    touch(folder.checkpoint(100), folder.checkpoint(20), folder.checkpoint(300).with_suffix(".partial"))
-    assert folder.newest_checkpoint() == folder.checkpoint(100)
-
-
-def test_without_a_checkpoint_the_remedy_depends_on_whether_there_is_a_run(folder: RunFolder) -> None:
-    with pytest.raises(ValueError, match=r"no checkpoint in .*; name the run to resume with --run.name"):
-        folder.newest_checkpoint()
-    touch(folder.config(None))
-    with pytest.raises(ValueError, match="the run ended before its first; remove the folder and start again"):
-        folder.newest_checkpoint()
+    assert folder.checkpoints_newest_first() == [folder.last]
+    touch(folder.checkpoint(20), folder.checkpoint(100))
+    # A last.ckpt that is a copy, where there are no hard links, may be whole where the newest one is not.
+    assert folder.checkpoints_newest_first() == [folder.checkpoint(100), folder.last, folder.checkpoint(20)]
+    folder.point_last_at(folder.checkpoint(20))
+    assert folder.checkpoints_newest_first() == [folder.checkpoint(100), folder.checkpoint(20)]
 
 
 def test_last_follows_a_checkpoint(folder: RunFolder) -> None:

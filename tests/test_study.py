@@ -279,41 +279,10 @@ def test_every_arm_has_a_seed_before_any_has_the_next(arms: list[str], seeds: li
     assert order == list(product(seeds, arms))
 
 
-@pytest.mark.parametrize(
-    ("checkpoints", "kept", "continues"),
-    [
-        ([], [], False),
-        ([2, 4], [2, 4], True),
-        # Killed when the last checkpoint was there and what comes behind it perhaps not: its end is run again.
-        ([4, 6], [4], True),
-        ([6], [], False),
-    ],
-)
-def test_an_unfinished_run_continues_or_starts_anew(
-    checkpoints: list[int], kept: list[int], continues: bool, tmp_path: Path
-) -> None:
+def test_one_command_starts_continues_or_finishes_a_run(tmp_path: Path) -> None:
     run = StudyRun(tmp_path, "grpo", 3, steps=6)
-    run.folder.checkpoints.mkdir(parents=True)
-    (run.folder.path / "config.yaml").touch()
-    for step in checkpoints:
-        run.folder.checkpoint(step).touch()
-    command = run.prepare()
-    assert run.folder.path.exists() is continues
-    assert run.folder.step_checkpoints() == [run.folder.checkpoint(step) for step in kept]
     expected = ["fit", "--config", f"{tmp_path}/grpo/arm.yaml", "--seed_everything", "3"]
-    expected += ["--run.root", f"{tmp_path}/grpo", "--run.name", "seed3"]
-    assert command == expected + (["--ckpt_path", "last"] if continues else [])
-
-
-def test_a_run_that_its_guard_stopped_does_its_end_again(tmp_path: Path) -> None:
-    run = StudyRun(tmp_path, "grpo", 3, steps=60)
-    run.folder.checkpoints.mkdir(parents=True)
-    for step in (20, 40):  # the checkpoint of the stop knows of the alarm, and would go on after it
-        run.folder.checkpoint(step).touch()
-    warned, stopped = {"step": 30, "stops": False}, {"step": 40, "stops": True}
-    (run.folder.path / "guard.json").write_text(json.dumps({"events": [warned, stopped]}))
-    assert run.prepare()[-2:] == ["--ckpt_path", "last"]
-    assert run.folder.step_checkpoints() == [run.folder.checkpoint(20)]
+    assert run.words == [*expected, "--run.root", f"{tmp_path}/grpo", "--run.name", "seed3", "--ckpt_path", "auto"]
 
 
 def test_progress_is_read_from_what_lies_in_the_folder(tmp_path: Path) -> None:

@@ -8,10 +8,15 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 
-from calibadv.errors import UserError
-from calibadv.run_folder import RunFolder, remove
+from calibadv.checkpoint_files import CheckpointFile, write_digests
+from calibadv.errors import StopRequestedError, UserError
+from calibadv.learner import non_finite
+from calibadv.processes import raised_by_all
+from calibadv.retrieval.errors import one_line
+from calibadv.run_folder import RunFolder, remove, replace_durably, step_of
 
 
 class RolloutCheckpoint(Callback):
@@ -19,6 +24,9 @@ class RolloutCheckpoint(Callback):
 
     The first Ctrl-C or SIGTERM ends the run after the rollout step in progress, so that the checkpoint is one that an
     uninterrupted run would have passed through; a second one ends it at once.
+
+    An error ends the run too: the last finished step is saved where the weights are still those of it, which is not so
+    while an update is under way.
 
     Args:
         every_n_rollout_steps: Write ``rollout-step=NNNNNN.ckpt`` after every so many rollout steps.
@@ -33,8 +41,15 @@ class RolloutCheckpoint(Callback):
         self.every_n_rollout_steps = every_n_rollout_steps
         self.keep = keep
         self.stopped_by: signal.Signals | None = None
+        self.kept = ""
         self._saved_step = -1
+        self._file = CheckpointFile()
         self._handlers: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Have Lightning write checkpoints by way of ``CheckpointFile``, unless the user has chosen otherwise."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = self._file
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Listen for signals, in the place of Lightning, which would stop in the middle of a step."""
@@ -45,6 +60,7 @@ class RolloutCheckpoint(Callback):
             if self.stopped_by is not None:
                 raise SystemExit(128 + number)
             self.stopped_by = signal.Signals(number)
+            pl_module.stop_requested = True
             if pl_module.processes.size == 1:  # several agree first: one that stops alone leaves the others waiting
                 trainer.should_stop = True
             doing = "the validation" if trainer.validating else f"rollout step {pl_module.rollout_step + 1}"
@@ -56,6 +72,7 @@ class RolloutCheckpoint(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when it is due; where a validation is due too, after it, so that a resumed run need not repeat it."""
+        pl_module.finished_step = pl_module.rollout_step
         if self._all_stop(trainer, pl_module):
             # Whoever sends SIGTERM will not wait for a validation; a resumed run makes up for it where it was due.
             self._save(trainer, pl_module)
@@ -93,8 +110,41 @@ class RolloutCheckpoint(Callback):
         self._restore_handlers()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Save the last finished step if the weights are still those of it, and give the signals back."""
+        if self._handlers and isinstance(exception, Exception) and trainer.state.fn == "fit":
+            if isinstance(exception, StopRequestedError):
+                self.stopped_by = self.stopped_by or signal.SIGTERM  # another process has received it
+            self.kept = self._rescue(trainer, pl_module, exception)
         self._restore_handlers()
+
+    def _rescue(self, trainer: Trainer, pl_module: Any, exception: Exception) -> str:
+        """Save what can be saved, and say what is kept and what is lost."""
+        step = pl_module.finished_step
+        if pl_module.mid_update:
+            reason = f"the update of rollout step {step + 1} was under way"
+        elif step != pl_module.rollout_step:
+            reason = f"rollout step {pl_module.rollout_step} was not written out"
+        elif pl_module.processes.size > 1 and not raised_by_all(exception):
+            reason = "the processes did not stop together"
+        else:
+            reason = self._save_at_the_end(trainer, pl_module)
+        if not reason:
+            return f"rollout step {step}, the last one that was finished, is saved"
+        stands = max(RunFolder(Path(trainer.default_root_dir)).step_checkpoints(), key=step_of, default=None)
+        if stands is None:
+            return f"nothing is saved, since {reason}; there is no checkpoint, and {_steps(step)} lost"
+        return f"nothing is saved, since {reason}; {stands.name} stands, and {_steps(step - step_of(stands))} lost"
+
+    def _save_at_the_end(self, trainer: Trainer, pl_module: Any) -> str:
+        """Save, in the middle of whatever Lightning was doing; returns why that is not possible."""
+        if self._saved_step == pl_module.rollout_step:
+            return ""
+        rewind(trainer, pl_module.rollout_step)
+        try:
+            self._save(trainer, pl_module)
+        except Exception as error:  # the first one is what is reported
+            return f"the checkpoint cannot be written ({one_line(error)})"
+        return ""
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
@@ -107,11 +157,56 @@ class RolloutCheckpoint(Callback):
         partial = path.with_suffix(".partial")
         for logger in trainer.loggers:
             logger.save()  # points that a resumed run will not write again
-        trainer.save_checkpoint(partial, weights_only=False)
+        try:
+            self._write(trainer, pl_module, partial)
+            if trainer.is_global_zero:
+                replace_durably(partial, path)
+        finally:
+            if trainer.is_global_zero and partial.exists():
+                remove(partial)
         self._saved_step = pl_module.rollout_step
         if trainer.is_global_zero:
-            partial.replace(path)
             folder.point_last_at(path)
             if self.keep:
                 for old in folder.step_checkpoints()[: -self.keep]:
                     remove(old)
+
+    def _write(self, trainer: Trainer, pl_module: Any, partial: Path) -> None:
+        """Write a checkpoint; all processes learn of an error of the one that writes."""
+        name = non_finite(pl_module.model, trainer.optimizers)
+        if any(pl_module.processes.gather(name)):
+            raise UserError(
+                f"the checkpoint of rollout step {pl_module.rollout_step} is not written, since {name} is not finite: "
+                "training has diverged; resume from the last checkpoint with a lower model.learning_rate"
+            )
+        trainer.save_checkpoint(partial, weights_only=False)
+        if partial.is_dir():
+            write_digests(partial, pl_module.processes)
+        failure = self._file.failure if trainer.is_global_zero else None
+        failures = [told for told in pl_module.processes.gather(failure) if told]
+        if failures:
+            raise UserError(
+                f"the checkpoint of rollout step {pl_module.rollout_step} cannot be written to {partial.parent} "
+                f"({failures[0]}); make room there"
+            )
+
+
+def rewind(trainer: Trainer, rollout_steps: int) -> None:
+    """Set Lightning's counters to the end of a rollout step, where an exception left them in the middle of another.
+
+    A resume counts on from them; they say when the next validation is due.
+
+    Args:
+        trainer: in training.
+        rollout_steps: finished.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    progress: Any = loop.batch_progress
+    done = progress.current.ready - (progress.total.ready - rollout_steps)
+    for counts, value in ((progress.total, rollout_steps), (progress.current, done)):
+        counts.ready = counts.started = counts.processed = counts.completed = value
+    loop.val_loop.batch_progress.reset()
+
+
+def _steps(number: int) -> str:
+    return "1 rollout step is" if number == 1 else f"{number} rollout steps are"

@@ -66,9 +66,11 @@ class Results(Callback):
         """Record a test."""
         self._write(trainer, pl_module, {"test": {"step": pl_module.rollout_step, **pl_module.evaluation}})
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Record the end of training."""
-        self._write(trainer, pl_module, self._training(trainer))
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Record the end of training, after everything else is written."""
+        figures = self._training(trainer)
+        finished = pl_module.rollout_step >= pl_module.rollout_steps or figures.get("stopped_by_guard", False)
+        self._write(trainer, pl_module, {**figures, "finished": finished})
 
     def _training(self, trainer: Trainer) -> dict[str, Any]:
         guard = installed(trainer, CollapseGuard)

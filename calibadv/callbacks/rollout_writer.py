@@ -39,8 +39,11 @@ class RolloutWriter(Callback):
         """Write the training rollouts where it is their turn."""
         output = outputs["output"]
         due = output.step == 1 or output.step % self.every_n_rollout_steps == 0
-        if not (due and trainer.is_global_zero):  # every process holds all rollouts
-            return
+        if due and trainer.is_global_zero:  # every process holds all rollouts
+            self._write_training(trainer, output)
+        pl_module.finished_step = output.step
+
+    def _write_training(self, trainer: Trainer, output: StepOutput) -> None:
         write_training_rollouts(self._path(trainer, "train", output.step), output)
         worst = sorted(output.batch.rollouts, key=lambda r: (r.score, _STATUSES.index(r.status)))[: self.shown]
         text = "\n\n---\n\n".join(_as_markdown(rollout) for rollout in worst)

@@ -40,4 +40,5 @@ class RunCurves(TensorBoardLogger):
 
     def save(self) -> None:
         """Write what is pending; the run's config.yaml stands in for TensorBoard's own file of hyperparameters."""
-        self.experiment.flush()
+        if self._is_open:
+            self.experiment.flush()

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterable
+
 from rich.console import Console
 from rich.text import Text
 
 from calibadv.errors import ServiceError, UserError
+
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, or choose another folder"),
+    errno.ENOENT: "was it removed or renamed meanwhile?",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 
 def message_for_users(error: BaseException) -> str | None:
@@ -22,14 +32,34 @@ def message_for_users(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError | ServiceError):
         cause = cause.__cause__
-    return None if cause is None else str(cause)
+    return _of_the_machine(error) if cause is None else str(cause)
 
 
-def report(message: str) -> None:
+def _of_the_machine(error: BaseException) -> str | None:
+    """What the system, and not our code, could not do."""
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"'{error.filename}': " if error.filename else ""
+        remedy = _REMEDIES.get(error.errno, "see to the disk, or choose another folder")
+        return f"{where}{error.strerror}; {remedy}"
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return (
+            f"there is not enough memory ({' '.join(str(error).split())[:200] or 'MemoryError'}); lower "
+            "model.micro_batch_tokens (update) or model.engine.batch_size (sampling), set "
+            "model.gradient_checkpointing, or train adapters (model.lora); 'calibadv plan' estimates what is needed"
+        )
+    if isinstance(error, RecursionError):
+        return "something is nested too deeply to be read; see to the JSON or YAML that was given"
+    return None
+
+
+def report(message: str, notes: Iterable[str] = ()) -> None:
     """Print an error on the standard error stream, in one line.
 
     Args:
         message: what is wrong, the limit and the remedy.
+        notes: what is kept, and how to go on; below the line.
     """
-    line = Text.assemble(("calibadv: error: ", "bold red"), " ".join(message.split()))
-    Console(stderr=True, soft_wrap=True).print(line, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text.assemble(("calibadv: error: ", "bold red"), " ".join(message.split())))
+    for note in notes:
+        console.print(note, markup=False)

@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
 
 import calibadv.calibrators
 import calibadv.callbacks
@@ -40,19 +41,22 @@ from calibadv.cli.help import HELP, VERBS, describe
 from calibadv.cli.quiet import quiet_libraries
 from calibadv.cli.signals import ended_by_sigterm
 from calibadv.cli.start import (
+    FinishedError,
     Run,
     Start,
+    check_left_to_do,
     plan_start,
     refuse_in_study,
     refuse_second_run,
     refuse_untrained,
     resume_command,
 )
-from calibadv.cli.trainer import check_checkpoint, check_trainer, moment
+from calibadv.cli.trainer import check_checkpoint, check_trainer, is_first_process, moment
 from calibadv.data import QuestionData
-from calibadv.errors import UserError
+from calibadv.errors import StopRequestedError, UserError
 from calibadv.module import SearchAgentModule
 from calibadv.run_folder import write_atomically
+from calibadv.run_lock import RunLock
 from calibadv.settings import changed_settings
 
 log = logging.getLogger(__name__)
@@ -64,16 +68,16 @@ class CalibadvCLI(LightningCLI):
     Args:
         verb: ``fit``, ``validate``, ``test`` or ``predict``.
         settings: config files and options of the command line.
-        run: whether to run the verb; otherwise everything is only built.
+        lock: of the run folder; without one everything is only built, and nothing is run.
     """
 
     start: Start
     checkpoints: RolloutCheckpoint
 
-    def __init__(self, verb: str, settings: Sequence[ConfigFile | Option], run: bool = True) -> None:
+    def __init__(self, verb: str, settings: Sequence[ConfigFile | Option], lock: RunLock | None) -> None:
         self.verb = verb
         self.settings = settings
-        self._run = run
+        self._lock = lock
         manners = {"exit_on_error": False, "allow_abbrev": False}
         usage = f"calibadv {verb} [--config NAME_OR_FILE ...] [--option VALUE ...]"
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -145,22 +149,27 @@ class CalibadvCLI(LightningCLI):
         names = [setting.path.stem for setting in self.settings if isinstance(setting, ConfigFile)]
         seed = f"seed{config.seed_everything}"
         default_name = "-".join([*prefix, *names, seed, moment()])
+        if config.ckpt_path == "auto" and self.verb != "fit":
+            raise UserError("--ckpt_path auto is for fit, which may start anew; give last, or a checkpoint")
         self.start = plan_start(config.run.root, config.run.name, default_name, config.ckpt_path)
         check_checkpoint(self.start.checkpoint, config.trainer)
-        if self.start.checkpoint is not None:
-            config.ckpt_path = str(self.start.checkpoint)
         if self.verb == "predict":
             config.return_predictions = False  # RolloutWriter writes them; Lightning would keep them all in memory
         if self.verb == "fit":
             refuse_in_study(self.start.folder)
             refuse_second_run(self.start)
+            check_left_to_do(self.start, config.model.rollout_steps, config.ckpt_path)
         else:
             refuse_untrained(self.start, self.verb)
+        config.ckpt_path = self.start.checkpoint and str(self.start.checkpoint)
+        if self._lock is not None and is_first_process():
+            self._lock.take(self.start.folder)
 
     @property
     def resume_command(self) -> str:
-        """What to type to go on with this run."""
-        return resume_command(self.verb, self.settings, self.start.folder)
+        """What to type to go on with this run, or to start it anew where it has no checkpoint yet."""
+        ckpt_path = "last" if self.start.folder.checkpoints_newest_first() else "auto"
+        return resume_command(self.verb, self.settings, self.start.folder, ckpt_path)
 
     def resolved_config(self) -> str:
         """Give the whole config of this run.
@@ -193,29 +202,34 @@ class CalibadvCLI(LightningCLI):
         words = [word for setting in self.settings for word in words_of(setting)]
         rollouts = self._get(self.config_init, "rollouts")
         swept = swept_settings(yaml.safe_load(self.resolved_config()))
-        # Checkpoints hold the state of Results, so what a validation adds to it comes first.
-        ours = [
+        # The user's callbacks run once RolloutWriter has written out the step, which is finished then. Checkpoints hold
+        # the state of all callbacks, so they come last.
+        before = [
             RunStart(self),
-            rollouts,
             Results(shlex.join(["calibadv", self.verb, *words])),
             TensorBoardPages(swept, rollouts.every_n_rollout_steps),
-            self.checkpoints,
-            Progress(),
+            rollouts,
         ]
-        settings["callbacks"] = [*(settings["callbacks"] or []), *ours]
+        settings["callbacks"] = [*before, *(settings["callbacks"] or []), self.checkpoints, Progress()]
         try:
             return pl.Trainer(**{**settings, "default_root_dir": str(self.start.folder.path), **kwargs})
         except (ValueError, ImportError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if not self._run:
+        if self._lock is None:
             return
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as stop:
             if stop.code == 1:  # what Lightning makes of a KeyboardInterrupt
                 raise KeyboardInterrupt from stop
+            raise
+        except StopRequestedError:
+            pass  # an orderly stop: the last finished step is saved
+        except Exception as error:
+            if self.checkpoints.kept:
+                error.add_note(f"{self.checkpoints.kept}; to go on:\n  {self.resume_command}")
             raise
 
 
@@ -228,7 +242,7 @@ class ReadingCLI(CalibadvCLI):
 
     def __init__(self, settings: Sequence[ConfigFile | Option]) -> None:
         scan_settings(settings)
-        super().__init__("fit", settings, run=False)
+        super().__init__("fit", settings, lock=None)
 
     @property
     def settings_of_fit(self) -> Namespace:
@@ -254,11 +268,13 @@ class RunStart(pl.Callback):
     def __init__(self, cli: CalibadvCLI) -> None:
         self.cli = cli
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the config; when resuming, drop what the run will write again."""
         start = self.cli.start
         if trainer.is_global_zero:
             config = self.cli.resolved_config()
+            if start.starts_over:
+                start.folder.clear()
             if start.checkpoint is not None and start.resumed_from is not None:
                 _warn_of_changes(start.folder.newest_config(), config)
                 start.folder.drop_beyond(start.resumed_from)
@@ -297,29 +313,33 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     settings = read_words(arguments)
     scan_settings(settings)
     try:
-        with ended_by_sigterm():
-            cli = run_to_the_end(verb, settings)
+        with ended_by_sigterm(), RunLock() as lock:
+            cli = run_to_the_end(verb, settings, lock)
+            if not cli.trainer.is_global_zero:
+                return 0
+            done, planned = cli.model.rollout_step, cli.model.rollout_steps
+            return goodbye(verb, cli.start.folder, done, planned, cli.checkpoints.stopped_by, cli.resume_command)
+    except FinishedError as finished:
+        Console(soft_wrap=True).print(str(finished), highlight=False, markup=False)
+        return 0
     except MisconfigurationException as error:
         raise UserError(f"trainer: {error}") from error
-    if not cli.trainer.is_global_zero:
-        return 0
-    done, planned = cli.model.rollout_step, cli.model.rollout_steps
-    return goodbye(verb, cli.start.folder, done, planned, cli.checkpoints.stopped_by, cli.resume_command)
 
 
-def run_to_the_end(verb: str, settings: Sequence[ConfigFile | Option]) -> CalibadvCLI:
+def run_to_the_end(verb: str, settings: Sequence[ConfigFile | Option], lock: RunLock) -> CalibadvCLI:
     """Run a verb; where a CollapseGuard goes back to a checkpoint, go on from there as a resume does.
 
     Args:
         verb: one of the four.
         settings: config files and options of the command line.
+        lock: of the run folder, which is kept meanwhile.
 
     Returns:
         What has come to its end.
     """
     while True:
         try:
-            return CalibadvCLI(verb, settings)
+            return CalibadvCLI(verb, settings, lock)
         except RollbackError as rollback:
             earlier = [s for s in settings if not (isinstance(s, Option) and s.name == "--ckpt_path")]
             settings = [*earlier, *read_words(["--ckpt_path", str(rollback.checkpoint)])]

@@ -57,11 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from calibadv.cli.tools import run_tool
 
         return run_tool(command, rest)
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:
         message = message_for_users(error)
         if message is None:
             raise
-        report(message)
+        report(message, getattr(error, "__notes__", ()))
         return 2
     except KeyboardInterrupt:
         report("stopped at once; what was written before is kept")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import pickle
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from calibadv.callbacks.guard import stops_of_guard
+from calibadv.checkpoint_files import damage, read_content
 from calibadv.cli.configs import ConfigFile, Option
+from calibadv.cli.trainer import is_first_process, job_name
 from calibadv.errors import UserError
-from calibadv.run_folder import RunFolder
+from calibadv.run_folder import RunFolder, step_of
+
+log = logging.getLogger(__name__)
 
 _RUN_ROOT = "runs"
 # In the environment of a study's runs: what they are started with.
@@ -35,12 +37,17 @@ class Run:
 class Start:
     """Where a run's files go, and what it starts from.
 
-    ``resumed_from`` is the rollout step of the checkpoint, None for a run that starts from nothing.
+    Attributes:
+        folder: of the run.
+        checkpoint: to start from, or None.
+        resumed_from: rollout steps done at the checkpoint, None for a run that starts from nothing.
+        starts_over: whether the folder holds an attempt that ended before its first checkpoint, to be replaced.
     """
 
     folder: RunFolder
     checkpoint: Path | None = None
     resumed_from: int | None = None
+    starts_over: bool = False
 
 
 def plan_start(root: str, name: str | None, default_name: str, ckpt_path: str | None) -> Start:
@@ -52,23 +59,90 @@ def plan_start(root: str, name: str | None, default_name: str, ckpt_path: str | 
         root: folder of all runs.
         name: of this run, None for the checkpoint's or else the default one.
         default_name: for a run without name or checkpoint.
-        ckpt_path: a checkpoint, ``last``, or None.
+        ckpt_path: a checkpoint, ``last``, ``auto``, or None.
 
     Returns:
         The plan; nothing is written yet.
 
     Raises:
-        UserError: there is no such checkpoint, it is not one of ours, or the folder cannot be written.
+        UserError: there is no such checkpoint, it is damaged or not one of ours, or the folder cannot be written.
     """
     named = RunFolder(Path(root) / name) if name else None
     if ckpt_path is None:
         return Start(_writable(named or RunFolder(Path(root) / default_name)))
-    if ckpt_path == "last" and named is None:
-        raise UserError("--ckpt_path last: name the run to resume with --run.name (its folder under --run.root)")
-    checkpoint = named.newest_checkpoint() if named and ckpt_path == "last" else Path(ckpt_path)
-    step = read_rollout_step(checkpoint)
-    folder = named or owner(checkpoint) or RunFolder(Path(root) / default_name)
-    return Start(_writable(folder), checkpoint, step)
+    if ckpt_path == "auto":
+        return _plan_requeue(named, RunFolder(Path(root) / default_name))
+    if ckpt_path == "last":
+        if named is None:
+            raise UserError("--ckpt_path last: name the run to resume with --run.name (its folder under --run.root)")
+        candidates = named.checkpoints_newest_first()
+        if not candidates:
+            raise UserError(_no_checkpoint(named))
+        return _start_from(_newest_whole(candidates), _writable(named))
+    checkpoint = Path(ckpt_path)
+    _check_whole(checkpoint)
+    return _start_from(checkpoint, _writable(named or owner(checkpoint) or RunFolder(Path(root) / default_name)))
+
+
+def _plan_requeue(named: RunFolder | None, default: RunFolder) -> Start:
+    """Plan what one command does each time a job is put into the queue: start anew, go on, or finish."""
+    if named is None and job_name() is None:
+        raise UserError("--ckpt_path auto: name the run with --run.name, so that the next attempt finds this one")
+    folder = _writable(named or default)
+    candidates = folder.checkpoints_newest_first()
+    if not folder.is_finished and step_of(candidates[0] if candidates else folder.path) in stops_of_guard(folder)[-1:]:
+        # A guard stopped the run there, and it was killed before it could say so: it does its last part again.
+        candidates = candidates[1:]
+    if candidates:
+        return _start_from(_newest_whole(candidates), folder)
+    return Start(folder, starts_over=folder.holds_run)
+
+
+def _start_from(checkpoint: Path, folder: RunFolder) -> Start:
+    return Start(folder, checkpoint, read_content(checkpoint)["rollout_step"])
+
+
+def _newest_whole(candidates: Sequence[Path]) -> Path:
+    """The first checkpoint that is not damaged; names those that are."""
+    found: list[str] = []
+    for checkpoint in candidates:
+        reason = damage(checkpoint)
+        if reason is not None:
+            found.append(f"{checkpoint}: {reason}")
+            continue
+        if found and is_first_process():
+            lost = step_of(candidates[0]) - int(read_content(checkpoint)["rollout_step"])
+            log.warning(
+                "damaged checkpoints are passed over (%s); going on from %s, which costs %d rollout steps",
+                "; ".join(found),
+                checkpoint,
+                lost,
+            )
+        return checkpoint
+    raise UserError(
+        f"every checkpoint of the run is damaged ({'; '.join(found)}); copy one again, or remove the folder and start "
+        "again without --ckpt_path"
+    )
+
+
+def _check_whole(checkpoint: Path) -> None:
+    if not checkpoint.exists():
+        raise UserError(f"--ckpt_path {checkpoint} does not exist; give a checkpoint, or 'last' with --run.name")
+    reason = damage(checkpoint)
+    if reason is None:
+        return
+    own = owner(checkpoint)
+    others = [path for path in (own.checkpoints_newest_first() if own else []) if not path.samefile(checkpoint)]
+    whole = next((path for path in others if damage(path) is None), None)
+    remedy = "give a file of a run's checkpoints folder" if whole is None else f"{whole} is whole: give that"
+    raise UserError(f"--ckpt_path {checkpoint} is damaged, or no checkpoint of a run ({reason}); {remedy}")
+
+
+def _no_checkpoint(folder: RunFolder) -> str:
+    remedy = "name the run to resume with --run.name, or start one without --ckpt_path"
+    if folder.holds_run:
+        remedy = "the run ended before its first: --ckpt_path auto starts it anew"
+    return f"--ckpt_path last: there is no checkpoint in {folder.checkpoints}; {remedy}"
 
 
 def owner(checkpoint: Path) -> RunFolder | None:
@@ -82,31 +156,6 @@ def owner(checkpoint: Path) -> RunFolder | None:
     """
     folder = checkpoint.parent if checkpoint.parent.name else checkpoint.absolute().parent
     return RunFolder(folder.parent) if folder.name == "checkpoints" else None
-
-
-def read_rollout_step(checkpoint: Path) -> int:
-    """Read how many rollout steps were done at a checkpoint.
-
-    Args:
-        checkpoint: a file, or the folder of a sharded one.
-
-    Returns:
-        Rollout steps.
-
-    Raises:
-        UserError: there is no such file, or it is not a checkpoint of a run.
-    """
-    file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint  # what Lightning writes of a sharded one
-    if not file.is_file():
-        raise UserError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint, or 'last' with --run.name")
-    try:
-        content: Any = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
-        return int(content["rollout_step"])
-    except (RuntimeError, OSError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"--ckpt_path {checkpoint} is not a checkpoint of a calibadv run; give a file of a run's checkpoints "
-            "folder, or 'last' with --run.name"
-        ) from error
 
 
 def refuse_in_study(folder: RunFolder) -> None:
@@ -136,12 +185,44 @@ def refuse_second_run(start: Start) -> None:
     """
     folder = start.folder
     own = owner(start.checkpoint) if start.checkpoint else None
-    if not folder.holds_run or (own is not None and own.path.resolve() == folder.path.resolve()):
+    if start.starts_over or not folder.holds_run or (own and own.path.resolve() == folder.path.resolve()):
         return
-    own_settings = [ConfigFile(str(folder.newest_config()), folder.newest_config(), {})]
-    command = resume_command("fit", own_settings, folder)
-    resume = f"resume it with '{command}'" if folder.last.exists() else "it has no checkpoint: remove the folder"
-    raise UserError(f"{folder.path} holds a run already; {resume}, or choose another --run.name")
+    settings = [ConfigFile(str(folder.newest_config()), folder.newest_config(), {})]
+    has_checkpoint = bool(folder.checkpoints_newest_first())
+    command = resume_command("fit", settings, folder, "last" if has_checkpoint else "auto")
+    remedy = "resume it" if has_checkpoint else "it has no checkpoint: start it anew"
+    raise UserError(f"{folder.path} holds a run already; {remedy} with '{command}', or choose another --run.name")
+
+
+class FinishedError(Exception):
+    """A run that is put into the queue again has nothing left to do."""
+
+
+def check_left_to_do(start: Start, rollout_steps: int, ckpt_path: str) -> None:
+    """Tell apart what is left of a run to train, or to write, and what is finished.
+
+    Args:
+        start: from a checkpoint.
+        rollout_steps: that the run is to have.
+        ckpt_path: as the user gave it.
+
+    Raises:
+        FinishedError: the run is finished, and ``ckpt_path`` is ``auto``.
+        UserError: it is finished, or has more rollout steps.
+    """
+    done = start.resumed_from
+    if done is None:
+        return
+    own = owner(start.checkpoint) if start.checkpoint else None
+    finished = start.folder.is_finished and (own is None or own.path.resolve() == start.folder.path.resolve())
+    if ckpt_path == "auto" and finished and (done >= rollout_steps or stops_of_guard(start.folder)[-1:] == [done]):
+        why = "" if done >= rollout_steps else ", where its guard stopped it; --ckpt_path last goes on"
+        raise FinishedError(f"{start.folder.path} is finished at rollout step {done}{why}")
+    if done > rollout_steps or (done == rollout_steps and finished):
+        raise UserError(
+            f"nothing is left to do: the checkpoint holds {done} rollout steps and model.rollout_steps is "
+            f"{rollout_steps}; raise it to go on"
+        )
 
 
 def refuse_untrained(start: Start, verb: str) -> None:
@@ -161,13 +242,16 @@ def refuse_untrained(start: Start, verb: str) -> None:
         )
 
 
-def resume_command(verb: str, settings: Sequence[ConfigFile | Option], folder: RunFolder) -> str:
+def resume_command(
+    verb: str, settings: Sequence[ConfigFile | Option], folder: RunFolder, ckpt_path: str = "last"
+) -> str:
     """What to type to go on with a run.
 
     Args:
         verb: the command.
         settings: of the command line.
         folder: of the run.
+        ckpt_path: ``last`` or ``auto``.
 
     Returns:
         A line for a shell, in the same working directory.
@@ -180,7 +264,7 @@ def resume_command(verb: str, settings: Sequence[ConfigFile | Option], folder: R
             words += setting.words
     if folder.path.parent != Path(_RUN_ROOT):
         words += ["--run.root", str(folder.path.parent)]
-    return shlex.join(["calibadv", *words, "--run.name", folder.path.name, "--ckpt_path", "last"])
+    return shlex.join(["calibadv", *words, "--run.name", folder.path.name, "--ckpt_path", ckpt_path])
 
 
 def _writable(folder: RunFolder) -> RunFolder:

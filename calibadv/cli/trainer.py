@@ -15,6 +15,8 @@ from calibadv.errors import UserError
 # Lightning starts further processes with a copy of the first one's environment.
 _MOMENT = "CALIBADV_MOMENT"
 _JOB_IDS = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+# What launchers tell a process of its place; the first one has 0 in all of them that are set.
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK", "GROUP_RANK")
 
 
 def moment() -> str:
@@ -23,10 +25,26 @@ def moment() -> str:
     Returns:
         The job's id where a launcher gives one, else the time at which the first process asked.
     """
-    for name in _JOB_IDS:
-        if os.environ.get(name, "none") != "none":  # torchrun's default id
-            return f"job{os.environ[name]}"
-    return os.environ.setdefault(_MOMENT, datetime.now().strftime("%Y%m%d-%H%M%S"))
+    return job_name() or os.environ.setdefault(_MOMENT, datetime.now().strftime("%Y%m%d-%H%M%S"))
+
+
+def job_name() -> str | None:
+    """Name the job that a launcher has started, which is the same when it is put into the queue again.
+
+    Returns:
+        ``job`` and its id, or None without a launcher that gives one.
+    """
+    ids = (os.environ.get(name, "none") for name in _JOB_IDS)  # "none" is torchrun's default id
+    return next((f"job{number}" for number in ids if number != "none"), None)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes the run's files, before the processes know of each other.
+
+    Returns:
+        True for a run of one process too.
+    """
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 def check_trainer(trainer: Any) -> None:

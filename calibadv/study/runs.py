@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from calibadv.callbacks.guard import stops_of_guard
-from calibadv.run_folder import RunFolder, remove, step_of, write_atomically
+from calibadv.run_folder import RunFolder, step_of, write_atomically
 from calibadv.study.arms import Settings
 from calibadv.study.record import Record
 
@@ -83,26 +81,12 @@ class StudyRun:
         step = max([results.get("rollout_step", 0), *map(step_of, files)])
         return step, results.get("final_f1") if self.finished else last
 
-    def prepare(self) -> list[str]:
-        """Make the folder ready to be continued, or to be started anew if there is nothing to continue from.
-
-        A run that was killed after its last checkpoint may lack what comes behind that, so it does its last part again:
-        the same, as every resumed run. The last checkpoint is that of its last step, or of where its guard stopped it.
-
-        Returns:
-            The words behind ``calibadv``.
-        """
-        end = min([self.steps, *stops_of_guard(self.folder)])
-        for checkpoint in self.folder.step_checkpoints():
-            if step_of(checkpoint) >= end:
-                remove(checkpoint)
+    @property
+    def words(self) -> list[str]:
+        """What starts, continues or finishes it, behind ``calibadv``."""
         words = ["fit", "--config", str(self.config), "--seed_everything", str(self.seed)]
         words += ["--run.root", str(self.folder.path.parent), "--run.name", self.folder.path.name]
-        if self.folder.step_checkpoints():
-            return [*words, "--ckpt_path", "last"]
-        if self.folder.path.exists():
-            shutil.rmtree(self.folder.path)
-        return words
+        return [*words, "--ckpt_path", "auto"]
 
     def last_line(self) -> str:
         """Give the end of what it has printed.

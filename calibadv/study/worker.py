@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         except ValueError as error:
             console.print(f"not started: {error}")
             return 1
-        words = run.prepare()
+        words = run.words
         os.environ[STUDY_WORDS] = shlex.join(words)
         console.print(f"calibadv {os.environ[STUDY_WORDS]}")
         status = calibadv(words)
