@@ -11,6 +11,7 @@ from typing import Any
 from calibadv.agent.protocol import is_valid, parse_message
 from calibadv.errors import UserError
 from calibadv.jsonl import read_jsonl
+from calibadv.run_folder import replace_durably
 from calibadv.types import Document, Question, Rollout, RolloutStatus, Segment
 
 Record = dict[str, Any]
@@ -144,7 +145,7 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
         # A lone surrogate, which JSON may hold and UTF-8 may not, becomes \udXXX: that is its JSON escape.
         with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        partial.replace(path)
+        replace_durably(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

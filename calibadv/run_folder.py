@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from calibadv.errors import UserError
 
 STUDY_FILE = "study.json"  # in the folder of a study; run folders lie below it
 _STEP = re.compile(r"step[-=](\d+)")
+# What systems say that cannot open a folder, or cannot be told to write something to disk now.
+_UNABLE = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +85,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with self.config(None).open("x", encoding="utf-8") as file:
-                file.write(config)
+            _create(self.config(None), config)
         except FileExistsError as error:
             raise UserError(f"{self.path} holds a run already; choose another --run.name") from error
         except OSError as error:
@@ -228,17 +230,63 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file whole or not at all.
+def write_atomically(path: Path, text: str, partial: Path | None = None) -> None:
+    """Write a text file whole or not at all, also where the power fails.
 
     Args:
         path: where to; folders are made.
         text: what to write.
+        partial: where to write it first, on the same disk; beside ``path`` by default.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = partial or path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        replace_durably(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_durably(partial: Path, path: Path) -> None:
+    """Rename what is written to its place, so that after a power cut it is complete there, or was never there.
+
+    Without this the name may reach the disk before the content does.
+
+    Args:
+        partial: file, folder or symbolic link.
+        path: on the same disk; a file there is replaced.
+
+    Raises:
+        OSError: the content cannot be written to the disk, or the place not be taken.
+    """
+    for written in (*partial.rglob("*"), partial):
+        if not written.is_symlink():
+            _sync(written)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk, if the system can do so."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _UNABLE:
+            raise
+
+
+def _create(path: Path, text: str) -> None:
+    """Write a text file that must not be there yet, and nothing of it where that fails."""
+    with path.open("x", encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.flush()
+            _sync(path)
+            _sync(path.parent)
+        except OSError:
+            path.unlink()
+            raise

@@ -394,6 +394,8 @@ def test_a_full_disk_is_said_and_gone_on_with(tmp_path: Path, corpus: str) -> No
             out = tmp_path / f"{backend}-{most}"
             with files_of_at_most(most), pytest.raises((ValueError, OSError)) as caught:
                 index(corpus, out, backend)
+            halves = ("*.partial", "partial/*.json", "partial/bm25", "partial/faiss.index")
+            assert [half for pattern in halves for half in out.rglob(pattern)] == []
             if (out / "unfinished.json").exists():
                 assert re.match(
                     r"out '.*' cannot be written \(.+\); free space there, and run the same", str(caught.value)

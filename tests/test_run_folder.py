@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from kills import tree
 
-from calibadv.run_folder import RunFolder, write_atomically
+from calibadv.retrieval.arrays import save_array
+from calibadv.retrieval.convert import Source, convert
+from calibadv.rollout_files import write_records
+from calibadv.run_folder import RunFolder, replace_durably, write_atomically
+from calibadv.types import Document
 
 
 @pytest.fixture
@@ -101,3 +110,78 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     write_atomically(path, "é")
     assert path.read_text(encoding="utf-8") == "é"
     assert list(path.parent.iterdir()) == [path]
+
+
+def convert_one(path: Path) -> None:
+    convert(Source("test", {}, lambda after: ((n, Document("a", "", "")) for n in (1,) if n > after)), path.parent)
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "text": lambda path: write_atomically(path, "text"),
+    "rollouts": lambda path: write_records(path, [{"a": 1}]),
+    "array": lambda path: save_array(path, np.ones(3)),
+    "corpus": convert_one,
+    "config": lambda path: RunFolder(path.parent).claim("seed: 0"),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_what_a_power_cut_leaves_is_complete(
+    write: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[int, int]] = []
+    names: dict[int, set[str]] = {}
+
+    def fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced.append((status.st_ino, status.st_size))
+        if status.st_ino == tmp_path.stat().st_ino:
+            names[status.st_ino] = {path.name for path in tmp_path.iterdir()}
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(tmp_path / "file")
+    assert tree(tmp_path)
+    for path in tmp_path.iterdir():
+        assert (path.stat().st_ino, path.stat().st_size) in synced
+    # The names of all were there when the folder was written for the last time.
+    assert names[tmp_path.stat().st_ino] >= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_full_disk_leaves_no_half_of_a_file(
+    write: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "file").write_text("as it was")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises((OSError, ValueError), match="No space left"):
+            write(tmp_path / "file")
+    # A conversion begins by removing what is in its folder.
+    assert tree(tmp_path) == ({} if write is convert_one else {"file": b"as it was"})
+    write(tmp_path / "file")
+
+
+def test_a_folder_is_moved_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "partial" / "a", tmp_path / "partial" / "below" / "b")
+    (tmp_path / "partial" / "link").symlink_to("nowhere")
+    inodes = {path.stat().st_ino for path in (tmp_path / "partial").rglob("*") if not path.is_symlink()}
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    replace_durably(tmp_path / "partial", tmp_path / "whole")
+    assert tree(tmp_path) == {"whole/a": b"a", "whole/below/b": b"b"}
+    assert synced == {*inodes, (tmp_path / "whole").stat().st_ino, tmp_path.stat().st_ino}
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_be_told_to_write_is_used_as_it_is(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(number, "cannot")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_atomically(tmp_path / "file", "text")
+    assert tree(tmp_path) == {"file": b"text"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -187,6 +188,17 @@ def test_weights_that_the_server_cannot_load(server: Server, policy: Policy, tmp
     with pytest.raises(RuntimeError, match=r"/collective_rpc answered 500: .*out of.*memory") as raised:
         connected(server, policy, tmp_path)
     assert "\n" not in str(raised.value)
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_weights_that_do_not_fit_the_disk_are_not_left_there(server: Server, policy: Policy, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(Exception, match="File too large"):
+            connected(server, policy, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list((tmp_path / "weights").iterdir()) == []
 
 

@@ -20,7 +20,7 @@ from calibadv.errors import UserError
 from calibadv.guard.rules import Limits
 from calibadv.guard.watch import Alarm, Watch
 from calibadv.interfaces import Metrics
-from calibadv.run_folder import RunFolder, step_of, write_atomically
+from calibadv.run_folder import RunFolder, replace_durably, step_of, write_atomically
 from calibadv.types import StepOutput
 
 log = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ class CollapseGuard(Callback):
         """Leave the folder as a resume from that checkpoint needs it, and end this attempt."""
         rollouts = folder.rollout_file("train", step)
         if rollouts.exists():
-            rollouts.replace(_free_name(folder.rollout_file("alarm", step)))  # which no resume removes
+            replace_durably(rollouts, _free_name(folder.rollout_file("alarm", step)))  # which no resume removes
         folder.drop_beyond(step_of(checkpoint))
         folder.point_last_at(checkpoint)
         self._write(trainer, folder)

@@ -185,7 +185,7 @@ class VLLMServerEngine(StreamingEngine):
                 shutil.rmtree(old, ignore_errors=True)
             unfinished.mkdir(parents=True)
             save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
-            unfinished.rename(folder)  # the server sees all of it, or nothing
+            unfinished.rename(folder)  # the server sees all of it, or nothing; no power cut is to be outlived
             request = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}}
             self._call("POST", "/collective_rpc", request)
             if not self._call("POST", "/reset_prefix_cache")["success"]:
@@ -193,7 +193,8 @@ class VLLMServerEngine(StreamingEngine):
         except (ServiceError, OSError) as error:
             return str(error)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            for old in (folder, unfinished):
+                shutil.rmtree(old, ignore_errors=True)
         return ""
 
     def _ask(self, prompt: list[int], sampling: Sampling, key: DrawKey) -> Completion:

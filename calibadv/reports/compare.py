@@ -23,7 +23,7 @@ from calibadv.reports.panel import chart, panel
 from calibadv.reports.runs import find_runs, read_runs
 from calibadv.reports.scores import score_run
 from calibadv.reports.summary import Figures, choose_baseline, summarise
-from calibadv.run_folder import RunFolder
+from calibadv.run_folder import RunFolder, replace_durably
 from calibadv.versions import machine
 
 _HEADLINE, _HEADLINE_TITLE = "val/f1", "validation F1"
@@ -128,7 +128,7 @@ def _write_together(out: Path, contents: dict[str, str | bytes]) -> None:
         for name, content in contents.items():
             (partial / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
         for name in contents:
-            (partial / name).replace(out / name)
+            replace_durably(partial / name, out / name)
     finally:
         shutil.rmtree(partial)
 

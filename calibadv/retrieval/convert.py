@@ -24,7 +24,7 @@ from calibadv.retrieval.arrow_store import FORMAT, IDS, LAYOUT, TEXTS, ArrowCorp
 from calibadv.retrieval.corpus import empty_corpus, extend_checksum, open_corpus, repeated_id
 from calibadv.retrieval.corpus_files import read_documents
 from calibadv.retrieval.records import read_record
-from calibadv.run_folder import write_atomically
+from calibadv.run_folder import replace_durably, write_atomically
 from calibadv.types import Document
 
 SHARD_ROWS = 1 << 18
@@ -161,22 +161,24 @@ def _write_shard(folder: Path, numbered: Numbered, layout: dict[str, Any], progr
     path = folder / shard_name(progress.shards)
     partial = path.with_suffix(".partial")
     documents, number, state = progress.documents, progress.number, bytes.fromhex(progress.checksum)
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for _ in range(layout["shard_rows"] // layout["batch_rows"]):
-            rows = list(islice(numbered, layout["batch_rows"]))
-            if not rows:
-                break
-            for number, document in rows:  # noqa: B007 - the last number is kept
-                state = extend_checksum(state, document)
-            columns: list[list[Any]] = [[getattr(document, name) for _, document in rows] for name in TEXTS]
-            columns.append([id_hash(document.id) for _, document in rows])
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
-            documents += len(rows)
-    if documents == progress.documents:
-        partial.unlink()
-        return progress
-    partial.replace(path)
+    try:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for _ in range(layout["shard_rows"] // layout["batch_rows"]):
+                rows = list(islice(numbered, layout["batch_rows"]))
+                if not rows:
+                    break
+                for number, document in rows:  # noqa: B007 - the last number is kept
+                    state = extend_checksum(state, document)
+                columns: list[list[Any]] = [[getattr(document, name) for _, document in rows] for name in TEXTS]
+                columns.append([id_hash(document.id) for _, document in rows])
+                arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+                writer.write_batch(pa.record_batch(arrays, schema=schema))
+                documents += len(rows)
+        if documents == progress.documents:
+            return progress
+        replace_durably(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return _Progress(progress.shards + 1, documents, number, state.hex())
 
 

@@ -15,6 +15,7 @@ from calibadv.retrieval.arrow_store import FORMAT, ArrowCorpus
 from calibadv.retrieval.convert import convert, file_source
 from calibadv.retrieval.errors import one_line
 from calibadv.retrieval.estimate import check_disk, free_disk, sample_file
+from calibadv.run_folder import replace_durably
 
 
 def cached_corpus(path: Path) -> ArrowCorpus:
@@ -70,6 +71,6 @@ def _convert_once(path: Path, folder: Path) -> None:
         except ValueError:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        unfinished.rename(folder)
+        replace_durably(unfinished, folder)
     finally:
         lock.release()

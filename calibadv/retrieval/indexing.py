@@ -24,6 +24,7 @@ from calibadv.retrieval.errors import one_line
 from calibadv.retrieval.estimate import Sample, check_disk, free_disk, sample_corpus
 from calibadv.retrieval.manifest import CORPUS_FOLDER, INDEX_NAMES, MANIFEST, UNFINISHED, Backend, write_manifest
 from calibadv.retrieval.records import read_record
+from calibadv.run_folder import remove, replace_durably, write_atomically
 
 # Folder of what is not whole yet. All of it, and the plan in UNFINISHED, is removed at the end.
 _WORK = "partial"
@@ -179,8 +180,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _convert(source: Source, kind: IndexBackend, out: Path, plan: dict[str, Any], missing: list[Path]) -> ArrowCorpus:
     """Convert the corpus. If it will not do, nothing of the index remains, nor the folders that were missing."""
-    (out / _WORK / UNFINISHED).write_text(json.dumps(plan), encoding="utf-8")
-    (out / _WORK / UNFINISHED).replace(out / UNFINISHED)
+    write_atomically(out / UNFINISHED, json.dumps(plan), partial=out / _WORK / UNFINISHED)
     try:
         documents = convert(source, out / CORPUS_FOLDER)
         kind.check(len(documents))
@@ -198,8 +198,13 @@ def _convert(source: Source, kind: IndexBackend, out: Path, plan: dict[str, Any]
 
 def _build(kind: IndexBackend, documents: ArrowCorpus, out: Path) -> None:
     name = INDEX_NAMES[kind.name]
-    target, work = out / name, out / _WORK
-    if not target.exists():
-        shutil.rmtree(work / name, ignore_errors=True)
-        kind.build(documents, work / name, work)
-        (work / name).replace(target)
+    target, partial = out / name, out / _WORK / name
+    if target.exists():
+        return
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        kind.build(documents, partial, out / _WORK)
+        replace_durably(partial, target)
+    finally:  # it may be large, and is not gone on with
+        if partial.exists():
+            remove(partial)
