@@ -114,6 +114,17 @@ class RunFolder:
         """
         return self.rollouts / f"{split}-step-{step:06d}.jsonl"
 
+    def nonfinite_step(self, step: int) -> Path:
+        """Where the mini-batch is written that stopped a run because its gradient was not finite.
+
+        Args:
+            step: rollout step.
+
+        Returns:
+            ``nonfinite-step-000012.pt`` and the like. A resume leaves it, as it is about what went wrong.
+        """
+        return self.path / f"nonfinite-step-{step:06d}.pt"
+
     def newest_checkpoint(self) -> Path:
         """Find the checkpoint of the highest rollout step.
 

@@ -15,8 +15,9 @@ def bounded_exponent(log_ratio: Tensor) -> Tensor:
     and even where a clip or a dual clip has left the token without gradient.
 
     Only the value is bounded. The gradient passes as if it were not, so that d exp/dx = exp(20) beyond the bound, which
-    is finite and keeps its sign. A clamp with a gradient of 0 would do harm: that of k3 = exp(-d) + d - 1 beyond d = -20
-    would be +1 instead of 1 - exp(20), and push the policy away from the reference where the pull back matters most.
+    is finite and keeps its sign. A clamp with a gradient of 0 would do harm: that of k3 = exp(-d) + d - 1 below d = -20
+    would be +1 in the place of 1 - exp(20), and push the policy away from the reference where the pull back matters
+    most.
 
     Args:
         log_ratio: logp - logp of another policy, of any shape.
