@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 
 from calibadv.errors import UserError
 from calibadv.interfaces import Metrics
+from calibadv.nonfinite import MOST_IN_A_ROW, NonFiniteStepError, SkippedSteps
 from calibadv.numerics.correction import truncated_weights
 from calibadv.objective import Objective
 from calibadv.processes import ALONE, Processes, drop_gathered, whole
 from calibadv.update import MiniBatchSize, ReadyBatch, deal_micro_batches, loss_inputs, mini_batches
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +96,14 @@ class Trainee:
         backward: computes gradients of a loss; Lightning's ``manual_backward`` in training. It is told whether this is
             the last backward pass of a mini-batch, after which processes add their gradients up.
         processes: those that train together.
+        skipped: counts optimizer steps that are left out; one for the whole run.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     backward: Callable[[Tensor, bool], None]
     processes: Processes = ALONE
+    skipped: SkippedSteps = field(default_factory=SkippedSteps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +167,7 @@ class Learner:
         )
 
     def update(self, trainee: Trainee, ready: ReadyBatch, step: int) -> Metrics:
-        """Make one optimizer step per mini-batch.
+        """Make one optimizer step per mini-batch, but for those whose gradient is not finite.
 
         Args:
             trainee: what is trained, and how gradients come to be.
@@ -169,7 +175,10 @@ class Learner:
             step: rollout step, from 1.
 
         Returns:
-            Metrics of the update.
+            Metrics of the update; of the mini-batches that were skipped there is only their number.
+
+        Raises:
+            NonFiniteStepError: too many were skipped in a row, over rollout steps.
         """
         correction: Metrics = {}
         if self.sampler_correction is not None:
@@ -179,16 +188,24 @@ class Learner:
         rate = self.learning_rate.at(step)
         for group in trainee.optimizer.param_groups:
             group["lr"] = rate
-        tied = 0
+        tied, skipped = 0, 0
         updates: list[Metrics] = []
-        for rows in mini_batches(ready.batch, self.mini_batches, self.seed, step):
+        blocks = mini_batches(ready.batch, self.mini_batches, self.seed, step)
+        for number, rows in enumerate(blocks, 1):
             is_tied = not bool(ready.advantages[rows].any())
             tied += is_tied
             if not (is_tied and self.skip_tied) or self.objective.acts_without_advantage:
-                gradient = self.accumulate(trainee, ready, rows)
-                trainee.optimizer.step()
-                updates.append(gradient)
-        return {"update/learning_rate": rate, "credit/tied_updates": float(tied), **correction, **_summarise(updates)}
+                metrics = self.accumulate(trainee, ready, rows)
+                norm = metrics["grad_norm"]
+                if make_step(trainee, norm, f"rollout step {step}, mini-batch {number} of {len(blocks)}"):
+                    updates.append(metrics)
+                    continue
+                skipped += 1
+                if trainee.skipped.in_a_row >= MOST_IN_A_ROW:
+                    raise NonFiniteStepError(ready, rows, norm)
+        counts = {"stability/skipped_updates": float(skipped)} if skipped else {}
+        counts["credit/tied_updates"] = float(tied)
+        return {"update/learning_rate": rate, **counts, **correction, **_summarise(updates)}
 
     def accumulate(self, trainee: Trainee, ready: ReadyBatch, rows: Sequence[int]) -> Metrics:
         """Compute the clipped gradient of one mini-batch.
@@ -221,6 +238,31 @@ class Learner:
         drop_gathered(trainee.model)
         norm = torch.nn.utils.clip_grad_norm_(_trained(trainee.model), self.clip_norm or math.inf)
         return {**trainee.processes.total(total), "grad_norm": whole(norm).item()}
+
+
+def make_step(trainee: Trainee, norm: float, where: str) -> bool:
+    """Make an optimizer step, unless its gradient is not finite: one such step would make all parameters NaN.
+
+    Args:
+        trainee: with the gradients of a mini-batch.
+        norm: of these gradients, over all processes.
+        where: the mini-batch, for the warning.
+
+    Returns:
+        Whether the step was made, on all processes alike.
+    """
+    if not trainee.processes.any(not math.isfinite(norm)):
+        trainee.optimizer.step()
+        trainee.skipped.in_a_row = 0
+        return True
+    trainee.optimizer.zero_grad()
+    trainee.skipped.in_a_row += 1
+    if trainee.processes.rank == 0:
+        log.warning(
+            "%s: the norm of the gradient is %s; no optimizer step is made (%d in a row, at %d the run stops)",
+            *(where, norm, trainee.skipped.in_a_row, MOST_IN_A_ROW),
+        )
+    return False
 
 
 def check_at_least(name: str, value: float, bound: float) -> None:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -37,12 +38,14 @@ from calibadv.learner import Learner, LearningRate, SamplerCorrection, Trainee, 
 from calibadv.losses.aggregation import check_length
 from calibadv.metrics import evaluation_metrics, rollout_metrics, speed_metrics
 from calibadv.models import Lora, Reference, check_positions, enable_checkpointing, load_policy, make_reference
+from calibadv.nonfinite import MOST_IN_A_ROW, NonFiniteStepError, SkippedSteps
 from calibadv.numerics.kl import KLEstimator
 from calibadv.objective import Objective
 from calibadv.processes import Attempt, Processes, shard
 from calibadv.resume import check_identity, save_identity
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
+from calibadv.run_folder import RunFolder
 from calibadv.stopwatch import Stopwatch
 from calibadv.types import Question, Rollout, RolloutBatch, StepOutput
 from calibadv.update import BatchLogprobs, ReadyBatch, compute_logprobs, stability_metrics
@@ -163,6 +166,7 @@ class SearchAgentModule(pl.LightningModule):
         self.mid_update = False
         self.stop_requested = False
         self.validated_step = -1
+        self.skipped = SkippedSteps()
         self.evaluation: Metrics = {}
         self._evaluated: list[Rollout] = []
         self._sharded = False
@@ -189,11 +193,7 @@ class SearchAgentModule(pl.LightningModule):
         with clock.measure("logprobs"):
             before = self.logprobs_before(batch)
         with clock.measure("update"):
-            ready = ReadyBatch(batch, calibrated, before)
-            trainee = Trainee(
-                self.model, cast("torch.optim.Optimizer", self.optimizers()), self.descend, self.processes
-            )
-            update_metrics = self.learner.update(trainee, ready, self.rollout_step + 1)
+            update_metrics = self.update(ReadyBatch(batch, calibrated, before))
         self._engine_is_stale = True
         self.rollout_step += 1
         self.mid_update = False
@@ -310,6 +310,33 @@ class SearchAgentModule(pl.LightningModule):
         with self.reference.model(self.model) as model:
             reference = compute_logprobs(model, *settings)
         return replace(before, reference=reference.policy)
+
+    def update(self, ready: ReadyBatch) -> Metrics:
+        """Update the policy on a rollout batch.
+
+        Args:
+            ready: rollouts, calibrated advantages, and log-probabilities before the update.
+
+        Returns:
+            Metrics of the update.
+
+        Raises:
+            UserError: too many gradients in a row were not finite; the last mini-batch lies in the run folder.
+        """
+        optimizer = cast("torch.optim.Optimizer", self.optimizers())
+        trainee = Trainee(self.model, optimizer, self.descend, self.processes, self.skipped)
+        step = self.rollout_step + 1
+        try:
+            return self.learner.update(trainee, ready, step)
+        except NonFiniteStepError as error:
+            path = RunFolder(Path(self.trainer.default_root_dir)).nonfinite_step(step)
+            # All wait for the file: a process that ends sooner would end the first one too.
+            told = self.processes.gather(error.write(path) if self.processes.rank == 0 else "")[0]
+            raise UserError(
+                f"rollout step {step}: the gradient of {MOST_IN_A_ROW} mini-batches in a row was not finite (the last "
+                f"norm is {error.norm}); the last of them {told}: look at it, and resume with a lower "
+                f"model.learning_rate (now {self.learner.learning_rate.peak})"
+            ) from error
 
     def descend(self, loss: Tensor, last: bool) -> None:
         """Compute gradients; after the last loss of a mini-batch, processes add theirs up.
@@ -452,3 +479,4 @@ class SearchAgentModule(pl.LightningModule):
         check_identity(checkpoint, self, self.trainer.state.fn)
         self.rollout_step = checkpoint["rollout_step"]
         self.validated_step = checkpoint["validated_step"]
+        self.skipped.in_a_row = checkpoint.get("skipped_in_a_row", 0)  # older checkpoints do not hold it

@@ -16,7 +16,7 @@ from calibadv.update import ReadyBatch
 log = logging.getLogger(__name__)
 
 # Curves of every update, which no part may report another value of.
-_OURS = ("loss", "kl_old", "kl_reference", "grad_norm", "grad_norm_max")
+_OURS = ("loss", "kl_old", "kl_reference", "grad_norm", "grad_norm_max", "skipped_updates")
 
 
 @dataclass(frozen=True, slots=True)

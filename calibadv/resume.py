@@ -27,6 +27,7 @@ def save_identity(checkpoint: dict[str, Any], module: SearchAgentModule) -> None
     checkpoint["seed"] = module.seed
     checkpoint["rollout_step"] = module.rollout_step
     checkpoint["validated_step"] = module.validated_step
+    checkpoint["skipped_in_a_row"] = module.skipped.in_a_row
     checkpoint["protocol"] = asdict(module.agent.protocol)
     if module.reference is not None:
         checkpoint["reference_checksum"] = module.reference.checksum()

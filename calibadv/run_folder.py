@@ -116,6 +116,17 @@ class RunFolder:
         """
         return self.rollouts / f"{split}-step-{step:06d}.jsonl"
 
+    def nonfinite_step(self, step: int) -> Path:
+        """Where the mini-batch is written that stopped a run because its gradient was not finite.
+
+        Args:
+            step: rollout step.
+
+        Returns:
+            ``nonfinite-step-000012.pt`` and the like. A resume leaves it, as it is about what went wrong.
+        """
+        return self.path / f"nonfinite-step-{step:06d}.pt"
+
     def checkpoints_newest_first(self) -> list[Path]:
         """The checkpoints that a run can go on from.
 
@@ -166,7 +177,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what an attempt has left that ended before its first checkpoint; files that are not ours stay."""
-        for pattern in ("config*.yaml", "events.*", "results.json", "guard.json", "nonfinite-*", "*.partial"):
+        for pattern in ("config*.yaml", "events.*", "results.json", "guard.json", "*.partial"):
             for path in self.path.glob(pattern):
                 remove(path)
         for folder in (self.rollouts, self.checkpoints):

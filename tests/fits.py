@@ -7,11 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 from calibadv.cli.main import main
-from calibadv.interfaces import Reward
+from calibadv.interfaces import LossInputs, Metrics, Regularizer, Reward
+from calibadv.processes import Processes
 from calibadv.types import Question
 
 # Two questions of two rollouts a step, in two mini-batches; four questions of validation.
@@ -70,3 +73,32 @@ class StartsWithY(Reward):
 
     def score(self, answer: str, question: Question) -> float:
         return float(answer.startswith("y"))
+
+
+class Poison(Regularizer):
+    """Give a single token of some micro-batches a gradient that is not finite.
+
+    Args:
+        calls: numbers of the micro-batches, from 1.
+        value: what the gradient becomes.
+        rank: of the process that does so.
+    """
+
+    def __init__(self, calls: list[int], value: float = float("nan"), rank: int = 0) -> None:
+        self.calls = calls
+        self.value = value
+        self.rank = rank
+        self.seen = 0
+
+    def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
+        self.seen += 1
+        strikes = self.seen in self.calls and Processes.current().rank == self.rank
+        return inputs.logprobs[0] * (self.value if strikes else 0.0), {}
+
+
+class KeepWeights(Callback):
+    """Keep the weights of each process at the end of training, as ``rank0.pt`` and so on in the run folder."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        weights = {name: value.detach().clone() for name, value in pl_module.model.named_parameters()}
+        torch.save(weights, Path(trainer.default_root_dir) / f"rank{trainer.global_rank}.pt")

@@ -20,8 +20,10 @@ from calibadv.interfaces import LossInputs, Metrics, PolicyLoss, Regularizer
 from calibadv.learner import Learner, LearningRate, Trainee
 from calibadv.losses import CISPO, GSPO, Aggregation, FixedLength, PPOClip, SequenceMean, TokenMean
 from calibadv.losses.aggregation import check_length
+from calibadv.numerics.correction import truncated_weights
 from calibadv.numerics.kl import k1, k2, k3
 from calibadv.numerics.loss import sequence_ratio
+from calibadv.numerics.ratio import bounded_exponent
 from calibadv.objective import Objective
 from calibadv.regularizers import LLDS
 from calibadv.types import Rollout
@@ -186,6 +188,83 @@ def test_kl_estimators_by_hand() -> None:
     assert_close(k1(policy, reference), each(LN2, 0))
     assert_close(k2(policy, reference), each(LN2**2 / 2, 0))
     assert_close(k3(policy, reference), each(0.5 + LN2 - 1, 0))
+
+
+# Log-ratios far beyond what float32 bears as an exponent, which is 88: the exponent is bounded to +-20.
+
+E20 = math.exp(20)
+
+
+def far(*changes: tuple[float, float]) -> Tokens:
+    """A rollout of one turn in float32."""
+    batch = tokens([list(changes)])
+    old = batch.old.float()
+    logprobs = (old + torch.tensor([change for change, _ in changes])).requires_grad_()
+    return replace(batch, logprobs=logprobs, old=old, advantages=batch.advantages.float())
+
+
+@pytest.mark.parametrize("change", [25.0, 90.0])
+def test_far_ratios_by_hand(change: float) -> None:
+    # A = 1 is clipped at 6/5; A = -2 weighs exp(20) and is pulled down by as much; A = 0 has no gradient.
+    batch = far((change, 1.0), (change, -2.0), (change, 0.0), (0.0, 1.0))
+    loss, gradient, _ = compute(PPOClip(0.2, 0.2), batch)
+    assert loss == pytest.approx(-(1.2 - 2 * E20 + 0 + 1) / 4)
+    assert_close(gradient, each(0, 2 * E20 / 4, 0, -1 / 4).float())
+    # The bound of the dual clip, 3, leaves the punished one without gradient.
+    loss, gradient, _ = compute(PPOClip(0.2, 0.2, dual_clip=3.0), batch)
+    assert loss == pytest.approx(-(1.2 - 3 * 2 + 0 + 1) / 4)
+    assert_close(gradient, each(0, 0, 0, -1 / 4).float())
+    # CISPO's weight is cut at 5.
+    _, gradient, _ = compute(CISPO(), batch)
+    assert_close(gradient, -each(5 * 1, 5 * -2, 0, 1).float() / 4)
+    # One rollout whose mean log-ratio is the change: its tokens have the ratio exp(20), and each its own advantage.
+    loss, gradient, _ = compute(GSPO(), far((change, -2.0), (change, 0.0), (change, -1.0)))
+    assert loss == pytest.approx(3 * E20 / 3)
+    assert_close(gradient, each(2 * E20 / 3, 0, E20 / 3).float())
+
+
+@pytest.mark.parametrize("change", [-25.0, -90.0])
+def test_ratios_far_below_one_by_hand(change: float) -> None:
+    loss, gradient, _ = compute(PPOClip(0.2, 0.2), far((change, 1.0), (change, -1.0), (change, 0.0)))
+    assert loss == pytest.approx(-(1 / E20 - 0.8) / 3)
+    assert_close(gradient, each(-1 / E20 / 3, 0, 0).float())
+
+
+@pytest.mark.parametrize("difference", [-25.0, -90.0])
+def test_k3_far_below_the_reference_pulls_back(difference: float) -> None:
+    logprobs = torch.tensor([difference - 1.0], requires_grad=True)
+    value = k3(logprobs, torch.tensor([-1.0]))
+    (gradient,) = torch.autograd.grad(value.sum(), logprobs)
+    assert value.item() == pytest.approx(math.expm1(20) + difference)
+    assert gradient.item() == pytest.approx(1 - E20)  # a step against it raises logp
+
+
+def test_k3_far_above_the_reference() -> None:
+    logprobs = torch.tensor([-1.0], requires_grad=True)
+    value = k3(logprobs, torch.tensor([-91.0]))
+    (gradient,) = torch.autograd.grad(value.sum(), logprobs)
+    assert (value.item(), gradient.item()) == pytest.approx((89.0, 1.0))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_truncated_weights_far_away(level: Any) -> None:
+    changes = torch.tensor([[25.0, 90.0, 0.0], [-90.0, -90.0, 0.0]])
+    mask = torch.tensor([[True, True, False]] * 2)
+    capped = truncated_weights(changes, torch.zeros(2, 3), mask, level, cap=2.0)
+    assert_close(capped, torch.tensor([[2.0, 2.0, 1.0], [1 / E20, 1 / E20, 1.0]]))
+    assert truncated_weights(changes, torch.zeros(2, 3), mask, level, cap=math.inf).isfinite().all()
+
+
+@given(st.floats(-20.0, 20.0, width=32))
+def test_within_the_bounds_nothing_changes(log_ratio: float) -> None:
+    """To the last bit, value and gradient."""
+    bounded, plain = (torch.tensor([log_ratio], requires_grad=True) for _ in range(2))
+    values = bounded_exponent(bounded).exp(), plain.exp()
+    assert torch.equal(*values)
+    assert torch.equal(*(torch.autograd.grad(v.sum(), x)[0] for v, x in zip(values, (bounded, plain), strict=True)))
+    kls = k3(bounded, torch.zeros(1)), torch.expm1(-plain) + plain
+    assert torch.equal(*kls)
+    assert torch.equal(*(torch.autograd.grad(v.sum(), x)[0] for v, x in zip(kls, (bounded, plain), strict=True)))
 
 
 # Against the formulas, written down again token by token.

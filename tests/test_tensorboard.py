@@ -21,8 +21,8 @@ from calibadv.cli.main import main
 from calibadv.run_folder import RunFolder
 from calibadv.types import RolloutStatus, StepOutput
 
-# Curves of the panel that only some settings have: a reference model, and the callback that watches.
-ELSEWHERE = {"stability/kl_reference", "guard/alarms"}
+# Curves of the panel that only some runs have: with a reference model, with the callback that watches, and in trouble.
+ELSEWHERE = {"stability/kl_reference", "guard/alarms", "stability/skipped_updates"}
 # What the panel leaves out: counts, parts of a source but for F1, and what belongs to one method or setting.
 LEFT_OUT = ("val/(.+/)?(score|em|cover_em|searches|format_valid|count|search_failed)", "update/(loss|learning_rate)")
 LEFT_OUT = (*LEFT_OUT, "advantage/rebalance_factor", "outcome/(best_f1|final_f1|collapsed)")

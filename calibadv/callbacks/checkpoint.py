@@ -13,7 +13,7 @@ from rich.console import Console
 
 from calibadv.checkpoint_files import CheckpointFile, write_digests
 from calibadv.errors import StopRequestedError, UserError
-from calibadv.learner import non_finite
+from calibadv.nonfinite import non_finite
 from calibadv.processes import raised_by_all
 from calibadv.retrieval.errors import one_line
 from calibadv.run_folder import RunFolder, remove, replace_durably, step_of
@@ -173,8 +173,8 @@ class RolloutCheckpoint(Callback):
 
     def _write(self, trainer: Trainer, pl_module: Any, partial: Path) -> None:
         """Write a checkpoint; all processes learn of an error of the one that writes."""
-        name = non_finite(pl_module.model, trainer.optimizers)
-        if any(pl_module.processes.gather(name)):
+        names = pl_module.processes.gather(non_finite(pl_module.model, trainer.optimizers[0]))
+        if name := next(filter(None, names), None):
             raise UserError(
                 f"the checkpoint of rollout step {pl_module.rollout_step} is not written, since {name} is not finite: "
                 "training has diverged; resume from the last checkpoint with a lower model.learning_rate"

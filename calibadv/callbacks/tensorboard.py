@@ -41,6 +41,7 @@ PANEL: dict[str, tuple[str, ...]] = {
     "groups without a signal": ("credit/tied_groups", "credit/empty_silver"),
     "silver documents": ("credit/silver_size",),
     "tied updates": ("credit/tied_updates",),
+    "skipped updates": ("stability/skipped_updates",),
     "seconds per step": ("rollout/seconds", "update/seconds"),
     "tokens per second": ("rollout/tokens_per_second",),
     "alarms of the guard": ("guard/alarms",),

@@ -9,6 +9,7 @@ from calibadv.interfaces import LossInputs, Metrics, PolicyLoss
 from calibadv.losses.aggregation import Aggregation, TokenMean
 from calibadv.losses.clips import check_clips, clip_shares
 from calibadv.numerics.loss import active_clips, clipped_surrogate, dual_clip_surrogate
+from calibadv.numerics.ratio import bounded_exponent
 
 _USUAL_CLIPS = (0.2, 0.2)
 
@@ -52,7 +53,7 @@ class PPOClip(PolicyLoss):
             A scalar with gradient; and ``clip_low`` and ``clip_high``, the share of the mini-batch's trained tokens
             that are clipped on that side, and ``dual_clip``, the share that is at that bound, where it is set.
         """
-        ratio = (inputs.logprobs - inputs.old_logprobs).exp()
+        ratio = bounded_exponent(inputs.logprobs - inputs.old_logprobs).exp()
         clips = {"clip_low": self.clip_low, "clip_high": self.clip_high}
         surrogate = clipped_surrogate(ratio, inputs.advantages, **clips)
         metrics = clip_shares(*active_clips(ratio.detach(), inputs.advantages, **clips), inputs)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from calibadv.numerics.ratio import bounded_exponent
 from calibadv.numerics.shapes import check_shapes
 
 
@@ -33,4 +34,4 @@ def truncated_weights(
     difference = torch.where(mask, logprobs - sampled_logprobs, 0.0).detach()
     if level == "sequence":
         difference = difference.sum(dim=1, keepdim=True).expand_as(difference)
-    return torch.where(mask, difference.exp().clamp(max=cap), 1.0)
+    return torch.where(mask, bounded_exponent(difference).exp().clamp(max=cap), 1.0)

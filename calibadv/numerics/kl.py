@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from calibadv.numerics.ratio import bounded_exponent
 from calibadv.numerics.shapes import check_shapes
 
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -51,6 +52,9 @@ def k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """exp(-d) + d - 1: unbiased for KL(policy || reference), and never negative.
 
+    The exponent is bounded to +-20 (``bounded_exponent``): below d = -20 the value grows no further, but for d itself,
+    and the gradient stays 1 - exp(20), which pulls the policy back.
+
     Args:
         logprobs: [N] of the policy, for tokens that it drew.
         reference_logprobs: [N] of the reference.
@@ -60,7 +64,7 @@ def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """
     check_shapes("N, N", logprobs, reference_logprobs)
     difference = logprobs - reference_logprobs
-    return torch.expm1(-difference) + difference
+    return torch.expm1(bounded_exponent(-difference)) + difference
 
 
 KL_ESTIMATORS: dict[KLEstimator, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}

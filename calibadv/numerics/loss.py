@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from calibadv.numerics.masked import group_sum
+from calibadv.numerics.ratio import bounded_exponent
 from calibadv.numerics.shapes import check_shapes
 
 
@@ -77,7 +78,7 @@ def weighted_logprobs(
         that is cut from below and from above.
     """
     check_shapes("N, N, N", logprobs, old_logprobs, advantages)
-    ratio = (logprobs.detach() - old_logprobs).exp()
+    ratio = bounded_exponent(logprobs.detach() - old_logprobs).exp()
     weight = ratio.clamp(1 - clip_low, 1 + clip_high)
     matters = advantages != 0
     return weight * advantages * logprobs, matters & (ratio < 1 - clip_low), matters & (ratio > 1 + clip_high)
@@ -101,4 +102,4 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, rollout_ids: Tensor) 
     check_shapes("N, N, N", logprobs, old_logprobs, rollout_ids)
     fixed = logprobs.detach()
     means = group_sum(fixed - old_logprobs, rollout_ids) / group_sum(torch.ones_like(fixed), rollout_ids).clamp(min=1)
-    return (means.to(fixed)[rollout_ids] + (logprobs - fixed)).exp()
+    return bounded_exponent(means.to(fixed)[rollout_ids] + (logprobs - fixed)).exp()
