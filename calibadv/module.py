@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch import Tensor
 from calibadv.agent.collate import collate, to_device
 from calibadv.agent.protocol import Protocol
 from calibadv.agent.rollout import Agent, Draws, check_engine, check_prompt, check_searches, run_rollouts
+from calibadv.agent.searching import Waiting
 from calibadv.calibrators import check_combination
 from calibadv.data import QuestionData
 from calibadv.errors import UserError
@@ -159,6 +161,7 @@ class SearchAgentModule(pl.LightningModule):
         self.seed = seed
         self.rollout_step = 0
         self.validated_step = -1
+        self.stop_requested = False
         self.evaluation: Metrics = {}
         self._evaluated: list[Rollout] = []
         self._sharded = False
@@ -216,7 +219,7 @@ class SearchAgentModule(pl.LightningModule):
             On every process, one group per question, in their order; and what the filter did.
 
         Raises:
-            RetrievalError: more than half of the rollouts ended in a failed search.
+            RetrievalError: more than half of the searches failed.
         """
         step, seen = self.rollout_step + 1, list[Group]()
 
@@ -250,7 +253,16 @@ class SearchAgentModule(pl.LightningModule):
         if self._engine_is_stale:
             self.agent.engine.sync(self.policy)
             self._engine_is_stale = False
-        return run_rollouts(questions, self.agent, Draws(self.seed, step, samples, temperature), self.processes)
+        draws = Draws(self.seed, step, samples, temperature)
+        return run_rollouts(questions, self.agent, draws, self.processes, self._waiting())
+
+    def _waiting(self) -> Waiting | None:
+        """In training, a retriever that is away is waited for: for less than processes wait for each other."""
+        if self.trainer.state.fn != "fit":
+            return None
+        timeout = getattr(self.trainer.strategy, "_timeout", None) if self.processes.size > 1 else None
+        cap = math.inf if timeout is None else timeout.total_seconds() / 2
+        return Waiting(cap, lambda: self.stop_requested)
 
     def share(self, questions: Sequence[Question], own: Sequence[Rollout], samples: int) -> list[Group]:
         """Put the rollouts of all processes together.
