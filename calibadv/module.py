@@ -36,7 +36,7 @@ from calibadv.interfaces import (
 )
 from calibadv.learner import Learner, LearningRate, SamplerCorrection, Trainee, check_at_least
 from calibadv.losses.aggregation import check_length
-from calibadv.metrics import evaluation_metrics, rollout_metrics, speed_metrics
+from calibadv.metrics import evaluation_metrics, rollout_metrics, speed_metrics, without_result
 from calibadv.models import Lora, Reference, check_positions, enable_checkpointing, load_policy, make_reference
 from calibadv.numerics.kl import KLEstimator
 from calibadv.objective import Objective
@@ -422,6 +422,14 @@ class SearchAgentModule(pl.LightningModule):
     def _log_evaluation(self, prefix: str) -> None:
         self.evaluation = evaluation_metrics(self._evaluated)
         self._evaluated.clear()
+        if (missing := without_result(self.evaluation)) and self.trainer.is_global_zero:
+            log.warning(
+                "%s at step %d: %s, since their search failed; its means are over the others, and not comparable with "
+                "those over all questions",
+                {"val": "validation"}.get(prefix, prefix),
+                self.rollout_step,
+                missing,
+            )
         metrics = {f"{prefix}/{name}": value for name, value in self.evaluation.items()}
         self.log_dict(metrics, logger=False, sync_dist=True)  # for callbacks that monitor one; equal on all processes
         self.log_at_step(metrics)
