@@ -118,6 +118,33 @@ class RetrievalError(ServiceError):
     """A search that failed. The rollouts that waited for it end as ``search_failed`` and are not trained on."""
 
 
+class OutageError(RetrievalError):
+    """The service behind a retriever is away, and may come back: a run in training waits for it.
+
+    Args:
+        message: what does not answer, and the remedy.
+        patience: the seconds that the caller may wait and ask again; 0 for not at all.
+    """
+
+    def __init__(self, message: str, patience: float = 0.0) -> None:
+        super().__init__(message)
+        self.patience = patience
+
+
+class PartialRetrievalError(RetrievalError):
+    """Some queries of a search failed; what the others found is kept.
+
+    Args:
+        results: one entry per query: its documents, or why it failed.
+    """
+
+    def __init__(self, results: Sequence[list[ScoredDocument] | RetrievalError]) -> None:
+        errors = [result for result in results if isinstance(result, RetrievalError)]
+        reason = f"{errors[0]} " if errors else ""
+        super().__init__(f"{reason}({len(errors)} of {len(results)} searches failed)")
+        self.results = results
+
+
 class Retriever(ABC):
     """Finds documents.
 
@@ -141,7 +168,8 @@ class Retriever(ABC):
             One list per query, in the same order.
 
         Raises:
-            RetrievalError: the search could not be made. An empty list means that nothing matches, never a failure.
+            RetrievalError: the search could not be made; as PartialRetrievalError where only some queries failed, as
+                OutageError where it is worth waiting. An empty list means that nothing matches, never a failure.
         """
 
     def metrics(self) -> Metrics:

@@ -203,6 +203,19 @@ def evaluation_metrics(rollouts: Sequence[Rollout]) -> Metrics:
     return {**metrics, "search_failed": float(len(rollouts) - len(scored))}
 
 
+def without_result(metrics: Metrics) -> str:
+    """Say that an evaluation's means are over fewer questions than were asked.
+
+    Args:
+        metrics: of ``evaluation_metrics``.
+
+    Returns:
+        Such as ``2 of 100 questions have no result``; empty where all have one.
+    """
+    failed = metrics.get("search_failed", 0.0)
+    return f"{failed:.0f} of {metrics['count'] + failed:.0f} questions have no result" if failed else ""
+
+
 def _evaluate(rollouts: Sequence[Rollout], prefix: str) -> Metrics:
     means = _without_empty(
         {

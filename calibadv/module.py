@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,6 +20,7 @@ from torch import Tensor
 from calibadv.agent.collate import collate, to_device
 from calibadv.agent.protocol import Protocol
 from calibadv.agent.rollout import Agent, Draws, check_engine, check_prompt, check_searches, run_rollouts
+from calibadv.agent.searching import Waiting
 from calibadv.calibrators import check_combination
 from calibadv.data import QuestionData
 from calibadv.errors import UserError
@@ -36,7 +38,7 @@ from calibadv.interfaces import (
 )
 from calibadv.learner import Learner, LearningRate, SamplerCorrection, Trainee, check_at_least
 from calibadv.losses.aggregation import check_length
-from calibadv.metrics import evaluation_metrics, rollout_metrics, speed_metrics
+from calibadv.metrics import evaluation_metrics, rollout_metrics, speed_metrics, without_result
 from calibadv.models import Lora, Reference, check_positions, enable_checkpointing, load_policy, make_reference
 from calibadv.nonfinite import MOST_IN_A_ROW, NonFiniteStepError, SkippedSteps
 from calibadv.numerics.kl import KLEstimator
@@ -221,7 +223,7 @@ class SearchAgentModule(pl.LightningModule):
             On every process, one group per question, in their order; and what the filter did.
 
         Raises:
-            RetrievalError: more than half of the rollouts ended in a failed search.
+            RetrievalError: more than half of the searches failed.
         """
         step, seen = self.rollout_step + 1, list[Group]()
 
@@ -260,7 +262,16 @@ class SearchAgentModule(pl.LightningModule):
         if self._engine_is_stale:
             self.agent.engine.sync(self.policy)
             self._engine_is_stale = False
-        return run_rollouts(questions, self.agent, Draws(self.seed, step, samples, temperature), self.processes)
+        draws = Draws(self.seed, step, samples, temperature)
+        return run_rollouts(questions, self.agent, draws, self.processes, self._waiting())
+
+    def _waiting(self) -> Waiting | None:
+        """In training, a retriever that is away is waited for: for less than processes wait for each other."""
+        if self.trainer.state.fn != "fit":
+            return None
+        timeout = getattr(self.trainer.strategy, "_timeout", None) if self.processes.size > 1 else None
+        cap = math.inf if timeout is None else timeout.total_seconds() / 2
+        return Waiting(cap, lambda: self.stop_requested)
 
     def share(self, questions: Sequence[Question], own: Attempt[list[Rollout]], samples: int) -> list[Group]:
         """Put the rollouts of all processes together.
@@ -457,6 +468,14 @@ class SearchAgentModule(pl.LightningModule):
     def _log_evaluation(self, prefix: str) -> None:
         self.evaluation = evaluation_metrics(self._evaluated)
         self._evaluated.clear()
+        if (missing := without_result(self.evaluation)) and self.trainer.is_global_zero:
+            log.warning(
+                "%s at step %d: %s, since their search failed; its means are over the others, and not comparable with "
+                "those over all questions",
+                {"val": "validation"}.get(prefix, prefix),
+                self.rollout_step,
+                missing,
+            )
         metrics = {f"{prefix}/{name}": value for name, value in self.evaluation.items()}
         self.log_dict(metrics, logger=False, sync_dist=True)  # for callbacks that monitor one; equal on all processes
         self.log_at_step(metrics)

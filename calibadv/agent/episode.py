@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from calibadv.agent.protocol import Message, is_valid, parse_message, render_observation
 from calibadv.interfaces import RetrievalError
+from calibadv.retrieval.asking import Outcome
 from calibadv.types import (
     Completion,
     Document,
     Question,
     Rollout,
     RolloutStatus,
-    ScoredDocument,
     Segment,
     StopReason,
 )
@@ -65,39 +65,34 @@ def speak(episode: Episode, completion: Completion, agent: Agent) -> None:
         episode.status = RolloutStatus.OUT_OF_TURNS
 
 
-def search(episodes: Sequence[Episode], agent: Agent) -> list[list[ScoredDocument]]:
-    """Search for what the last message of each episode asks.
+def query(episode: Episode) -> str:
+    """What an episode searches for.
 
     Args:
-        episodes: those that search.
-        agent: its retriever is used.
+        episode: whose last message is a search.
 
     Returns:
-        Documents per episode.
-
-    Raises:
-        RetrievalError: the search could not be made.
+        The text of the query.
     """
-    return agent.retriever.search([episode.messages[-1].content for episode in episodes], agent.retriever.top_k)
+    return episode.messages[-1].content
 
 
-def observe(episodes: Sequence[Episode], found: Callable[[], list[list[ScoredDocument]]], agent: Agent) -> None:
-    """Append what a search of several episodes found; a failed one ends them all.
+def observe(episodes: Sequence[Episode], outcomes: Sequence[Outcome], agent: Agent) -> None:
+    """Append what each episode's search found; a failed one ends its episode, and no other.
 
     Args:
         episodes: those that searched together; changed in place.
-        found: gives the documents of each, or raises a RetrievalError.
+        outcomes: the documents of each, or why there are none.
         agent: its protocol and tokenizer are used.
     """
-    try:
-        results = found()
-    except RetrievalError as error:
-        log.warning("search failed for %d rollouts, which are left out: %s", len(episodes), error)
-        for episode in episodes:
+    errors = [outcome for outcome in outcomes if isinstance(outcome, RetrievalError)]
+    if errors:
+        log.warning("%d of %d searches failed, their rollouts are left out: %s", len(errors), len(outcomes), errors[0])
+    for episode, outcome in zip(episodes, outcomes, strict=True):
+        if isinstance(outcome, RetrievalError):
             episode.status = RolloutStatus.SEARCH_FAILED
-        return
-    for episode, result in zip(episodes, results, strict=True):
-        _show(episode, tuple(scored.document for scored in result), agent)
+        else:
+            _show(episode, tuple(scored.document for scored in outcome), agent)
 
 
 def _show(episode: Episode, documents: tuple[Document, ...], agent: Agent) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from calibadv.agent.episode import Episode, finish, observe, search, speak
-from calibadv.agent.protocol import Protocol
+from calibadv.agent.episode import Episode, finish, observe, query, speak
+from calibadv.agent.protocol import Protocol, parse_message
+from calibadv.agent.searching import Searcher, Waiting
 from calibadv.agent.streaming import Key, stream
 from calibadv.agent.tokenizer import AgentTokenizer
 from calibadv.errors import UserError
@@ -41,7 +41,11 @@ class Draws:
 
 
 def run_rollouts(
-    questions: Sequence[Question], agent: Agent, draws: Draws, processes: Processes = ALONE
+    questions: Sequence[Question],
+    agent: Agent,
+    draws: Draws,
+    processes: Processes = ALONE,
+    waiting: Waiting | None = None,
 ) -> list[Rollout]:
     """Sample rollouts: all in step, or each at its own pace where the engine batches continuously.
 
@@ -52,12 +56,16 @@ def run_rollouts(
         agent: engine, retriever, protocol and tokenizer.
         draws: samples per question, temperature, seed and rollout step.
         processes: those that share the questions; this one samples for those that it owns.
+        waiting: how long a retriever that is away may be waited for; by default not at all.
 
     Returns:
         ``draws.samples`` rollouts per question of this process, neighbours in the list.
 
     Raises:
-        UserError: a prompt leaves no room for a message within ``max_rollout_tokens``, or the engine is made for less.
+        UserError: a prompt leaves no room for a message within ``max_rollout_tokens``, the engine is made for less, or
+            the retriever answers with what are no documents.
+        RetrievalError: the retriever was away for longer than it may be waited for.
+        StopRequestedError: the run is to stop, and the retriever is away.
     """
     check_engine(agent)
     episodes: list[Episode] = []
@@ -75,17 +83,18 @@ def run_rollouts(
     def key(episode: Episode) -> DrawKey:
         return DrawKey(draws.seed, draws.step, episode.question.id, episode.sample, turn=len(episode.messages))
 
+    searcher = Searcher(agent.retriever, waiting)
     try:
         if isinstance(agent.engine, StreamingEngine):
-            stream(episodes, agent.engine, agent, sampling, key)
+            stream(episodes, agent.engine, agent, searcher, sampling, key)
         else:
-            _march(episodes, agent, sampling, key)
+            _march(episodes, agent, searcher, sampling, key)
     finally:
         agent.engine.rest()
     return [finish(episode, draws.step, agent.protocol.prepend_think) for episode in episodes]
 
 
-def _march(episodes: Sequence[Episode], agent: Agent, sampling: Sampling, key: Key) -> None:
+def _march(episodes: Sequence[Episode], agent: Agent, searcher: Searcher, sampling: Sampling, key: Key) -> None:
     """Play all episodes in step: one call of the engine and one of the retriever per turn."""
     active = list(episodes)
     while active:
@@ -95,7 +104,7 @@ def _march(episodes: Sequence[Episode], agent: Agent, sampling: Sampling, key: K
             speak(episode, completion, agent)
         active = [episode for episode in active if episode.status is None]
         if active:
-            observe(active, partial(search, active, agent), agent)
+            observe(active, searcher.search([query(episode) for episode in active]), agent)
         active = [episode for episode in active if episode.status is None]
 
 
@@ -147,12 +156,20 @@ def check_searches(groups: Sequence[Sequence[Rollout]], step: int) -> None:
         step: rollout step, for the message.
 
     Raises:
-        RetrievalError: more than half of the rollouts ended in a failed search.
+        RetrievalError: more than half of the searches failed.
     """
-    statuses = [rollout.status for group in groups for rollout in group]
-    failed = statuses.count(RolloutStatus.SEARCH_FAILED)
-    if failed > _MAX_FAILED_SHARE * len(statuses):
+    rollouts = [rollout for group in groups for rollout in group]
+    failed = sum(rollout.status is RolloutStatus.SEARCH_FAILED for rollout in rollouts)
+    made = sum(map(_count_searches, rollouts))
+    if failed > _MAX_FAILED_SHARE * made:
         raise RetrievalError(
-            f"the search failed in {failed} of {len(statuses)} rollouts of step {step} (limit: half of them); see the "
-            "warnings above, and bring the retriever back before you resume"
+            f"{failed} of {made} searches of step {step} failed (limit: half of them); see the warnings above, and "
+            "bring the retriever back before you resume"
         )
+
+
+def _count_searches(rollout: Rollout) -> int:
+    """Searches that were made, those included that failed or whose observation did not fit."""
+    last = rollout.segments[-1]
+    cut_off = rollout.status in (RolloutStatus.SEARCH_FAILED, RolloutStatus.TRUNCATED) and last.source == "policy"
+    return rollout.num_searches + (cut_off and parse_message(last.text, rollout.prepend_think).action == "search")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import TYPE_CHECKING
 
-from calibadv.agent.episode import Episode, observe, search, speak
+from calibadv.agent.episode import Episode, observe, query, speak
+from calibadv.agent.searching import Searcher
 from calibadv.interfaces import StreamingEngine
-from calibadv.types import DrawKey, Sampling, ScoredDocument
+from calibadv.retrieval.asking import Outcome
+from calibadv.types import DrawKey, Sampling
 
 if TYPE_CHECKING:
     from calibadv.agent.rollout import Agent
@@ -16,16 +19,25 @@ if TYPE_CHECKING:
 Key = Callable[[Episode], DrawKey]
 
 
-def stream(episodes: Sequence[Episode], engine: StreamingEngine, agent: Agent, sampling: Sampling, key: Key) -> None:
+def stream(
+    episodes: Sequence[Episode],
+    engine: StreamingEngine,
+    agent: Agent,
+    searcher: Searcher,
+    sampling: Sampling,
+    key: Key,
+) -> None:
     """Play all episodes to their ends. The records are those of the loop that goes turn by turn, only sooner.
 
     While the engine samples, one search at a time runs beside it, for all episodes that have asked since the last one
-    began. Nothing but the search leaves this thread: tokenizers do not bear being used by two.
+    began. Nothing but the search, and waiting for a retriever that is away, leaves this thread: tokenizers do not bear
+    being used by two.
 
     Args:
         episodes: with their prompts; changed in place.
         engine: the agent's.
-        agent: its retriever, protocol and tokenizer are used.
+        agent: its protocol and tokenizer are used.
+        searcher: of the agent's retriever.
         sampling: temperature and the most tokens of a message.
         key: what the draws of an episode's next message depend on.
     """
@@ -38,17 +50,17 @@ def stream(episodes: Sequence[Episode], engine: StreamingEngine, agent: Agent, s
         writing.update(zip(numbers, going, strict=True))
 
     write(episodes)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="search") as background:
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="search") as background, closing(searcher):
         searching: list[Episode] = []
-        found: Future[list[list[ScoredDocument]]] = Future()
+        found: Future[list[Outcome]] = Future()
         while writing or asking or searching:
             if searching and (found.done() or not writing):
-                observe(searching, found.result, agent)
+                observe(searching, found.result(), agent)
                 write(searching)
                 searching = []
             if asking and not searching:
                 searching, asking = asking, []
-                found = background.submit(search, searching, agent)
+                found = background.submit(searcher.search, [query(episode) for episode in searching])
             for number, completion in engine.collect().items() if writing else ():
                 episode = writing.pop(number)
                 speak(episode, completion, agent)

@@ -12,6 +12,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from calibadv.metrics import without_result
+
 _FIGURES = ("score", "f1", "em", "cover_em", "format_valid", "searches")
 # Time left is estimated from the steps within so many seconds; a step with a large model may take minutes.
 _SPEED_PERIOD = 3600.0
@@ -75,8 +77,9 @@ class Progress(Callback):
         if trainer.state.fn != "fit":
             self._finish_evaluation(trainer, pl_module)
         elif trainer.is_global_zero:
-            figures = "  ".join(f"{n} {v:.3f}" for n, v in pl_module.evaluation.items() if n in _FIGURES)
-            self.console.print(f"step {pl_module.rollout_step:>4}  {figures}", highlight=False, soft_wrap=True)
+            figures = [f"{n} {v:.3f}" for n, v in pl_module.evaluation.items() if n in _FIGURES]
+            shown = "  ".join(filter(None, (*figures, without_result(pl_module.evaluation))))
+            self.console.print(f"step {pl_module.rollout_step:>4}  {shown}", highlight=False, soft_wrap=True)
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Show the bar."""
@@ -135,9 +138,10 @@ def evaluation_table(metrics: dict[str, float]) -> Table:
         metrics: of ``evaluation_metrics``.
 
     Returns:
-        One row for all questions, and one per data source.
+        One row for all questions, and one per data source; below them, how many have no result, if any.
     """
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    missing = without_result(metrics)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=missing or None)
     table.add_column("source")  # the one that gives way on a narrow terminal
     for name in (*_FIGURES, "count"):
         table.add_column(_HEADINGS.get(name, name), justify="right", no_wrap=True)

@@ -18,6 +18,7 @@ from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
 from calibadv.questions import read_questions
 from calibadv.retrieval import BM25, Dense  # imports every retriever, and only those have short names
+from calibadv.retrieval.asking import ask, unwrap
 from calibadv.retrieval.audit import CoverageAudit, audit_coverage
 from calibadv.retrieval.manifest import read_manifest
 from calibadv.retrieval.ranking import check_top_k
@@ -49,7 +50,7 @@ def search(
     if not query.strip():
         raise UserError("query is empty; give --query at least one word")
     check_top_k(top_k)
-    [hits] = open_retriever(index, retriever).search([query], top_k)
+    [hits] = unwrap(ask(open_retriever(index, retriever), [query], top_k))
     if json:
         Console().out(dumps([_record(rank, hit) for rank, hit in enumerate(hits, 1)]), highlight=False)
     elif hits:

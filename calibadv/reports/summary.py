@@ -10,6 +10,7 @@ import numpy as np
 from calibadv.errors import UserError
 from calibadv.reports.arms import Arm, differing_settings, shared_settings
 from calibadv.reports.differences import DIGITS, ArmScores, conclude, difference, over
+from calibadv.reports.runs import Run
 from calibadv.reports.scores import MEASURES, RunScores
 from calibadv.reports.statistics import LEVEL, RESAMPLES, interval_over_whole, share_interval
 
@@ -205,8 +206,21 @@ def _warnings(arms: Sequence[Arm], tables: Mapping[str, ArmScores]) -> list[str]
             )
         if any("format_valid" not in row for run in table.runs for row in run.run.validations):
             found.append(f"{arm.name}: format validity is not known, so a run can count as collapsed by its F1 only")
+    found += [note for arm in arms for run in arm.runs for note in _searches_failed(run)]
     found += [f"the runs differ in {name}: {text}" for name, text in _unequal(arms).items()]
     return found + [note for arm in arms for run in arm.runs for note in run.notes]
+
+
+def _searches_failed(run: Run) -> list[str]:
+    """That validations of a run are means over unequal sets of questions."""
+    failed = {int(row["step"]): missing for row in run.validations if (missing := row.get("search_failed"))}
+    if not failed:
+        return []
+    step, most = max(failed.items(), key=lambda item: item[1])
+    return [
+        f"{run.label}: searches failed in {len(failed)} of {len(run.validations)} validations (at most {most:.0f} "
+        f"questions, at step {step}): their means are over the other questions"
+    ]
 
 
 def _unequal(arms: Sequence[Arm]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
 from calibadv.progress import blocks, progress_bar
+from calibadv.retrieval.asking import ask, unwrap
 from calibadv.retrieval.corpus import searched_text
 from calibadv.rewards.answer import normalise_answer
 from calibadv.types import Document, Question, ScoredDocument
@@ -64,7 +65,7 @@ def audit_coverage(
     gold = [(question, labels) for question in questions if (labels := supporting_labels(question))]
     shares: dict[int, list[float]] = {k: [] for k in top_k}
     for batch in blocks(gold, _BATCH, "Searching", hidden=len(gold) <= _BATCH):
-        found = retriever.search([question.question for question, _ in batch], max(top_k))
+        found = unwrap(ask(retriever, [question.question for question, _ in batch], max(top_k)))
         for (_, labels), hits in zip(batch, found, strict=True):
             for k in shares:
                 shares[k].append(len(labels & _labels_of(hits[:k])) / len(labels))

@@ -12,6 +12,7 @@ from queue import SimpleQueue
 from types import TracebackType
 
 from calibadv.interfaces import RetrievalError, Retriever
+from calibadv.retrieval.asking import Outcome, ask, unwrap
 from calibadv.retrieval.wire import Results
 
 # Seconds to wait for others after a request has arrived: too short to notice, long enough for clients that were
@@ -34,7 +35,7 @@ class _Request:
 class _Search:
     queries: list[str]
     top_k: int
-    found: Future[Results]
+    found: Future[list[Outcome]]
 
 
 class Batcher:
@@ -82,6 +83,7 @@ class Batcher:
 
         Raises:
             BusyError: too many queries wait.
+            RetrievalError: the search of one of the queries failed.
         """
         if self._pending and self._pending + len(queries) > self._max_pending:
             raise BusyError(f"{self._pending} queries wait already, of {self._max_pending} at most; try again later")
@@ -123,20 +125,17 @@ class Batcher:
         self._searches.put(search)
         try:
             found = await asyncio.wrap_future(search.found)
-        except RetrievalError as error:
-            # What the retriever depends on is out of order: asking again for each would multiply the wait.
-            _fail(requests, error)
         except Exception as error:
             if len(requests) == 1:
-                _fail(requests, error)
+                _fail(requests[0], error)
             else:
                 # One request may be at fault: it alone shall fail.
                 for request in requests:
                     await self._answer([request])
         else:
+            # What failed is not asked for again: that would multiply the wait for what is out of order.
             for request in requests:
-                if not request.answer.done():
-                    request.answer.set_result(found[: len(request.queries)])
+                _answer(request, found[: len(request.queries)])
                 del found[: len(request.queries)]
 
     def _search_in_turn(self) -> None:
@@ -145,22 +144,25 @@ class Batcher:
             if not search.found.set_running_or_notify_cancel():
                 continue
             try:
-                found = self._search(search.queries, search.top_k)
+                found = ask(self._retriever, search.queries, search.top_k)
             except BaseException as error:
                 search.found.set_exception(error)
             else:
                 search.found.set_result(found)
 
-    def _search(self, queries: list[str], top_k: int) -> Results:
-        found = self._retriever.search(queries, top_k)
-        if len(found) != len(queries):
-            name = type(self._retriever).__name__
-            raise RuntimeError(f"{name} answered {len(queries)} queries with {len(found)} results")
-        return list(found)
 
-
-def _fail(requests: list[_Request], error: Exception) -> None:
-    for request in requests:
+def _answer(request: _Request, outcomes: list[Outcome]) -> None:
+    """Answer a request; it fails if one of its queries did."""
+    try:
+        results = unwrap(outcomes)
+    except RetrievalError as error:
+        _fail(request, error)
+    else:
         # An answer is done already where the one who waited was cancelled.
         if not request.answer.done():
-            request.answer.set_exception(error)
+            request.answer.set_result(results)
+
+
+def _fail(request: _Request, error: Exception) -> None:
+    if not request.answer.done():
+        request.answer.set_exception(error)

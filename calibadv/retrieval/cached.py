@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from threading import Lock
 
 from calibadv.errors import UserError
-from calibadv.interfaces import Metrics, Retriever
+from calibadv.interfaces import Metrics, RetrievalError, Retriever
+from calibadv.retrieval.asking import Outcome, ask, unwrap
 from calibadv.retrieval.ranking import check_search, check_top_k
 from calibadv.types import ScoredDocument
 
@@ -53,21 +54,21 @@ class Cached(Retriever):
             What the retriever finds.
 
         Raises:
-            RetrievalError: the search for an unknown query failed.
+            RetrievalError: the search for an unknown query failed; as PartialRetrievalError where others did not.
             UserError: ``top_k`` is below 1, or ``queries`` is one text.
         """
         check_search(queries, top_k)
-        found = self._look_up(queries, top_k)
+        found: dict[str, Outcome] = {query: list(hits) for query, hits in self._look_up(queries, top_k).items()}
         unknown = list(dict.fromkeys(query for query in queries if query not in found))
-        with self._lock:
-            self._lookups += len(queries)
-            self._searches += len(unknown)
         if unknown:
             # Other threads may go on meanwhile: two that miss the same query both search for it.
-            searched = self._retriever.search(unknown, top_k)
-            found.update((query, tuple(hits)) for query, hits in zip(unknown, searched, strict=True))
+            found.update(zip(unknown, ask(self._retriever, unknown, top_k), strict=True))
             self._keep(unknown, top_k, found)
-        return [list(found[query]) for query in queries]
+        with self._lock:
+            # What failed is left out: it will be asked for again, and counts then.
+            self._lookups += sum(not isinstance(found[query], RetrievalError) for query in queries)
+            self._searches += sum(not isinstance(found[query], RetrievalError) for query in unknown)
+        return unwrap([_copy(found[query]) for query in queries])
 
     def _look_up(self, queries: Sequence[str], top_k: int) -> dict[str, tuple[ScoredDocument, ...]]:
         found = {}
@@ -78,11 +79,13 @@ class Cached(Retriever):
                     found[query] = self._kept[query, top_k]
         return found
 
-    def _keep(self, queries: Sequence[str], top_k: int, found: dict[str, tuple[ScoredDocument, ...]]) -> None:
+    def _keep(self, queries: Sequence[str], top_k: int, found: dict[str, Outcome]) -> None:
         with self._lock:
             for query in queries:
-                self._kept[query, top_k] = found[query]
-                self._kept.move_to_end((query, top_k))
+                outcome = found[query]
+                if not isinstance(outcome, RetrievalError):
+                    self._kept[query, top_k] = tuple(outcome)
+                    self._kept.move_to_end((query, top_k))
             while len(self._kept) > self._max_queries:
                 self._kept.popitem(last=False)
 
@@ -97,3 +100,8 @@ class Cached(Retriever):
             self._lookups = self._searches = 0
         hit_rate = {"cache_hit_rate": 1 - searches / lookups} if lookups else {}
         return {**self._retriever.metrics(), **hit_rate}
+
+
+def _copy(outcome: Outcome) -> Outcome:
+    """A list of its own for each caller and query: a query may come twice."""
+    return outcome if isinstance(outcome, RetrievalError) else list(outcome)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from math import fsum
 
 from calibadv.errors import UserError
-from calibadv.interfaces import Metrics, Retriever
+from calibadv.interfaces import Metrics, RetrievalError, Retriever
+from calibadv.retrieval.asking import Outcome, ask, unwrap
 from calibadv.retrieval.corpus import Corpus
 from calibadv.retrieval.ranking import check_search, check_top_k
 from calibadv.types import Document, ScoredDocument
@@ -55,13 +56,22 @@ class Hybrid(Retriever):
             One list per query, best first; ties in the order in which the retrievers' lists name the documents.
 
         Raises:
-            RetrievalError: one of the retrievers failed.
+            RetrievalError: one of the retrievers failed; as PartialRetrievalError where it failed some queries.
             UserError: ``top_k`` is below 1, or ``queries`` is one text.
         """
         check_search(queries, top_k)
         fetch_k = max(self._fetch_k, top_k)
-        found = [retriever.search(queries, fetch_k) for retriever in self._retrievers]
-        return [fuse(lists, self._rrf_k)[:top_k] for lists in zip(*found, strict=True)]
+        outcomes = [ask(retriever, queries, fetch_k) for retriever in self._retrievers]
+        return unwrap([self._fuse(column, top_k) for column in zip(*outcomes, strict=True)])
+
+    def _fuse(self, outcomes: Sequence[Outcome], top_k: int) -> Outcome:
+        """Fuse what the retrievers found for one query; it failed if one of them failed it."""
+        lists: list[list[ScoredDocument]] = []
+        for outcome in outcomes:
+            if isinstance(outcome, RetrievalError):
+                return outcome
+            lists.append(outcome)
+        return fuse(lists, self._rrf_k)[:top_k]
 
     def metrics(self) -> Metrics:
         """What the fused retrievers report.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from calibadv.errors import UserError
 from calibadv.interfaces import RetrievalError, Retriever
+from calibadv.retrieval.asking import Outcome, unwrap
 from calibadv.retrieval.ranking import check_search, check_top_k
 from calibadv.types import Document, ScoredDocument
 
@@ -17,7 +18,7 @@ class MemoryRetriever(Retriever):
         documents: The corpus.
         results: Ids of the documents that a query finds, best first. The n-th has score 1/n.
         top_k: Documents that an episode asks for per search.
-        failing: Queries whose search fails.
+        failing: Queries whose search fails, and no other's.
 
     Raises:
         UserError: a result is not in ``documents``, an id is repeated, or ``top_k`` is below 1.
@@ -57,11 +58,13 @@ class MemoryRetriever(Retriever):
             The first ``top_k`` scripted documents of each query; none for a query that is not scripted.
 
         Raises:
-            RetrievalError: one of the queries is listed as failing.
+            RetrievalError: a query is listed as failing; as PartialRetrievalError where others are not.
             UserError: ``top_k`` is below 1, or ``queries`` is one text.
         """
         check_search(queries, top_k)
-        for query in queries:
-            if query in self._failing:
-                raise RetrievalError(f"the search for '{query}' is scripted to fail")
-        return [self._results.get(query, [])[:top_k] for query in queries]
+        return unwrap([self._look_up(query, top_k) for query in queries])
+
+    def _look_up(self, query: str, top_k: int) -> Outcome:
+        if query in self._failing:
+            return RetrievalError(f"the search for '{query}' is scripted to fail")
+        return self._results.get(query, [])[:top_k]

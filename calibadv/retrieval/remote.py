@@ -9,12 +9,13 @@ import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from calibadv.errors import UserError
-from calibadv.interfaces import RetrievalError, Retriever
+from calibadv.interfaces import OutageError, RetrievalError, Retriever
+from calibadv.retrieval.asking import Outcome, unwrap
 from calibadv.retrieval.ranking import check_search, check_top_k
-from calibadv.retrieval.wire import Results, parse_results
+from calibadv.retrieval.wire import SEARCH_FAILED, Results, parse_results
 from calibadv.types import ScoredDocument
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ _CONNECTIONS = 256
 # Bytes of an answer: the most per document that is asked for, and what any answer may have.
 _DOCUMENT_BYTES, _ANSWER_BYTES = 2**20, 4 * 2**20
 _REMEDIES = {404: "correct the path of url", 413: "lower batch_size", 422: "correct what it names"}
+# A server that has refused so many single queries of a batch, and answered none, is taken to refuse all of them.
+_LOST_CAUSE = 8
+
+_Fault = Literal["outage", "busy", "error", "refusal"]
+"""Of a try: the server is away, has no time, failed (500) or does not want the request (400, 413, 422)."""
 
 
 class Remote(Retriever):
@@ -34,8 +40,10 @@ class Remote(Retriever):
 
     Queries are sent in batches, round the servers in turn. A batch that gets no answer, or 429 or 5xx, goes to the next
     server, and after the last one round again, with pauses that double and vary. It never turns into an empty result.
-    An answer may have 1 MiB per document that is asked for, and 4 MiB in any case. No proxy is used, whatever the
-    environment says.
+    A batch that is answered 400, 413 or 422, or 500 twice, is halved until the query that the server fails at stands
+    alone; only that one fails. A server that does not answer, or with 502 to 504, is away: until it is back, a batch is
+    tried once per server. An answer may have 1 MiB per document that is asked for, and 4 MiB in any case. No proxy is
+    used, whatever the environment says.
 
     Args:
         url: Address of the server, or of several with the same index; ``/retrieve`` is added if there is no path.
@@ -44,6 +52,8 @@ class Remote(Retriever):
         retries: Further tries of a batch; each server is tried at least once.
         batch_size: The most queries per request.
         backoff: Seconds before the second try of a server, at most; doubled for each further one.
+        patience: Seconds that a run in training waits for a server that has answered before and is away, per batch of
+            rollouts; then the run stops. 0 never waits: the rollouts that searched are left out.
 
     Raises:
         UserError: an address is malformed, or a number is out of its range.
@@ -57,11 +67,13 @@ class Remote(Retriever):
         retries: int = 3,
         batch_size: int = 256,
         backoff: float = 0.5,
+        patience: float = 300.0,
     ) -> None:
         from calibadv.retrieval.deadline import open_pool
 
         check_top_k(top_k)
-        for name, value, least in (("retries", retries, 0), ("batch_size", batch_size, 1), ("backoff", backoff, 0)):
+        limits = (("retries", retries, 0), ("batch_size", batch_size, 1), ("backoff", backoff, 0))
+        for name, value, least in (*limits, ("patience", patience, 0)):
             if not least <= value < math.inf:
                 raise UserError(f"{name} is {value}; it must be a number of at least {least}")
         if not 0 < timeout < math.inf:
@@ -74,6 +86,8 @@ class Remote(Retriever):
         self._tries = max(retries + 1, len(self._urls))
         self._batch_size = batch_size
         self._backoff = backoff
+        self._patience = patience
+        self._has_answered = self._away = False
         self._turns = itertools.count()
         self._pool = open_pool(_CONNECTIONS)
 
@@ -88,7 +102,9 @@ class Remote(Retriever):
             One list per query, as the server orders it.
 
         Raises:
-            RetrievalError: no server answered, or one answered with something else than results.
+            RetrievalError: a server answered with something else than results.
+            OutageError: no server answered.
+            PartialRetrievalError: some of the queries failed of either.
             UserError: ``top_k`` is below 1.
         """
         check_search(queries, top_k)
@@ -100,30 +116,74 @@ class Remote(Retriever):
                 answers = list(pool.map(lambda batch: self._ask(batch, top_k), batches))
         else:
             answers = [self._ask(batch, top_k) for batch in batches]
-        hits = itertools.chain.from_iterable(answers)
-        return [next(hits) if query.strip() else [] for query in queries]
+        outcomes = itertools.chain.from_iterable(answers)
+        return unwrap([next(outcomes) if query.strip() else [] for query in queries])
 
-    def _ask(self, queries: list[str], top_k: int) -> Results:
-        """Send one batch, until a server answers or the tries are used up."""
+    def _ask(self, queries: list[str], top_k: int) -> list[Outcome]:
+        """Ask for one batch; what a server refuses is halved, without a pause, until it is a single query."""
+        outcomes: list[Outcome] = []
+        waiting = [queries]  # the next one last
+        refused, answered = 0, False
+        while waiting:
+            batch = waiting.pop()
+            try:
+                outcomes += self._send(batch, top_k, halved=len(batch) < len(queries))
+                answered = True
+            except _RefusedError as error:
+                refused += len(batch) == 1
+                if len(batch) > 1 and (answered or refused < _LOST_CAUSE):
+                    middle = len(batch) // 2
+                    waiting += [batch[middle:], batch[:middle]]
+                    continue
+                outcomes += [error] * len(batch)
+            except RetrievalError as error:  # whatever is sent: the rest would fare no better
+                outcomes += [error] * (len(queries) - len(outcomes))
+                break
+        return outcomes
+
+    def _send(self, queries: list[str], top_k: int, *, halved: bool) -> Results:
+        """Send queries, until a server answers or the tries are used up."""
         body = json.dumps({"queries": queries, "topk": top_k, "return_scores": True}).encode()
         most = max(_ANSWER_BYTES, len(queries) * top_k * _DOCUMENT_BYTES)
         turn = next(self._turns)
-        for attempt in range(self._tries):
+        for attempt in itertools.count():
             url = self._urls[(turn + attempt) % len(self._urls)]
             try:
                 answer = self._post(url, body, most)
-            except _TryAgainError as error:
+            except _FailedTryError as error:
                 failure = error
             else:
-                return _read(url, answer, len(queries), top_k)
+                found = _read(url, answer, len(queries), top_k)
+                self._has_answered, self._away = True, False
+                return found
+            tries = self._most_tries(failure.fault, halved)
+            if attempt + 1 >= tries:
+                raise self._give_up(url, failure, attempt + 1)
             self._pause(attempt + 1, failure.seconds)
-        tries = "1 try" if self._tries == 1 else f"{self._tries} tries"
-        raise RetrievalError(f"the retrieval server {url} {failure} ({tries}); {failure.remedy}") from failure
+        raise AssertionError("tries end")
+
+    def _most_tries(self, fault: _Fault, halved: bool) -> int:
+        """How often a batch is sent that keeps failing this way."""
+        servers = len(self._urls)
+        if fault == "refusal":
+            return 1
+        if fault == "error":
+            return servers if halved else min(self._tries, max(2, servers))
+        return servers if self._away else self._tries
+
+    def _give_up(self, url: str, failure: _FailedTryError, tried: int) -> RetrievalError:
+        tries = "" if failure.fault == "refusal" else " (1 try)" if tried == 1 else f" ({tried} tries)"
+        message = f"the retrieval server {url} {failure}{tries}; {failure.remedy}"
+        if failure.fault == "outage":
+            self._away = True
+            # Before its first answer, nothing tells an outage from a mistake in the address.
+            return OutageError(message, self._patience if self._has_answered else 0.0)
+        return RetrievalError(message) if failure.fault == "busy" else _RefusedError(message)
 
     def _pause(self, tried: int, asked: float) -> None:
-        """Wait before the next try, unless there is none, or there is a server that has not been tried."""
+        """Wait before the next try, unless there is a server that has not been tried."""
         again = tried - len(self._urls)
-        if again >= 0 and tried < self._tries:
+        if again >= 0:
             # A generator of its own: drawing from the global one would change the draws of the training.
             jitter = random.Random().uniform(0.5, 1.0)
             time.sleep(min(max(self._backoff * 2.0 ** min(again, 30) * jitter, asked), _LONGEST_PAUSE))
@@ -142,32 +202,50 @@ class Remote(Retriever):
             data = _read_all(response, most)
         except exceptions.NewConnectionError as error:
             reason = getattr(error.__cause__, "strerror", None) or error
-            raise _TryAgainError(f"is down ({reason})", "start it, or correct url") from error
+            raise _FailedTryError("outage", f"is down ({reason})", "start it, or correct url") from error
         except (exceptions.TimeoutError, TimeoutError) as error:
             what = f"gave no answer within {self._timeout:g} s"
-            raise _TryAgainError(what, "raise timeout, lower batch_size or add servers") from error
+            raise _FailedTryError("outage", what, "raise timeout, lower batch_size or add servers") from error
         except exceptions.HTTPError as error:
-            raise _TryAgainError(f"broke off ({_one_line(str(error))})", "see its log") from error
+            raise _FailedTryError("outage", f"broke off ({_one_line(str(error))})", "see its log") from error
         if len(data) > most:
             what = f"answered with more than {most // 2**20} MiB"
             raise RetrievalError(f"the retrieval server {url} {what}; is this url that of a retrieval server?")
         if response.status == 200:
             return data
         what = f"answered {response.status} ({_reason(data)})"
-        if response.status == 429 or response.status >= 500:
-            seconds = response.headers.get("Retry-After", "")
-            raise _TryAgainError(what, "see its log", float(seconds) if seconds.isdecimal() else 0.0)
+        fault = _fault(response.status, SEARCH_FAILED in response.headers)
         remedy = _REMEDIES.get(response.status, "is this url that of a retrieval server?")
-        raise RetrievalError(f"the retrieval server {url} {what}; {remedy}")
+        if fault is None:
+            raise RetrievalError(f"the retrieval server {url} {what}; {remedy}")
+        seconds = response.headers.get("Retry-After", "")
+        remedy = remedy if fault == "refusal" else "see its log"
+        raise _FailedTryError(fault, what, remedy, float(seconds) if seconds.isdecimal() else 0.0)
 
 
-class _TryAgainError(Exception):
-    """A try that failed in a way that another one, or another server, may not."""
+class _FailedTryError(Exception):
+    """A try that failed in a way that another one, another server or fewer queries may not."""
 
-    def __init__(self, what: str, remedy: str, seconds: float = 0.0) -> None:
+    def __init__(self, fault: _Fault, what: str, remedy: str, seconds: float = 0.0) -> None:
         super().__init__(what)
+        self.fault = fault
         self.remedy = remedy
         self.seconds = seconds
+
+
+class _RefusedError(RetrievalError):
+    """A batch that a server did answer, and that one of its queries may be to blame for."""
+
+
+def _fault(status: int, search_failed: bool) -> _Fault | None:
+    """What a status other than 200 means; None if no other try would help."""
+    if status in (400, 413, 422):
+        return "refusal"
+    if status == 500 or search_failed:
+        return "error"
+    if 502 <= status <= 504:
+        return "outage"
+    return "busy" if status == 429 or status > 500 else None
 
 
 def _read_all(response: urllib3.BaseHTTPResponse, most: int) -> bytes:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from calibadv.errors import UserError
-from calibadv.interfaces import Metrics, Retriever
+from calibadv.interfaces import Metrics, RetrievalError, Retriever
+from calibadv.retrieval.asking import ask, unwrap
 from calibadv.retrieval.corpus import searched_text
 from calibadv.retrieval.hybrid import check_fetch_k
 from calibadv.retrieval.models import ModelKind, load_model
@@ -79,11 +80,12 @@ class Reranked(Retriever):
             One list per query, best first; ties in the order of the retriever.
 
         Raises:
-            RetrievalError: the retriever failed.
+            RetrievalError: the retriever failed; as PartialRetrievalError where it failed some queries.
             UserError: ``top_k`` is below 1, or ``queries`` is one text.
         """
         check_search(queries, top_k)
-        fetched = self._retriever.search(queries, max(self._fetch_k, top_k))
+        outcomes = ask(self._retriever, queries, max(self._fetch_k, top_k))
+        fetched = [[] if isinstance(outcome, RetrievalError) else outcome for outcome in outcomes]
         pairs = [
             [(query, searched_text(hit.document)) for hit in hits] for query, hits in zip(queries, fetched, strict=True)
         ]
@@ -92,7 +94,13 @@ class Reranked(Retriever):
             [ScoredDocument(hit.document, scores[pair]) for hit, pair in zip(hits, row, strict=True)]
             for hits, row in zip(fetched, pairs, strict=True)
         )
-        return [sorted(hits, key=lambda hit: -hit.score)[:top_k] for hits in rescored]
+        ranked = (sorted(hits, key=lambda hit: -hit.score)[:top_k] for hits in rescored)
+        return unwrap(
+            [
+                outcome if isinstance(outcome, RetrievalError) else hits
+                for outcome, hits in zip(outcomes, ranked, strict=True)
+            ]
+        )
 
     def _score(self, pairs: set[tuple[str, str]]) -> dict[tuple[str, str], float]:
         """Score each pair once: two that are equal would differ by rounding, with their place in the batch."""

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from calibadv.errors import UserError
-from calibadv.interfaces import RetrievalError, Retriever
+from calibadv.interfaces import OutageError, PartialRetrievalError, RetrievalError, Retriever
 from calibadv.retrieval.batcher import Batcher, BusyError
-from calibadv.retrieval.wire import RequestError, parse_request, render_results
+from calibadv.retrieval.wire import SEARCH_FAILED, RequestError, parse_request, render_results
 
 if TYPE_CHECKING:
     import uvicorn
@@ -64,9 +64,9 @@ class ServerLimits:
 def make_app(retriever: Retriever, limits: ServerLimits | None = None) -> FastAPI:
     """Build the application: ``POST /retrieve`` and ``GET /health``.
 
-    Requests that arrive together are searched for together. Each error is ``{"error": reason}``, with status 400 (the
-    body is not JSON), 413 (it is too long), 422 (it asks for what cannot be answered), 502 (the retriever reports a
-    failure), 503 (too many queries wait, or the server stops) or 500.
+    Requests that arrive together are searched for together; one of whose queries the search failed fails alone. Each
+    error is ``{"error": reason}``, with status 400 (the body is not JSON), 413 (it is too long), 422 (it asks for what
+    cannot be answered), 502 (the retriever reports a failure), 503 (too many queries wait, or the server stops) or 500.
 
     Args:
         retriever: what searches; called in one thread.
@@ -161,13 +161,20 @@ def _refusal(error: BaseException) -> Response:
     if isinstance(error, RequestError):
         return _error(error.status, str(error))
     if isinstance(error, RetrievalError):
-        return _error(502, str(error))
+        return _error(502, str(error), None if _is_outage(error) else {SEARCH_FAILED: "true"})
     if isinstance(error, BusyError):
         return _error(503, str(error), {"Retry-After": "1"})
     if isinstance(error, asyncio.CancelledError):  # by the server, when it does not wait any longer
         return _error(503, "the server stops; ask another one, or this one when it is up again")
     _log.exception("a search failed")
-    return _error(500, f"the search failed with {type(error).__name__}; the log of the server says more")
+    cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+    return _error(500, f"the search failed with {type(cause).__name__}; the log of the server says more")
+
+
+def _is_outage(error: RetrievalError) -> bool:
+    """Whether all that failed did so because what the retriever asks is away."""
+    results = error.results if isinstance(error, PartialRetrievalError) else [error]
+    return all(isinstance(result, OutageError) for result in results if isinstance(result, RetrievalError))
 
 
 async def _read_body(request: Request, most: int) -> bytes:

@@ -13,6 +13,9 @@ from calibadv.types import Document, ScoredDocument
 
 Results = list[list[ScoredDocument]]
 
+SEARCH_FAILED = "X-Search-Failed"
+"""Header of a 502 that is due to a query of the request: what the retriever depends on is not away."""
+
 _EXAMPLE = '{"queries": ["who ..."], "topk": 3, "return_scores": true}'
 
 

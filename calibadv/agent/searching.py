@@ -1,0 +1,112 @@
+"""The searches of one call of ``run_rollouts``, and waiting for a retriever that is away."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from calibadv.errors import StopRequestedError
+from calibadv.interfaces import OutageError, RetrievalError, Retriever
+from calibadv.retrieval.asking import Outcome, ask
+
+# Seconds before the retriever is asked again: at first, how much longer each time, and at most.
+_PAUSE, _GROWTH, _LONGEST_PAUSE = 1.0, 1.5, 5.0
+# Seconds between two looks at whether to stop.
+_LOOK = 0.2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """That a retriever which is away is waited for.
+
+    Attributes:
+        cap: the most seconds of one call of ``run_rollouts``, however patient the retriever is.
+        stop_requested: looked at all the time; once it is true, waiting ends with a StopRequestedError.
+    """
+
+    cap: float
+    stop_requested: Callable[[], bool]
+
+
+class Searcher:
+    """Asks a retriever, and outlasts its outages where it may wait.
+
+    Args:
+        retriever: what searches.
+        waiting: None not to wait: outages are failures like any other.
+    """
+
+    def __init__(self, retriever: Retriever, waiting: Waiting | None) -> None:
+        self._retriever = retriever
+        self._waiting = waiting
+        self._waited = 0.0
+        self._closed = False
+
+    def search(self, queries: Sequence[str]) -> list[Outcome]:
+        """Search for what an episode asks.
+
+        Args:
+            queries: texts to search for.
+
+        Returns:
+            One outcome per query.
+
+        Raises:
+            RetrievalError: the retriever was away for longer than it may be waited for.
+            StopRequestedError: the run is to stop, and the retriever is away.
+            UserError: the retriever is at fault.
+        """
+        outcomes = ask(self._retriever, queries, self._retriever.top_k)
+        if self._waiting is not None and _away(outcomes):
+            self._outlast(list(queries), outcomes, self._waiting)
+        return outcomes
+
+    def close(self) -> None:
+        """End a search that waits in another thread."""
+        self._closed = True
+
+    def _outlast(self, queries: list[str], outcomes: list[Outcome], waiting: Waiting) -> None:
+        """Ask again for what is away, in place, until it is back."""
+        began, pause = time.monotonic(), _PAUSE
+        waited_before, told = self._waited, False
+        while away := _away(outcomes):
+            limit = min(max(error.patience for error in away.values()), waiting.cap)
+            reason = next(iter(away.values()))
+            self._waited = waited_before + time.monotonic() - began
+            if self._waited >= limit:
+                raise RetrievalError(
+                    f"the retriever was waited for, for {self._waited:.0f} s (limit: {limit:.0f} s): {reason}"
+                ) from reason
+            if not told:
+                log.warning("the retriever is away, waiting for at most %.0f s: %s", limit - self._waited, reason)
+                told = True
+            self._pause(min(pause, limit - self._waited), waiting)
+            pause = min(pause * _GROWTH, _LONGEST_PAUSE)
+            again = ask(self._retriever, [queries[place] for place in away], self._retriever.top_k)
+            for place, outcome in zip(away, again, strict=True):
+                outcomes[place] = outcome
+        self._waited = waited_before + time.monotonic() - began
+        log.warning("the retriever is back after %.0f s", time.monotonic() - began)
+
+    def _pause(self, seconds: float, waiting: Waiting) -> None:
+        until = time.monotonic() + seconds
+        while True:
+            if self._closed or waiting.stop_requested():
+                raise StopRequestedError("asked to stop, while waiting for the retriever")
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            time.sleep(min(left, _LOOK))
+
+
+def _away(outcomes: Sequence[Outcome]) -> dict[int, OutageError]:
+    """The outcomes to wait for, by place."""
+    return {
+        place: outcome
+        for place, outcome in enumerate(outcomes)
+        if isinstance(outcome, OutageError) and outcome.patience > 0
+    }
