@@ -307,6 +307,45 @@ def test_who_waits_for_another_process_says_so(tmp_path: Path, cache: Path, caps
     assert said == f"waiting for another process, which converts '{path}' into '{folder}'\n"
 
 
+def test_a_damaged_file_of_the_cache_is_refused(tmp_path: Path, cache: Path) -> None:
+    path = write_lines(tmp_path / "large.jsonl", {"id": 1, "contents": "a"})
+    open_corpus(path, in_memory_bytes=0)
+    [folder] = [path for path in cache.iterdir() if path.is_dir()]
+    for name in ("corpus.json", "ids.npy", "shard-00000.arrow"):
+        whole = (folder / name).read_bytes()
+        changed = whole.replace(b'"checksum": "', b'"checksum": "0') if name == "corpus.json" else whole[:-1] + b"\xff"
+        (folder / name).write_bytes(changed)
+        with pytest.raises(ValueError, match=rf"{name}' is damaged \(its digest is .*\); remove '.*', and it is made"):
+            open_corpus(path, in_memory_bytes=0)
+        (folder / name).write_bytes(whole)
+        open_corpus(path, in_memory_bytes=0)
+    (folder / "ids.npy").write_bytes(b"")
+    (folder / "digests.json").unlink()  # as in a cache of an earlier release
+    with pytest.raises(ValueError, match=r"ids.npy' has 0 bytes"):
+        open_corpus(path, in_memory_bytes=0)
+    shutil.rmtree(folder)
+    assert list(open_corpus(path, in_memory_bytes=0)) == [Document("1", "", "a")]
+
+
+def test_a_conversion_that_was_killed_at_any_moment_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_lines(tmp_path / "large.jsonl", {"id": 1, "contents": "a"})
+
+    def open_in(folder: Path) -> Corpus:
+        monkeypatch.setenv("CALIBADV_CACHE", str(folder))
+        return open_corpus(path, in_memory_bytes=0)
+
+    kills = 0
+    for folder in kill_points(tmp_path, open_in):
+        assert list(open_in(folder)) == [Document("1", "", "a")]
+        capsys.readouterr()
+        open_in(folder)
+        assert capsys.readouterr().err == ""
+        kills += 1
+    assert kills > 20
+
+
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_lines(tmp_path / "large.jsonl", {"id": 1, "contents": "a"})
     monkeypatch.setenv("CALIBADV_CACHE", str(path))

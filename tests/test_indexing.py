@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +29,11 @@ from calibadv.retrieval.backends import BM25Index, encode_shards
 from calibadv.retrieval.bm25 import BM25
 from calibadv.retrieval.corpus import open_corpus
 from calibadv.retrieval.dense import Dense
+from calibadv.retrieval.digests import check_digests
 from calibadv.retrieval.estimate import check_disk, free_disk, index_size, sample_corpus, sample_file
 from calibadv.retrieval.faiss_index import build_faiss, make_index, save_faiss
 from calibadv.retrieval.indexing import index
-from calibadv.retrieval.manifest import open_index, read_manifest, write_manifest
+from calibadv.retrieval.manifest import open_index, read_manifest, verify_index, write_manifest
 from calibadv.types import Document
 
 RECORDS = [
@@ -42,6 +46,11 @@ RECORDS = [
 def write_lines(path: Path, *records: Any) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(path)
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    """All files of an index but the one that has their inodes and times."""
+    return {name: content for name, content in tree(folder).items() if name != "verified.json"}
 
 
 @pytest.fixture
@@ -60,8 +69,8 @@ def test_an_index_of_words(tmp_path: Path, corpus: str, built: Path) -> None:
     assert (manifest.backend, manifest.documents) == ("bm25", 3)
     assert manifest.settings == {"stopwords": "english", "stemmer": None}
     assert manifest.corpus_checksum == open_corpus(corpus).checksum
-    assert sorted(path.name for path in built.iterdir()) == ["bm25", "corpus", "manifest.json"]
-    assert manifest.files == {name: len(content) for name, content in tree(built).items() if name != "manifest.json"}
+    assert sorted(path.name for path in built.iterdir()) == ["bm25", "corpus", "manifest.json", "verified.json"]
+    assert manifest.files == {name: len(content) for name, content in written(built).items() if name != "manifest.json"}
     assert list(open_corpus(built)) == list(open_corpus(corpus))
     for queries in (["city river", "fish"], ["sung", ""]):
         assert BM25(index=str(built)).search(queries, 2) == BM25(corpus).search(queries, 2)
@@ -80,14 +89,15 @@ def test_an_index_of_meanings(tmp_path: Path, corpus: str, factory: str) -> None
         "factory": factory,
         "dimension": 384,
     }
-    assert sorted(path.name for path in (tmp_path / "built").iterdir()) == ["corpus", "faiss.index", "manifest.json"]
+    names = ["corpus", "faiss.index", "manifest.json", "verified.json"]
+    assert sorted(path.name for path in (tmp_path / "built").iterdir()) == names
     found = Dense(index=str(tmp_path / "built")).search(["a swimming mammal", "music"], 1)
     assert [hits[0].document.id for hits in found] == ["two", "3"]
 
 
 def test_the_corpus_of_an_index_can_be_indexed_again(tmp_path: Path, built: Path) -> None:
     index(str(built), tmp_path / "again", "bm25")
-    assert tree(tmp_path / "again") == tree(built)
+    assert written(tmp_path / "again") == written(built)
 
 
 def test_what_was_killed_is_finished_with_fewer_at_a_time_but_not_with_other_settings(
@@ -139,10 +149,10 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path: Path, corpus: str, built
             with pytest.raises(ValueError, match=r"is unfinished; run the same|without manifest.json"):
                 read_manifest(out)
         if (out / "manifest.json").exists() and not (out / "unfinished.json").exists():
-            assert tree(out) == tree(built)
+            assert written(out) == written(built)
             continue
         index(corpus, out, "bm25")
-        assert tree(out) == tree(built)
+        assert written(out) == written(built)
         assert not [path for path in out.rglob("*") if path.is_dir() and not any(path.iterdir())]
         kills += 1
     assert kills > 20
@@ -175,7 +185,7 @@ def test_a_process_that_is_killed(tmp_path: Path) -> None:
         process.wait()
         assert not (out / "manifest.json").exists()
         index(corpus, out, "bm25")
-        assert tree(out) == tree(tmp_path / "whole")
+        assert written(out) == written(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -248,6 +258,18 @@ def damage_manifest(folder: Path, **values: Any) -> None:
     (folder / "manifest.json").write_text(json.dumps({**content, **values}))
 
 
+def damage_digest(folder: Path, digest: Any) -> None:
+    digests = json.loads((folder / "manifest.json").read_text())["digests"]
+    damage_manifest(folder, digests={**digests, "corpus/corpus.json": digest})
+
+
+def drop_digests(folder: Path) -> None:
+    """Make the manifest one of a release that had no digests."""
+    content = json.loads((folder / "manifest.json").read_text())
+    del content["digests"]
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
 def cut(name: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:5])
 
@@ -257,14 +279,21 @@ def replace_layout(folder: Path, content: Any) -> None:
     (folder / "corpus" / "corpus.json").write_text(text)
     files = json.loads((folder / "manifest.json").read_text())["files"]
     damage_manifest(folder, files={**files, "corpus/corpus.json": len(text)})
+    drop_digests(folder)
 
 
 def overwrite(path: Path, place: int) -> None:
-    """Damage eight bytes, so that the size stays as it was."""
-    content = bytearray(path.read_bytes())
-    place %= len(content)
-    content[place : place + 8] = b"\xff" * 8
-    path.write_bytes(content)
+    """Damage a byte, so that the size stays as it was."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 0xFF]))
+
+
+def overwrite_ids(folder: Path) -> None:
+    drop_digests(folder)
+    overwrite(folder / "corpus" / "ids.npy", 0)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -321,6 +350,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: damage_manifest(folder, files={}),
         r"manifest.json' is damaged \(its files lack corpus/corpus.json\); copy",
     ),
+    "digests of other files": (
+        lambda folder: damage_manifest(folder, digests={}),
+        r"manifest.json' is damaged \(its digests are not those of its files\); copy",
+    ),
+    "digests of another type": (
+        lambda folder: damage_manifest(folder, digests=[]),
+        r"manifest.json' is damaged \(it has \[\] as 'digests'\); copy",
+    ),
+    "digest of another type": (
+        lambda folder: damage_digest(folder, 7),
+        r"corpus.json' is damaged \(its digest is \w{32}, and that of what was written 7\); copy",
+    ),
     "files of another type": (
         lambda folder: damage_manifest(folder, files=[]),
         r"manifest.json' is damaged \(it has \[\] as 'files'\); copy",
@@ -334,7 +375,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"corpus.json' is damaged \(it is no JSON object\); copy",
     ),
     "ids overwritten": (
-        lambda folder: overwrite(folder / "corpus" / "ids.npy", 0),
+        overwrite_ids,
         r"ids.npy' is damaged \(it is no array of numpy\); copy",
     ),
     "corpus of others": (
@@ -359,10 +400,185 @@ def test_a_damaged_index_is_refused(built: Path, damage: Callable[[Path], Any], 
 
 def test_an_overwritten_shard_is_named_when_it_is_read(built: Path) -> None:
     shard = built / "corpus" / "shard-00000.arrow"
-    overwrite(shard, -8)
+    drop_digests(built)
+    overwrite(shard, shard.stat().st_size - 1)
     retriever = BM25(index=str(built))
     with pytest.raises(ValueError, match=r"shard-00000.arrow' is damaged \(Not an Arrow file\); copy the folder again"):
         retriever.search(["fish"], 1)
+
+
+# --- digests
+
+SHARD = "corpus/shard-00000.arrow"
+
+
+def overwrite_unseen(path: Path, place: int) -> None:
+    """Damage a byte, and leave size, inode and time of modification as they were."""
+    status = path.stat()
+    overwrite(path, place)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def damaged(name: str) -> str:
+    return (
+        rf"{name}' is damaged \(its digest is \w{{32}}, and that of what was written \w{{32}}\); copy the folder again"
+    )
+
+
+@pytest.mark.parametrize("backend", ["bm25", "faiss"])
+def test_a_changed_byte_of_any_file_is_found(
+    tmp_path: Path, corpus: str, backend: Literal["bm25", "faiss"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    built = tmp_path / "built"
+    index(corpus, built, backend)
+    files = read_manifest(built).files
+    assert len(files) == {"bm25": 8, "faiss": 4}[backend]
+    for name in files:
+        path = built / name
+        place = path.stat().st_size // 2
+        overwrite_unseen(path, place)
+        with pytest.raises(ValueError, match=damaged(name)):
+            verify_index(built)
+        for _ in range(2):  # and nothing vouches for it any more
+            with pytest.raises(ValueError, match=damaged(name)):
+                open_index(built)
+        overwrite_unseen(path, place)  # the second time makes it whole again
+        open_index(built)
+        overwrite(path, place)  # which its time of modification tells
+        with pytest.raises(ValueError, match=damaged(name)) as caught:
+            open_index(built)
+        assert "\n" not in str(caught.value)
+        overwrite(path, place)
+    assert verify_index(built).files == files
+
+
+def test_what_did_not_change_is_not_read_again(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    open_index(built)
+    overwrite_unseen(built / SHARD, 500)
+    (built / "corpus" / "ids.npy").touch()  # of the files, only this one is read
+    open_index(built)
+    assert re.fullmatch(r"reading 176 bytes of '.*built' once, to see whether .*\n", capsys.readouterr().err)
+    built.rename(built.parent / "moved")
+    open_index(built.parent / "moved")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match=damaged(SHARD)):
+        verify_index(built.parent / "moved")
+
+
+def test_a_copy_is_read_once(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = built.parent / "copy"
+    shutil.copytree(built, copy)
+    capsys.readouterr()
+    assert list(open_index(copy)[1]) == list(open_index(built)[1])
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"reading [\d,.]+ (bytes|kB) of '.*copy' once, to see whether the files are whole, .*\n", told)
+    overwrite_unseen(copy / SHARD, 500)
+    open_index(copy)
+    assert capsys.readouterr().err == ""
+    again = built.parent / "again"
+    shutil.copytree(copy, again)
+    with pytest.raises(ValueError, match=f"again/{damaged(SHARD)}"):
+        open_index(again)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: None,
+        lambda content: [content],
+        lambda content: {},
+        lambda content: {**content, "record": "0" * 32},
+        lambda content: {**content, "stamps": []},
+        lambda content: {**content, "stamps": dict.fromkeys(content["stamps"], 1)},
+    ],
+)
+def test_a_record_of_another_manifest_or_a_damaged_one_vouches_for_nothing(
+    built: Path, change: Callable[[Any], Any]
+) -> None:
+    record = built / "verified.json"
+    whole = json.loads(record.read_text())
+    overwrite_unseen(built / SHARD, 500)
+    record.write_text(json.dumps(change(whole)))
+    with pytest.raises(ValueError, match=damaged(SHARD)):
+        open_index(built)
+    overwrite_unseen(built / SHARD, 500)
+    open_index(built)
+    assert json.loads(record.read_text()) == whole
+    record.write_bytes(b"\xff{")
+    open_index(built)
+    assert json.loads(record.read_text()) == whole
+
+
+def test_what_was_read_of_a_folder_that_cannot_be_written_is_kept_in_the_cache(
+    built: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = built.parent / "cache"
+    monkeypatch.setenv("CALIBADV_CACHE", str(cache))
+    (built / "verified.json").unlink()
+    (built / "verified.json").mkdir()  # root may write to any folder, but not over another
+    capsys.readouterr()
+    for told in (1, 0):
+        open_index(built)
+        assert capsys.readouterr().err.count("reading") == told
+    [kept] = [path for path in cache.rglob("*") if path.is_file()]
+    assert kept.parent.name == "verified"
+    overwrite_unseen(built / SHARD, 500)
+    open_index(built)
+    with pytest.raises(ValueError, match=damaged(SHARD)):
+        verify_index(built)
+    assert not kept.exists()
+    overwrite_unseen(built / SHARD, 500)
+    verify_index(built)
+    assert kept.exists()
+    # It belongs to this path alone.
+    built.rename(built.parent / "moved")
+    open_index(built.parent / "moved")
+    assert "reading" in capsys.readouterr().err
+    assert [path.name for path in built.parent.glob("moved/*verified*")] == ["verified.json"]
+
+
+def test_where_nothing_can_be_kept_an_index_opens_and_says_so(
+    built: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (built / "verified.json").unlink()
+    (built / "verified.json").mkdir()
+    monkeypatch.setenv("CALIBADV_CACHE", str(built / "manifest.json"))
+    capsys.readouterr()
+    for _ in range(2):
+        open_index(built)
+        first, second = capsys.readouterr().err.splitlines()
+        assert first.startswith("reading")
+        assert re.match(
+            r"'.*' cannot be written, and so .* be read again at the next start; set CALIBADV_CACHE", second
+        )
+
+
+def test_several_may_open_a_copy_at_once(built: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(built, copy)
+    (copy / "verified.json").unlink()
+    names = set(tree(built))
+    with ThreadPoolExecutor(8) as pool:
+        assert {len(opened[1]) for opened in pool.map(open_index, [copy] * 40)} == {3}
+    assert set(tree(copy)) == names
+
+
+def test_an_index_of_a_release_without_digests_opens_and_cannot_be_verified(built: Path) -> None:
+    drop_digests(built)
+    (built / "verified.json").unlink()
+    assert len(open_index(built)[1]) == 3
+    assert BM25(index=str(built)).search(["fish"], 1)[0][0].document.id == "two"
+    with pytest.raises(ValueError, match=r"built' has no digests .*; build it anew with 'calibadv index', which makes"):
+        verify_index(built)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read even by root")
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").symlink_to("/proc/self/mem")
+    (tmp_path / "record.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"file' cannot be read \(Input/output error\); copy it"):
+        check_digests(tmp_path / "record.json", {"file": "0" * 32}, "copy it")
 
 
 @pytest.mark.parametrize("content", ["", "[1]"])
@@ -389,7 +605,7 @@ def test_a_full_disk_is_said_and_gone_on_with(tmp_path: Path, corpus: str) -> No
     index(corpus, tmp_path / "meanings", "faiss")
     backends: tuple[Literal["bm25", "faiss"], ...] = ("bm25", "faiss")
     for backend, whole in zip(backends, (tmp_path / "words", tmp_path / "meanings"), strict=True):
-        sizes = {len(content) for content in tree(whole).values()}
+        sizes = {len(content) for content in written(whole).values()}
         for most in sorted({0, 400, *(size - 1 for size in sizes)}):
             out = tmp_path / f"{backend}-{most}"
             with files_of_at_most(most), pytest.raises((ValueError, OSError)) as caught:
@@ -404,7 +620,7 @@ def test_a_full_disk_is_said_and_gone_on_with(tmp_path: Path, corpus: str) -> No
             else:
                 assert isinstance(caught.value, OSError)
             index(corpus, out, backend)
-            assert tree(out) == tree(whole)
+            assert written(out) == written(whole)
 
 
 def test_an_index_of_faiss_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

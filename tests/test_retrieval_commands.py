@@ -175,6 +175,23 @@ def test_an_index_is_opened_as_what_it_is(here: Path, capsys: pytest.CaptureFixt
     assert text == printed(capsys, "audit --retriever bm25.yaml --questions questions.jsonl --json")
 
 
+def test_an_index_is_verified(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["index", "--corpus", "corpus.jsonl", "--out", "built", "--backend", "bm25"]) == 0
+    capsys.readouterr()
+    size = sum(path.stat().st_size for path in (here / "built").glob("*/*"))
+    text = printed(capsys, "index --verify built")
+    assert text == f"index 'built' is whole: 8 files, {size / 1000:.1f} kB\n"
+    shard = here / "built" / "corpus" / "shard-00000.arrow"
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(b"Bohemia", b"Bohemja"))
+    for words in ("index --verify built", "search --index built --query city"):
+        assert main(words.split()) == 2
+        *_, last = capsys.readouterr().err.splitlines()
+        assert re.match(
+            r"calibadv: error: 'built/corpus/shard-00000.arrow' is damaged \(.*\); copy the folder again", last
+        )
+
+
 def test_several_words_are_a_list_and_one_is_a_word(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for out, words in (("list", "tea city"), ("word", "none")):
         base = f"index --corpus corpus.jsonl --backend bm25 --out {out} --stopwords {words}"
@@ -315,6 +332,24 @@ MISTAKES: dict[str, tuple[str, str]] = {
         r"max_queries is 0; it must be at least 1",
     ),
     "address": ("serve --retriever bm25.yaml --port 70000", r"port is 70000; it must be from 0 to 65535"),
+    "nothing to build": (
+        "index",
+        r"--corpus VALUE and --out VALUE and --backend VALUE are missing; give them, or --verify DIR alone to check an",
+    ),
+    "nowhere to build": (
+        "index corpus.jsonl --backend bm25",
+        r"--out VALUE is missing; give it, or --verify DIR alone to check an index",
+    ),
+    "backend misspelt": (
+        "index --corpus corpus.jsonl --out out --backend bm52",
+        r"backend: 'bm52' is not accepted; it must be 'bm25' or 'faiss'$",
+    ),
+    "verify no index": ("index --verify no", r"index 'no' is not a folder; give a folder that 'calibadv index' wrote"),
+    "verify and build": (
+        "index --verify no --stemmer english",
+        r"--verify checks an index that is there, and --stemmer is for building one; leave one out",
+    ),
+    "verify nothing": ("index --verify", r"--verify has no value; give it one"),
     "index below a file": (
         "index --corpus corpus.jsonl --backend bm25 --out corpus.jsonl/o",
         r"out 'corpus.jsonl/o' .*; (give|name) another",

@@ -142,7 +142,7 @@ def _no_value(found: re.Match[str], before: str) -> str:
 def _none_of_types(found: re.Match[str], before: str) -> str:
     kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
     expected = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.+)\])", found[1])
-    accepted = [kinds.get(kind, kind) if kind else choices for kind, choices in expected]
+    accepted = [kinds.get(kind, kind) if kind else choices.replace(", ", " or ") for kind, choices in expected]
     return f"'{found[2]}' is not accepted; it must be {' or '.join(accepted)}"
 
 

@@ -21,7 +21,7 @@ VERBS = {
 STUDY = {"study": "Train several methods over seeds with everything else equal, and report how they compare."}
 PLAN = {"plan": "Estimate the memory and the time that a run will take, before it is started."}
 TOOLS = {
-    "index": "Build an index of a corpus, to be searched by words or by meaning.",
+    "index": "Build an index of a corpus, to be searched by words or by meaning; or verify one.",
     "search": "Search an index for one query and print what is found.",
     "serve": "Answer searches of an index over HTTP.",
     "audit": "Measure whether a corpus holds the answers to questions, and whether a search finds them.",
@@ -33,6 +33,7 @@ TOOLS = {
 # What stands for the value of a tool's option, where the name of its type would not help.
 PLACEHOLDERS = {
     "arm": "NAME[=OVERLAY[+OVERLAY...]]",
+    "backend": "{bm25,faiss}",
     "config": "NAME_OR_FILE",
     "corpus": "FILE",
     "index": "DIR",
@@ -46,6 +47,7 @@ PLACEHOLDERS = {
     "stopwords": "WORD",
     "top": "N",
     "top_k": "N",
+    "verify": "DIR",
 }
 # Settings of the trainer that may not be changed, and why.
 STAYS: dict[str, tuple[int | None, str]] = {

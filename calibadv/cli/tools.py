@@ -38,7 +38,8 @@ def run_tool(command: str, arguments: Sequence[str]) -> int:
         parsed = parser.instantiate(parser.parse_args(_joined_lists(arguments, functions)))
     except ArgumentError as error:
         verb = next((word for word in arguments if word in functions), "")
-        raise UserError(explain(str(error), _options(parser), verb)) from error
+        # To a tool null says no more than leaving the option out.
+        raise UserError(explain(str(error), _options(parser), verb).removesuffix(" or null")) from error
     chosen = parsed.pop("subcommand", None)
     options = (parsed[chosen] if chosen else parsed).as_dict()
     function = functions[chosen or command]

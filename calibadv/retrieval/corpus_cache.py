@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 from hashlib import blake2b
 from pathlib import Path
@@ -11,11 +11,16 @@ from rich.console import Console
 
 from calibadv.errors import UserError
 from calibadv.jsonl import UnreadableError
-from calibadv.retrieval.arrow_store import FORMAT, ArrowCorpus
+from calibadv.retrieval.arrow_store import FORMAT, LAYOUT, ArrowCorpus
 from calibadv.retrieval.convert import convert, file_source
+from calibadv.retrieval.digests import cache_folder, check_digests, remember, seal
 from calibadv.retrieval.errors import one_line
 from calibadv.retrieval.estimate import check_disk, free_disk, sample_file
-from calibadv.run_folder import replace_durably
+from calibadv.retrieval.records import read_record
+from calibadv.run_folder import replace_durably, write_atomically
+
+# The digests of the converted files; copies of earlier releases have none.
+_DIGESTS = "digests.json"
 
 
 def cached_corpus(path: Path) -> ArrowCorpus:
@@ -31,9 +36,10 @@ def cached_corpus(path: Path) -> ArrowCorpus:
         The corpus.
 
     Raises:
-        UserError: the file holds a mistake, or the folder cannot be written or is on a disk that is too small.
+        UserError: the file holds a mistake, its converted form is damaged, or the folder cannot be written or is on a
+            disk that is too small.
     """
-    root = Path(os.environ.get("CALIBADV_CACHE") or Path.home() / ".cache" / "calibadv") / "corpora"
+    root = cache_folder() / "corpora"
     key = blake2b(f"{FORMAT} {file_source(path).identity}".encode(), digest_size=8).hexdigest()
     folder = root / f"{path.name.partition('.')[0]}-{key}"
     try:
@@ -45,7 +51,17 @@ def cached_corpus(path: Path) -> ArrowCorpus:
             f"corpus '{path}' cannot be converted into '{root}' ({one_line(error)}); set CALIBADV_CACHE to another "
             "folder"
         ) from error
-    return ArrowCorpus(folder)
+    corpus = ArrowCorpus(folder)
+    if (folder / _DIGESTS).exists():
+        remedy = f"remove '{folder}', and it is made again"
+        names = _files(folder)
+        digests = read_record(folder / _DIGESTS, dict.fromkeys(names, str), remedy)
+        check_digests(folder / _DIGESTS, {name: digests[name] for name in names}, remedy)
+    return corpus
+
+
+def _files(folder: Path) -> list[str]:
+    return [LAYOUT, *read_record(folder / LAYOUT, {"files": dict}, "")["files"]]
 
 
 def _convert_once(path: Path, folder: Path) -> None:
@@ -71,6 +87,9 @@ def _convert_once(path: Path, folder: Path) -> None:
         except ValueError:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
+        digests, stamps = seal(unfinished, _files(unfinished))
+        write_atomically(unfinished / _DIGESTS, json.dumps(digests, indent=1) + "\n")
+        remember(unfinished / _DIGESTS, stamps)
         replace_durably(unfinished, folder)
     finally:
         lock.release()

@@ -22,7 +22,15 @@ from calibadv.retrieval.backends import BM25Index, Cost, FaissIndex, IndexBacken
 from calibadv.retrieval.convert import Source, convert, open_source
 from calibadv.retrieval.errors import one_line
 from calibadv.retrieval.estimate import Sample, check_disk, free_disk, sample_corpus
-from calibadv.retrieval.manifest import CORPUS_FOLDER, INDEX_NAMES, MANIFEST, UNFINISHED, Backend, write_manifest
+from calibadv.retrieval.manifest import (
+    CORPUS_FOLDER,
+    INDEX_NAMES,
+    MANIFEST,
+    UNFINISHED,
+    Backend,
+    verify_index,
+    write_manifest,
+)
 from calibadv.retrieval.records import read_record
 from calibadv.run_folder import remove, replace_durably, write_atomically
 
@@ -34,9 +42,9 @@ _FREE = ("batch_size", "device")
 
 
 def index(  # noqa: PLR0913 - its parameters are the options of the command
-    corpus: str,
-    out: Path,
-    backend: Backend,
+    corpus: str | None = None,
+    out: Path | None = None,
+    backend: Backend | None = None,
     encoder: str | None = None,
     factory: str | None = None,
     stopwords: str | list[str] | None = None,
@@ -45,13 +53,15 @@ def index(  # noqa: PLR0913 - its parameters are the options of the command
     device: str | None = None,
     query_prompt: str | None = None,
     passage_prompt: str | None = None,
+    verify: Path | None = None,
 ) -> None:
     """Build an index, which BM25 or Dense opens. After a kill, the same command goes on where it stopped.
 
     Args:
-        corpus: JSON-lines file, plain or gzip; a folder of an index, whose corpus is taken; or 'embedded'.
-        out: Folder to write; it must be empty, not there, or begun by the same command.
-        backend: 'bm25' searches by words, 'faiss' by meaning.
+        corpus: JSON-lines file, plain or gzip; a folder of an index, whose corpus is taken; or 'embedded'. Needed to
+            build.
+        out: Folder to write; it must be empty, not there, or begun by the same command. Needed to build.
+        backend: 'bm25' searches by words, 'faiss' by meaning. Needed to build.
         encoder: Of faiss: 'minilm' (the default), or a folder or hub name of sentence-transformers.
         factory: Of faiss: index type as faiss.index_factory reads it, such as 'IVF4096,Flat' or 'HNSW32'; 'Flat' by
             default.
@@ -61,10 +71,11 @@ def index(  # noqa: PLR0913 - its parameters are the options of the command
         device: Of faiss: where the encoder runs, such as 'cuda'; the best one that there is by default.
         query_prompt: Of faiss: put before queries; what the encoder declares by default.
         passage_prompt: Of faiss: put before passages; what the encoder declares by default.
+        verify: Index to read whole and compare with the digests of its build, in the place of building one.
 
     Raises:
-        UserError: the corpus holds a mistake, the folder holds something else, the disk is too small, or an option
-            is wrong or belongs to the other backend.
+        UserError: the corpus holds a mistake, the folder holds something else, the disk is too small, an option is
+            missing, wrong or belongs to the other backend, or the index to verify is damaged.
     """
     options = {
         "encoder": encoder,
@@ -76,7 +87,31 @@ def index(  # noqa: PLR0913 - its parameters are the options of the command
         "query_prompt": query_prompt,
         "passage_prompt": passage_prompt,
     }
-    options = _own_options(backend, {name: value for name, value in options.items() if value is not None})
+    options = {name: value for name, value in options.items() if value is not None}
+    needed = {"corpus": corpus, "out": out, "backend": backend}
+    if verify is not None:
+        _verify(verify, {**needed, **options})
+    elif corpus is None or out is None or backend is None:
+        missing = [f"--{name} VALUE" for name, value in needed.items() if value is None]
+        are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        raise UserError(f"{' and '.join(missing)} {are} missing; give {them}, or --verify DIR alone to check an index")
+    else:
+        _make(corpus, out, backend, options)
+
+
+def _verify(folder: Path, given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"--verify checks an index that is there, and --{name} is for building one; leave one out")
+    manifest = verify_index(folder)
+    size = decimal(sum(manifest.files.values()))
+    Console(soft_wrap=True, highlight=False).print(
+        f"index '{folder}' is whole: {len(manifest.files)} files, {size}", markup=False
+    )
+
+
+def _make(corpus: str, out: Path, backend: Backend, given: dict[str, Any]) -> None:
+    options = _own_options(backend, given)
     source = open_source(corpus)
     plan = {"corpus": source.identity, "backend": backend, **options}
     for name in _FREE:

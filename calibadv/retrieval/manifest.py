@@ -6,7 +6,7 @@ Beside it lie ``corpus/`` (Arrow files) and ``bm25/`` or ``faiss.index``.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from calibadv.errors import UserError
 from calibadv.retrieval.arrow_store import IDS, LAYOUT, ArrowCorpus, check_names, check_sizes
 from calibadv.retrieval.corpus import Corpus
+from calibadv.retrieval.digests import check_digests, remember, seal, verify_digests
 from calibadv.retrieval.records import Kinds, check_record, read_record
 from calibadv.run_folder import write_atomically
 
@@ -48,6 +49,7 @@ class Manifest:
         corpus_checksum: of the corpus.
         settings: of the backend.
         files: bytes of every file, by its path within the folder.
+        digests: BLAKE2b of every file, as 32 hexadecimal digits; none in an index of an earlier release.
     """
 
     backend: Backend
@@ -55,10 +57,11 @@ class Manifest:
     corpus_checksum: str
     settings: dict[str, Any]
     files: dict[str, int]
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 def write_manifest(folder: Path, backend: Backend, corpus: Corpus, settings: dict[str, Any]) -> Manifest:
-    """Write the manifest of a folder that holds everything else.
+    """Write the manifest of a folder that holds everything else, which is read once more for its digests.
 
     Args:
         folder: the index.
@@ -72,8 +75,10 @@ def write_manifest(folder: Path, backend: Backend, corpus: Corpus, settings: dic
     index = folder / INDEX_NAMES[backend]
     paths = [*(folder / CORPUS_FOLDER).iterdir(), *(index.iterdir() if index.is_dir() else [index])]
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(paths)}
-    manifest = Manifest(backend, len(corpus), corpus.checksum, settings, files)
+    digests, stamps = seal(folder, files)
+    manifest = Manifest(backend, len(corpus), corpus.checksum, settings, files, digests)
     write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2) + "\n")
+    remember(folder / MANIFEST, stamps)
     return manifest
 
 
@@ -101,7 +106,7 @@ def read_manifest(folder: Path) -> Manifest:
     content = read_record(path, {}, _REMEDY)
     if content.pop("format", None) != FORMAT:
         raise UserError(f"'{path}' is not a manifest of format {FORMAT}, which this release reads; {_REMEDY}")
-    check_record(path, content, _KINDS, _REMEDY)
+    check_record(path, content, {**_KINDS, "digests": dict} if "digests" in content else _KINDS, _REMEDY)
     try:
         manifest = Manifest(**content)
     except TypeError as error:
@@ -111,11 +116,15 @@ def read_manifest(folder: Path) -> Manifest:
     check_record(path, manifest.settings, _SETTINGS[manifest.backend], _REMEDY)
     names = [f"{CORPUS_FOLDER}/{name}" for name in (LAYOUT, IDS)] + _FILES[manifest.backend]
     check_names(path, manifest.files, names, _REMEDY)
+    if "digests" in content and set(manifest.digests) != set(manifest.files):
+        raise UserError(f"'{path}' is damaged (its digests are not those of its files); {_REMEDY}")
     return manifest
 
 
 def open_index(folder: Path) -> tuple[Manifest, Corpus]:
     """Open the corpus of an index, and check that the folder is whole.
+
+    Files that were copied or changed since they were last compared with their digests are read for that.
 
     Args:
         folder: the index.
@@ -124,11 +133,12 @@ def open_index(folder: Path) -> tuple[Manifest, Corpus]:
         The manifest, and the documents, memory-mapped.
 
     Raises:
-        UserError: the folder is not a finished index of this format, a file is missing or has another size, or its
-            corpus is another than the index was built of.
+        UserError: the folder is not a finished index of this format, a file is missing, has another size or holds
+            something else, or its corpus is another than the index was built of.
     """
     manifest = read_manifest(folder)
     check_sizes(folder, manifest.files, _REMEDY)
+    check_digests(folder / MANIFEST, manifest.digests, _REMEDY)
     corpus = ArrowCorpus(folder / CORPUS_FOLDER)
     found, built = (len(corpus), corpus.checksum), (manifest.documents, manifest.corpus_checksum)
     if found != built:
@@ -137,3 +147,27 @@ def open_index(folder: Path) -> tuple[Manifest, Corpus]:
             f"{built[0]} with {built[1]}; {_REMEDY}"
         )
     return manifest, corpus
+
+
+def verify_index(folder: Path) -> Manifest:
+    """Compare every byte of an index with the digests of its build.
+
+    Args:
+        folder: the index.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: the folder is not a finished index of this format, its manifest has no digests, or a file is missing
+            or holds something else.
+    """
+    manifest = read_manifest(folder)
+    if not manifest.digests:
+        raise UserError(
+            f"index '{folder}' has no digests to compare with, since an earlier release built it; build it anew with "
+            "'calibadv index', which makes them"
+        )
+    check_sizes(folder, manifest.files, _REMEDY)
+    verify_digests(folder / MANIFEST, manifest.digests, _REMEDY)
+    return manifest
