@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from calibadv.agent.completions import check_count
 from calibadv.agent.episode import Episode, finish, observe, search, speak
 from calibadv.agent.protocol import Protocol
 from calibadv.agent.streaming import Key, stream
@@ -57,7 +58,8 @@ def run_rollouts(
         ``draws.samples`` rollouts per question of this process, neighbours in the list.
 
     Raises:
-        UserError: a prompt leaves no room for a message within ``max_rollout_tokens``, or the engine is made for less.
+        UserError: a prompt leaves no room for a message within ``max_rollout_tokens``, or the engine is made for less
+            or answers wrongly.
     """
     check_engine(agent)
     episodes: list[Episode] = []
@@ -91,6 +93,7 @@ def _march(episodes: Sequence[Episode], agent: Agent, sampling: Sampling, key: K
     while active:
         prompts = [episode.token_ids for episode in active]
         completions = agent.engine.generate(prompts, sampling, [key(episode) for episode in active])
+        check_count(completions, agent.engine, active)
         for episode, completion in zip(active, completions, strict=True):
             speak(episode, completion, agent)
         active = [episode for episode in active if episode.status is None]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from calibadv.agent.completions import check_count, collect
 from calibadv.agent.episode import Episode, observe, search, speak
 from calibadv.interfaces import StreamingEngine
 from calibadv.types import DrawKey, Sampling, ScoredDocument
@@ -35,6 +36,7 @@ def stream(episodes: Sequence[Episode], engine: StreamingEngine, agent: Agent, s
     def write(ready: Sequence[Episode]) -> None:
         going = [episode for episode in ready if episode.status is None]
         numbers = engine.submit([e.token_ids for e in going], sampling, [key(e) for e in going])
+        check_count(numbers, engine, going)
         writing.update(zip(numbers, going, strict=True))
 
     write(episodes)
@@ -49,7 +51,7 @@ def stream(episodes: Sequence[Episode], engine: StreamingEngine, agent: Agent, s
             if asking and not searching:
                 searching, asking = asking, []
                 found = background.submit(search, searching, agent)
-            for number, completion in engine.collect().items() if writing else ():
+            for number, completion in collect(engine, writing).items() if writing else ():
                 episode = writing.pop(number)
                 speak(episode, completion, agent)
                 if episode.status is None:
