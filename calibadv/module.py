@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
+from calibadv.advantages import compute_advantages
 from calibadv.agent.collate import collate, to_device
 from calibadv.agent.protocol import Protocol
 from calibadv.agent.rollout import Agent, Draws, check_engine, check_prompt, check_searches, run_rollouts
@@ -190,8 +191,7 @@ class SearchAgentModule(pl.LightningModule):
             batch = to_device(collate(list(chain.from_iterable(groups))), self.device)
         with clock.measure("advantages"):
             batch = self.estimator.prepare(batch, self.policy, self.micro_batch_tokens, self.processes)
-            estimated = self.estimator.estimate(batch)
-            calibrated, calibration_metrics = self.calibrate(batch, estimated)
+            estimated, calibrated, calibration_metrics = compute_advantages(batch, self.estimator, self.calibrators)
         with clock.measure("logprobs"):
             before = self.logprobs_before(batch)
         with clock.measure("update"):
@@ -288,22 +288,6 @@ class SearchAgentModule(pl.LightningModule):
         groups = [rollouts[start : start + samples] for start in range(0, len(rollouts), samples)]
         owners = self.processes.owners([question.id for question in questions])
         return self.processes.interleave(Attempt(groups, own.error), owners)
-
-    def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
-        """Apply the installed calibrators in order; without any, this is plain GRPO.
-
-        Args:
-            batch: B rollouts.
-            advantages: [B, T] of the estimator.
-
-        Returns:
-            [B, T]; and the calibrators' metrics.
-        """
-        metrics: Metrics = {}
-        for calibrator in self.calibrators:
-            advantages, more = calibrator.calibrate(batch, advantages)
-            metrics.update(more)
-        return advantages, metrics
 
     def logprobs_before(self, batch: RolloutBatch) -> BatchLogprobs:
         """Compute what the ratio and the KL compare with: log-probabilities before the update.

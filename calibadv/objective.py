@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from calibadv.contracts import checked_term
 from calibadv.errors import UserError
 from calibadv.interfaces import LossInputs, Metrics, PolicyLoss, Regularizer
 from calibadv.numerics.kl import KL_ESTIMATORS, KLEstimator, k3
@@ -79,8 +80,11 @@ class Objective:
 
         Returns:
             A scalar with gradient; and metrics that add up over micro-batches.
+
+        Raises:
+            UserError: a part returned what is no term of a loss, or a metric under a name that is taken.
         """
-        loss, reported = self.loss.compute(inputs)
+        loss, reported = checked_term(self.loss.compute(inputs), self.loss)
         metrics = _merge({}, reported, self.loss)
         metrics["kl_old"] = k3(inputs.logprobs.detach(), inputs.old_logprobs).sum().item() / inputs.denominator
         if inputs.reference_logprobs is not None:
@@ -89,7 +93,7 @@ class Objective:
             loss = loss + self.kl_coef * kl
             metrics["kl_reference"] = kl.item()
         for regularizer in self.regularizers:
-            term, reported = regularizer.compute(inputs)
+            term, reported = checked_term(regularizer.compute(inputs), regularizer)
             loss = loss + term
             metrics = _merge(metrics, reported, regularizer)
         return loss, {**metrics, "loss": loss.item()}

@@ -81,8 +81,9 @@ class StopReason(StrEnum):
 class Completion:
     """The tokens that an engine drew for one prompt.
 
-    ``token_ids`` and ``logprobs`` have equal length. The end-of-sequence token is included when it was drawn; no token
-    after the one that completes a tag is.
+    ``token_ids`` and ``logprobs`` have equal length, at most the ``max_tokens`` asked for; log-probabilities are finite
+    and at most 0. The end-of-sequence token is included when it was drawn; no token after it, or after the one that
+    completes a tag, is.
     """
 
     token_ids: tuple[int, ...]

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from records import answer, message, rollout, search
 
+from calibadv.errors import ServiceError, UserError
 from calibadv.interfaces import Reward
 from calibadv.rewards import F1, CoverMatch, ExactMatch, cover_match, exact_match, f1, normalise_answer, score_rollouts
 from calibadv.types import Question, RolloutStatus, Segment
@@ -117,11 +121,53 @@ def test_only_the_last_message_is_the_answer() -> None:
     assert scored.answer == "wrong"
 
 
-@pytest.mark.parametrize("value", [1.5, -0.1, math.nan])
-def test_a_reward_outside_its_range_is_refused(value: float) -> None:
-    class Broken(Reward):
-        def score(self, answer: str, question: Question) -> float:
-            return value
+class Says(Reward):
+    """Return or raise what a test says."""
 
-    with pytest.raises(ValueError, match=r"Broken scored .* on question 'q'; a reward lies in \[0, 1\]"):
-        score_rollouts([rollout(search("a"), answer("gold"))], Broken())
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def score(self, answer: str, question: Question) -> float:
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (1.5, "1.5"),
+        (-0.1, "-0.1"),
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+        (np.float32(2), "2.0"),
+        (None, "None"),
+        ("0.5", "str '0.5'"),
+        (torch.tensor(0.5), "Tensor tensor(0.5000)"),
+        (np.zeros((2, 1)), "ndarray array([[0.], [0.]])"),
+    ],
+)
+def test_what_is_no_number_from_0_to_1_is_no_score(value: Any, shown: str) -> None:
+    with pytest.raises(UserError) as refused:
+        score_rollouts([rollout(search("a"), answer("gold"))], Says(value))
+    assert str(refused.value) == f"Says scored {shown} on question 'q'; a reward lies in [0, 1]"
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(1), 1, True, np.bool_(False), np.int64(1)])
+def test_numbers_of_all_kinds_are_scores(value: Any) -> None:
+    (scored,) = score_rollouts([rollout(search("a"), answer("gold"))], Says(value))
+    assert (scored.score, type(scored.score)) == (float(value), float)
+
+
+def test_a_reward_that_raises_is_named_with_its_question() -> None:
+    with pytest.raises(UserError) as refused:
+        score_rollouts([rollout(search("a"), answer("gold"))], Says(KeyError("no\nkey")))
+    assert str(refused.value).startswith("Says raised KeyError ('no\\nkey') on question 'q', answer str 'gold'; ")
+    assert isinstance(refused.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("error", [UserError("give a file"), ServiceError("the judge does not answer")])
+def test_what_a_reward_says_to_the_user_is_left_as_it_is(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        score_rollouts([rollout(search("a"), answer("gold"))], Says(error))
+    assert raised.value is error

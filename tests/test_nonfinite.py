@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ import torch
 from agents import Bigram, episode
 from fits import Poison, curves, fit
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from calibadv.agent.collate import collate
 from calibadv.estimators import GRPO
@@ -21,6 +24,7 @@ from calibadv.learner import Learner, LearningRate, Trainee
 from calibadv.losses import PPOClip
 from calibadv.nonfinite import NonFiniteStepError, SkippedSteps, non_finite
 from calibadv.objective import Objective
+from calibadv.processes import shard
 from calibadv.run_folder import RunFolder
 from calibadv.types import Rollout
 from calibadv.update import ReadyBatch, compute_logprobs, mini_batches
@@ -111,6 +115,29 @@ def test_one_element_of_many_is_enough() -> None:
         model.weight[3, 4] = math.nan
     assert non_finite(model, optimizer) == "weight"
     assert non_finite(model, torch.optim.AdamW(model.parameters())) == "weight"  # without any moment yet
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,), mesh_dim_names=("data_parallel",))
+    dist.destroy_process_group()
+
+
+def test_of_a_sharded_model_the_own_shard_is_looked_at(mesh: DeviceMesh) -> None:
+    model = nn.Linear(4, 4)
+    shard(model, mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert isinstance(model.weight, DTensor)
+    assert non_finite(model, optimizer) is None
+    optimizer.state[model.bias]["exp_avg"].to_local()[2] = math.nan
+    assert non_finite(model, optimizer) == "exp_avg of bias"
+    with torch.no_grad():
+        model.weight.to_local()[1, 2] = math.inf
+    assert non_finite(model, optimizer) == "weight"
 
 
 def run_steps(calls: Sequence[int], steps: int, in_a_row: int = 0) -> SkippedSteps:

@@ -51,7 +51,8 @@ def test_a_question_has_one_owner_however_often_it_is_asked(size: int, keys: lis
 
 
 COMMAND = [sys.executable, "-m", "calibadv.cli.main", "fit", *THREE_STEPS]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+PARTS = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # of fits.py
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PARTS}
 DDP = ("--trainer.strategy", "ddp", "--trainer.devices", "2")
 
 
@@ -101,6 +102,48 @@ def test_two_processes_train_as_one(folder: Path, strategy: str, kind: str) -> N
     assert results(both)["statuses"] == results(alone)["statuses"]
     one, two = ((path / "rollouts" / "train-step-000001.jsonl").read_text() for path in (alone, both))
     assert one == two  # later ones may differ in the last digit of an advantage's mean
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_gradient_that_is_not_finite_at_one_process_is_left_out_by_all(folder: Path, strategy: str) -> None:
+    """As one process leaves it out, of whichever process's rollouts it comes."""
+    keep = ("--model.rollout_steps", "2", "--data.validation", "null", "--trainer.callbacks+=fits.KeepWeights")
+    poison = (*keep, "--model.regularizers+=fits.Poison", "--model.regularizers.calls=[1]")
+    alone = folder / "poisoned-alone"
+    if not alone.exists():
+        assert run(folder, alone.name, *poison).returncode == 0
+    (folder / "fsdp.yaml").write_text(FSDP)
+    chosen = ("--config", str(folder / "fsdp.yaml"), "--trainer.devices", "2") if strategy == "fsdp" else DDP
+    both = folder / f"poisoned-{strategy}"
+    finished = run(folder, both.name, *chosen, *poison, "--model.regularizers.rank=1")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("rollout step 1, mini-batch 1 of 2: the norm of the gradient is nan") == 1
+    assert curves(both)["stability/skipped_updates"] == curves(alone)["stability/skipped_updates"] == {1: 1}
+    expected, found = (
+        torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for path in (alone, both)
+    )
+    for name, value in expected.items():
+        assert value.isfinite().all()
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
+    if strategy == "ddp":  # shards are no copies that could differ
+        first, second = (torch.load(both / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+        assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_processes_stop_when_no_gradient_is_finite(folder: Path, strategy: str) -> None:
+    (folder / "fsdp.yaml").write_text(FSDP)
+    chosen = ("--config", str(folder / "fsdp.yaml"), "--trainer.devices", "2") if strategy == "fsdp" else DDP
+    calls = f"--model.regularizers.calls={list(range(1, 99))}"
+    words = ("--data.validation", "null", "--model.regularizers+=fits.Poison", calls, "--model.regularizers.rank=1")
+    finished = run(folder, f"stops-{strategy}", *chosen, *words)
+    assert finished.returncode == 2, finished.stderr
+    path = folder / f"stops-{strategy}" / "nonfinite-step-000002.pt"
+    assert f"the last of them lies in '{path}'" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert len(torch.load(path, weights_only=True)["samples"]) == 20  # of both processes
 
 
 @pytest.mark.long

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from calibadv.agent.completions import check_completion
 from calibadv.agent.protocol import Message, is_valid, parse_message, render_observation
 from calibadv.interfaces import RetrievalError
 from calibadv.retrieval.asking import Outcome
@@ -46,7 +47,11 @@ def speak(episode: Episode, completion: Completion, agent: Agent) -> None:
         episode: changed in place.
         completion: what the engine drew.
         agent: its protocol and tokenizer are used.
+
+    Raises:
+        UserError: the engine answered wrongly.
     """
+    check_completion(completion, episode, agent)
     room = agent.protocol.max_rollout_tokens - len(episode.token_ids)
     token_ids, logprobs = completion.token_ids[:room], completion.logprobs[:room]
     cut = len(token_ids) < len(completion.token_ids) or completion.stop_reason is StopReason.LENGTH

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from calibadv.agent.completions import check_count
 from calibadv.agent.episode import Episode, finish, observe, query, speak
 from calibadv.agent.protocol import Protocol, parse_message
 from calibadv.agent.searching import Searcher, Waiting
@@ -62,8 +63,8 @@ def run_rollouts(
         ``draws.samples`` rollouts per question of this process, neighbours in the list.
 
     Raises:
-        UserError: a prompt leaves no room for a message within ``max_rollout_tokens``, the engine is made for less, or
-            the retriever answers with what are no documents.
+        UserError: a prompt leaves no room for a message within ``max_rollout_tokens``, the engine is made for less or
+            answers wrongly, or the retriever answers with what are no documents.
         RetrievalError: the retriever was away for longer than it may be waited for.
         StopRequestedError: the run is to stop, and the retriever is away.
     """
@@ -100,6 +101,7 @@ def _march(episodes: Sequence[Episode], agent: Agent, searcher: Searcher, sampli
     while active:
         prompts = [episode.token_ids for episode in active]
         completions = agent.engine.generate(prompts, sampling, [key(episode) for episode in active])
+        check_count(completions, agent.engine, active)
         for episode, completion in zip(active, completions, strict=True):
             speak(episode, completion, agent)
         active = [episode for episode in active if episode.status is None]

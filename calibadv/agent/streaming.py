@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+from calibadv.agent.completions import check_count, collect
 from calibadv.agent.episode import Episode, observe, query, speak
 from calibadv.agent.searching import Searcher
 from calibadv.interfaces import StreamingEngine
@@ -47,6 +48,7 @@ def stream(
     def write(ready: Sequence[Episode]) -> None:
         going = [episode for episode in ready if episode.status is None]
         numbers = engine.submit([e.token_ids for e in going], sampling, [key(e) for e in going])
+        check_count(numbers, engine, going)
         writing.update(zip(numbers, going, strict=True))
 
     write(episodes)
@@ -61,7 +63,7 @@ def stream(
             if asking and not searching:
                 searching, asking = asking, []
                 found = background.submit(searcher.search, [query(episode) for episode in searching])
-            for number, completion in engine.collect().items() if writing else ():
+            for number, completion in collect(engine, writing).items() if writing else ():
                 episode = writing.pop(number)
                 speak(episode, completion, agent)
                 if episode.status is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
 
 
@@ -33,4 +34,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="GPU available but not used")
     # Every process holds all rollouts, so what callbacks monitor is equal on all of them.
     warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
+    threading.excepthook = _quiet_threads
     logging.basicConfig(format="calibadv: %(message)s", level=logging.WARNING)
+
+
+def _quiet_threads(failed: threading.ExceptHookArgs) -> None:
+    """Leave out the traceback of the thread that writes curves: what it meets is raised again where they are logged."""
+    if type(failed.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
+from calibadv.contracts import checked_verdict
 from calibadv.errors import UserError
 from calibadv.interfaces import AdvantageEstimator, GroupFilter, Metrics
 from calibadv.types import Question, Rollout
@@ -52,15 +53,22 @@ def refill(
     Returns:
         As many groups, each kept one in its place, those without replacement unchanged; and ``filter/asked``, the
         questions asked, and ``filter/unreplaced``, the groups that should have been dropped.
+
+    Raises:
+        UserError: the filter said neither yes nor no.
     """
     filled = list(groups)
-    dropped = [place for place, group in enumerate(groups) if not group_filter.keep(group)]
+
+    def keeps(group: Group) -> bool:
+        return checked_verdict(group_filter.keep(group), group_filter, group[0].question.id)
+
+    dropped = [place for place, group in enumerate(groups) if not keeps(group)]
     asked = len(groups)
     for _ in range(group_filter.max_tries):
         questions = list(islice(spares, len(dropped)))
         if not questions:
             break
         asked += len(questions)
-        for group in filter(group_filter.keep, ask(questions)):
+        for group in filter(keeps, ask(questions)):
             filled[dropped.pop(0)] = group
     return filled, {"filter/asked": float(asked), "filter/unreplaced": float(len(dropped))}

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from calibadv import calibrators, estimators, rewards  # noqa: F401  (only imported classes have short names)
+from calibadv.advantages import compute_advantages
 from calibadv.agent.collate import collate, turn_values
 from calibadv.calibrators import check_combination
 from calibadv.callbacks.calibration import AdvantageCalibration
@@ -91,12 +92,10 @@ def apply_method(rollouts: Sequence[Rollout], method: Method) -> Outcome:
         The batch and its advantages.
 
     Raises:
-        UserError: the estimator needs the model.
+        UserError: the estimator needs the model, or a part returned what it must not.
     """
     batch = collate(credit_rollouts(score_rollouts(rollouts, method.reward)))
-    estimated = calibrated = method.estimator.estimate(batch)
-    for calibrator in method.calibrators:
-        calibrated, _ = calibrator.calibrate(batch, calibrated)
+    estimated, calibrated, _ = compute_advantages(batch, method.estimator, method.calibrators)
     return Outcome(batch, estimated, calibrated)
 
 

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from calibadv.agent.protocol import parse_message
-from calibadv.errors import UserError
+from calibadv.contracts import checked_score, shown
+from calibadv.errors import ServiceError, StopRequestedError, UserError
 from calibadv.interfaces import Reward
+from calibadv.retrieval.errors import one_line
 from calibadv.rewards.answer import cover_match, exact_match, f1
-from calibadv.types import Rollout
+from calibadv.types import Question, Rollout
 
 
 def score_rollouts(rollouts: Iterable[Rollout], reward: Reward) -> list[Rollout]:
@@ -26,7 +28,7 @@ def score_rollouts(rollouts: Iterable[Rollout], reward: Reward) -> list[Rollout]
         The same rollouts in the same order, with these fields set.
 
     Raises:
-        UserError: the reward returned a value outside [0, 1].
+        UserError: the reward raised an error, or returned what is no number in [0, 1].
     """
     return [_score(rollout, reward) for rollout in rollouts]
 
@@ -35,11 +37,7 @@ def _score(rollout: Rollout, reward: Reward) -> Rollout:
     last = parse_message(rollout.policy_segments[-1].text, rollout.prepend_think)
     if last.action != "answer":
         return replace(rollout, answer=None, answer_score=None, score=0.0, f1=0.0, em=0.0, cover_em=0.0)
-    value = reward.score(last.content, rollout.question)
-    if not 0 <= value <= 1:
-        raise UserError(
-            f"{type(reward).__name__} scored {value} on question '{rollout.question.id}'; a reward lies in [0, 1]"
-        )
+    value = _ask(reward, last.content, rollout.question)
     golden = rollout.question.golden_answers
     valid = rollout.format_valid
     return replace(
@@ -51,3 +49,17 @@ def _score(rollout: Rollout, reward: Reward) -> Rollout:
         em=exact_match(last.content, golden) if valid else 0.0,
         cover_em=cover_match(last.content, golden) if valid else 0.0,
     )
+
+
+def _ask(reward: Reward, answer: str, question: Question) -> float:
+    """An answer's score; no error becomes one."""
+    try:
+        score = reward.score(answer, question)
+    except (UserError, ServiceError, StopRequestedError):  # these are for the user as they are
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{type(reward).__name__} raised {type(error).__name__} ({one_line(error)}) on question '{question.id}', "
+            f"answer {shown(answer)}; a reward scores any text that a policy may write"
+        ) from error
+    return checked_score(score, reward, question.id)

@@ -1,0 +1,115 @@
+"""What an engine gives, held against what it was asked: one that answers wrongly would train the policy on nonsense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from calibadv.agent.tokenizer import AgentTokenizer
+from calibadv.contracts import is_number, shown
+from calibadv.engines.stopping import stop_reason
+from calibadv.errors import UserError
+from calibadv.interfaces import Engine, StreamingEngine
+from calibadv.types import Completion
+
+if TYPE_CHECKING:
+    from calibadv.agent.episode import Episode
+    from calibadv.agent.rollout import Agent
+
+# A logit minus the logsumexp of all of them, in half precision, may round to just above 0 where a token is certain.
+_ROUNDING = 1e-3
+
+
+def check_completion(completion: Any, episode: Episode, agent: Agent) -> None:
+    """Refuse a completion that cannot be one.
+
+    Args:
+        completion: what the engine gave.
+        episode: whose next message it is.
+        agent: its engine, protocol and tokenizer are looked at.
+
+    Raises:
+        UserError: its tokens and log-probabilities are not as many, or more than asked for; a log-probability is not
+            finite or above 0; or tokens stand behind the end of the message.
+    """
+    fault = _fault(completion, agent.tokenizer, agent.protocol.max_turn_tokens)
+    if fault:
+        place = f"question '{episode.question.id}', sample {episode.sample}, message {len(episode.messages) + 1}"
+        raise UserError(f"{type(agent.engine).__name__} gave {fault} ({place})")
+
+
+def check_count(given: Collection[Any], engine: Engine, episodes: Sequence[Episode]) -> None:
+    """Refuse another number of answers than of prompts.
+
+    Args:
+        given: completions, or the numbers of requests.
+        engine: for the message.
+        episodes: whose prompts it was given.
+
+    Raises:
+        UserError: there are more or fewer.
+    """
+    if not isinstance(given, Collection) or len(given) != len(episodes):
+        what = f"{len(given)} answers" if isinstance(given, Collection) else shown(given)
+        first = f", of question '{episodes[0].question.id}' first" if episodes else ""
+        raise UserError(f"{type(engine).__name__} gave {what} to {len(episodes)} prompts{first}; it gives one to each")
+
+
+def collect(engine: StreamingEngine, writing: Mapping[int, Episode]) -> dict[int, Completion]:
+    """Let an engine sample on.
+
+    Args:
+        engine: with requests under way.
+        writing: the episode of each request.
+
+    Returns:
+        The requests that ended.
+
+    Raises:
+        UserError: it names one that is not under way.
+    """
+    done = engine.collect()
+    unknown = done.keys() - writing.keys() if isinstance(done, dict) else {shown(done)}
+    if unknown:
+        raise UserError(
+            f"{type(engine).__name__} collected {min(map(str, unknown))}, which is no request under way (there are "
+            f"{len(writing)}, that of question '{next(iter(writing.values())).question.id}' first); collect gives a "
+            "dictionary from the numbers of submit, each once, to completions"
+        )
+    return done
+
+
+def _fault(completion: Any, tokenizer: AgentTokenizer, most: int) -> str | None:
+    """What was given and what is due, where they differ."""
+    if not isinstance(completion, Completion):
+        return f"{shown(completion)}; it gives a calibadv.types.Completion"
+    token_ids, logprobs = completion.token_ids, completion.logprobs
+    for name, values in (("token_ids", token_ids), ("logprobs", logprobs)):
+        if not isinstance(values, Sequence):
+            return f"{shown(values)} as {name}; they are a tuple"
+    if len(logprobs) != len(token_ids):
+        return f"{len(logprobs)} log-probabilities for {len(token_ids)} tokens; it gives one for each"
+    if len(token_ids) > most:
+        return f"{len(token_ids)} tokens; at most {most} were asked for (sampling.max_tokens)"
+    for place, value in enumerate(logprobs, 1):
+        if not (is_number(value) and -math.inf < value <= _ROUNDING):
+            return (
+                f"the log-probability {shown(value)} for token {place} of {len(token_ids)}; it is finite and at most "
+                "0, unless the engine is wrong or training has diverged"
+            )
+    end = _early_end(tokenizer, token_ids)
+    if end:
+        text = tokenizer.backend.decode(list(token_ids[max(0, end - 8) : end]))
+        return f"{len(token_ids) - end} tokens behind the one that ends the message ({text!r}); it gives none"
+    return None
+
+
+def _early_end(tokenizer: AgentTokenizer, token_ids: Sequence[int]) -> int | None:
+    """How many tokens the message has by our rules, where more were given."""
+    for place, token in enumerate(token_ids[:-1], 1):
+        # Most tokens can end nothing, which is cheap to see; only for the others is text decoded.
+        may_end = token in tokenizer.end_ids or tokenizer.may_close_tag(token)
+        if may_end and stop_reason(tokenizer, token_ids[:place]) is not None:
+            return place
+    return None
