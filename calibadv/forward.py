@@ -38,7 +38,7 @@ def forward_logprobs(
         logits_at_once: the most logits that are held at a time; bounds memory, changes no result.
 
     Returns:
-        Log-probabilities [N] of the trained tokens of these rollouts, row by row; and the entropies [N] of the full
+        In float32: log-probabilities [N] of the trained tokens of these rollouts, row by row; and the entropies [N] of the full
         softmax that each was drawn from, 0 in a pass with gradient, where nothing asks for them.
     """
     length = int(batch.attention_mask[rows].sum(dim=1).max().item())
@@ -51,8 +51,8 @@ def forward_logprobs(
     with_gradient = torch.is_grad_enabled()
 
     def judge(some: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(some) / temperature
-        return token_logprobs(logits, drawn), some.new_zeros(len(drawn)) if with_gradient else entropy(logits)
+        logits = head(some).float() / temperature
+        return token_logprobs(logits, drawn), logits.new_zeros(len(drawn)) if with_gradient else entropy(logits)
 
     size = max(1, logits_at_once // _vocabulary(head, states))
     parts = list(zip(torch.split(states, size), torch.split(tokens, size), strict=True))

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from calibadv.agent.tokenizer import AgentTokenizer, prepare_tags
 from calibadv.errors import UserError
+from calibadv.precision import exactly
 from calibadv.processes import whole
 from calibadv.world import EMBEDDED, policy_folder
 
@@ -76,10 +77,12 @@ class Reference:
     """The policy as it was before training.
 
     ``frozen`` is a copy of the model, or None where the policy's adapters can be switched off instead. The copy is kept
-    out of the module tree (in a list), so that checkpoints do not hold it twice.
+    out of the module tree (in a list), so that checkpoints do not hold it twice. ``digest`` is that of the copy as it
+    was made.
     """
 
     frozen: list[nn.Module] = field(default_factory=list)
+    digest: str = ""
 
     @contextmanager
     def model(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -98,27 +101,24 @@ class Reference:
                 with policy.disable_adapter():  # type: ignore[operator]  # a PeftModel, by construction
                     yield policy
 
-    def to(self, device: torch.device) -> None:
-        """Move the frozen copy, which Lightning does not see.
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move and convert the frozen copy, which Lightning does not see.
 
         Args:
             device: of the policy.
+            dtype: of the policy's weights.
         """
         for model in self.frozen:
-            model.to(device)
+            model._apply(exactly(model, lambda some: some.to(device, dtype if some.is_floating_point() else None)))
 
     def checksum(self) -> str:
         """Tell one reference from another.
 
         Returns:
-            A digest of the frozen weights; empty where the reference is the policy without adapters.
+            A digest of the weights as they were loaded, before a precision rounded them; empty where the reference is
+            the policy without adapters.
         """
-        digest = blake2b(digest_size=16)
-        for model in self.frozen:
-            for name, tensor in sorted(model.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(whole(tensor.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest() if self.frozen else ""
+        return self.digest
 
 
 def check_model_folder(name: str) -> Path:
@@ -253,7 +253,12 @@ def make_reference(policy: Policy, lora: Lora | None) -> Reference:
     """
     if lora is not None:
         return Reference()
-    return Reference([copy.deepcopy(policy.model).requires_grad_(False)])
+    frozen = copy.deepcopy(policy.model).requires_grad_(False)
+    digest = blake2b(digest_size=16)
+    for name, tensor in sorted(frozen.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return Reference([frozen], digest.hexdigest())
 
 
 @contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import lightning.pytorch as pl
 import torch
@@ -44,6 +44,7 @@ from calibadv.models import Lora, Reference, check_positions, enable_checkpointi
 from calibadv.nonfinite import MOST_IN_A_ROW, NonFiniteStepError, SkippedSteps
 from calibadv.numerics.kl import KLEstimator
 from calibadv.objective import Objective
+from calibadv.precision import check_precision, check_rate, exactly, float32_by_default
 from calibadv.processes import Attempt, Processes, shard
 from calibadv.resume import check_identity, save_identity
 from calibadv.rewards.evidence import credit_rollouts
@@ -175,6 +176,7 @@ class SearchAgentModule(pl.LightningModule):
         self._sharded = False
         self._engine_is_stale = True
 
+    @float32_by_default()
     def training_step(self, questions: list[Question], batch_idx: int) -> dict[str, StepOutput]:
         """Walk from questions to the gradient.
 
@@ -361,6 +363,9 @@ class SearchAgentModule(pl.LightningModule):
         """Make the optimizer."""
         return self.learner.make_optimizer(self.model)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(exactly(self.model, fn), recurse)
+
     def setup(self, stage: str) -> None:
         """Check what can only be checked with everything at hand, before any file is written."""
         if stage == "fit" and (self.trainer.max_epochs, self.trainer.max_steps) != (-1, -1):
@@ -368,6 +373,10 @@ class SearchAgentModule(pl.LightningModule):
                 f"trainer.max_epochs is {self.trainer.max_epochs} and trainer.max_steps is {self.trainer.max_steps}; "
                 "both must be -1: set model.rollout_steps, which counts what you mean"
             )
+        check_precision(self.trainer.precision)
+        if stage == "fit":
+            adapters = not all(parameter.requires_grad for parameter in self.model.parameters())
+            check_rate(self.trainer.precision, adapters, self.learner.learning_rate.peak)
         if stage == "fit" and self.group_size == 1:
             log.warning(
                 "model.group_size is 1: the rollouts of a question are compared, and there is nothing to compare"
@@ -391,9 +400,9 @@ class SearchAgentModule(pl.LightningModule):
             raise UserError("model.group_filter asks further questions of QuestionData; give that to fit as datamodule")
 
     def on_fit_start(self) -> None:
-        """Move the reference to the device, on which the policy is by now."""
+        """Bring the reference to the device and the precision, in which the policy is by now."""
         if self.reference is not None:
-            self.reference.to(self.device)
+            self.reference.to(self.device, next(self.model.parameters()).dtype)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note that the weights are between two rollout steps from here on."""
@@ -422,6 +431,7 @@ class SearchAgentModule(pl.LightningModule):
         """Answer questions greedily, one rollout each."""
         return {"rollouts": self.evaluate(questions)}
 
+    @float32_by_default()
     def evaluate(self, questions: Sequence[Question]) -> list[Rollout]:
         """Answer questions greedily, one rollout each, and score them.
 

@@ -3,7 +3,7 @@
     python tools/reliability.py kills [--trials 5] [--seed 0]      30 kills over six methods
     python tools/reliability.py outages                            a retrieval server that is gone for 5, 20 and 90 s
     python tools/reliability.py failures                           1, 20 and 100 % of the queries fail
-    python tools/reliability.py disk                               a disk that is full at every kind of write (needs root)
+    python tools/reliability.py disk                               a full disk at every kind of write (needs root)
     python tools/reliability.py sigterm                            SIGTERM while the retriever is waited for
 
 Each prints one table, and ends with status 1 if a promise is broken. Runs are six steps of the quickstart, one thread.

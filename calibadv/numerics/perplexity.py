@@ -24,6 +24,7 @@ def message_perplexities(logprobs: Tensor, turn_ids: Tensor, loss_mask: Tensor, 
     num_turns = int(turn_ids.max().item()) + 1
     turns = turn_ids.clamp(min=0)
     shape = (turn_ids.shape[0], max(num_turns, 1))
-    counts = torch.zeros(shape, device=logprobs.device).scatter_add_(1, turns, loss_mask.float())
-    sums = torch.zeros(shape, device=logprobs.device).scatter_add_(1, turns, torch.where(loss_mask, -logprobs, 0.0))
+    zeros = logprobs.new_zeros(shape)
+    counts = zeros.scatter_add(1, turns, loss_mask.to(logprobs))
+    sums = zeros.scatter_add(1, turns, torch.where(loss_mask, -logprobs, 0.0))
     return torch.where(counts >= min_tokens, (sums / counts.clamp(min=1)).exp(), torch.nan)
