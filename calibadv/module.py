@@ -45,7 +45,7 @@ from calibadv.nonfinite import MOST_IN_A_ROW, NonFiniteStepError, SkippedSteps
 from calibadv.numerics.kl import KLEstimator
 from calibadv.objective import Objective
 from calibadv.precision import check_precision, check_rate, exactly, float32_by_default
-from calibadv.processes import Attempt, Processes, shard
+from calibadv.processes import Attempt, Processes, longest_wait, shard
 from calibadv.resume import check_identity, save_identity
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
@@ -271,8 +271,7 @@ class SearchAgentModule(pl.LightningModule):
         """In training, a retriever that is away is waited for: for less than processes wait for each other."""
         if self.trainer.state.fn != "fit":
             return None
-        timeout = getattr(self.trainer.strategy, "_timeout", None) if self.processes.size > 1 else None
-        cap = math.inf if timeout is None else timeout.total_seconds() / 2
+        cap = longest_wait(self.trainer.strategy) if self.processes.size > 1 else math.inf
         return Waiting(cap, lambda: self.stop_requested)
 
     def share(self, questions: Sequence[Question], own: Attempt[list[Rollout]], samples: int) -> list[Group]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Generic, TypeVar
 
 import torch.distributed as dist
@@ -214,6 +215,19 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def longest_wait(strategy: object) -> float:
+    """Seconds for which one process may keep the others waiting, without their giving up.
+
+    Args:
+        strategy: Lightning's, which may have a timeout of its process group.
+
+    Returns:
+        Half of that timeout, because the work itself takes time too; infinite where there is none.
+    """
+    timeout: timedelta | None = getattr(strategy, "_timeout", None)
+    return math.inf if timeout is None else timeout.total_seconds() / 2
 
 
 def drop_gathered(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from calibadv.agent.protocol import TAGS, Protocol, render_observation
 from calibadv.agent.rollout import Agent, Draws, run_rollouts
+from calibadv.agent.searching import Waiting
 from calibadv.agent.tokenizer import AgentTokenizer, prepare_tags
 from calibadv.engines import ScriptedEngine
 from calibadv.interfaces import Engine, Retriever
@@ -95,8 +96,16 @@ def episode(*segments: tuple[int, ...], question: str = "q", score: float = 0.0,
     )
 
 
-def play(agent: Agent, *ids: str, samples: int = 1, step: int = 1, temperature: float = 1.0) -> list[Rollout]:
-    return run_rollouts(questions(*ids), agent, Draws(seed=0, step=step, samples=samples, temperature=temperature))
+def play(
+    agent: Agent,
+    *ids: str,
+    samples: int = 1,
+    step: int = 1,
+    temperature: float = 1.0,
+    waiting: Waiting | None = None,
+) -> list[Rollout]:
+    draws = Draws(seed=0, step=step, samples=samples, temperature=temperature)
+    return run_rollouts(questions(*ids), agent, draws, waiting=waiting)
 
 
 KINDS = ["several", "newline", "single", "wordpiece", "embedded"]

@@ -19,9 +19,9 @@ from calibadv.retrieval.server import ServerLimits, listen, make_app
 
 
 @contextmanager
-def serving(retriever: Retriever, limits: ServerLimits | None = None) -> Iterator[str]:
-    """Serve on a free port of this machine; yields the address without a path."""
-    with listen("127.0.0.1", 0) as listener:
+def serving(retriever: Retriever, limits: ServerLimits | None = None, port: int = 0) -> Iterator[str]:
+    """Serve on a port of this machine, by default a free one; yields the address without a path."""
+    with listen("127.0.0.1", port) as listener:
         server = uvicorn.Server(uvicorn.Config(make_app(retriever, limits), log_config=None, access_log=False))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()

@@ -78,7 +78,8 @@ def write_run(
         write_rollouts(folder / "rollouts" / f"val-step-{step:06d}.jsonl", rollouts)
         scored = [rollout for rollout in rollouts if rollout.included]
         means = {name: float(np.mean([getattr(r, name) for r in scored])) for name in ("f1", "em", "format_valid")}
-        validations.append({"step": step, **means})
+        missing = {"search_failed": float(len(rollouts) - len(scored))}
+        validations.append({"step": step, **means, **missing})
     results = {
         "rollout_step": steps[-1],
         "seed": seed,
@@ -349,7 +350,11 @@ def test_a_question_whose_search_failed_is_in_no_interval(tmp_path: Path) -> Non
     figures, _ = compare_runs([tmp_path])
     # The run's own figure has it where it was answered: (2/3 + 2/3 + 1) / 3.
     assert arm(figures, "grpo")["final_f1"] == {"mean": 0.777778, "low": 1, "high": 1, "by_run": [0.777778]}
-    assert figures["warnings"] == ["grpo: questions whose search failed in a run, and that are in no interval: 1"]
+    assert figures["warnings"] == [
+        "grpo: questions whose search failed in a run, and that are in no interval: 1",
+        "seed0: searches failed in 1 of 4 validations (most at step 30: 1 without a result): their means are over the "
+        "other questions",
+    ]
 
 
 def test_where_no_question_is_left_there_is_no_interval(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from records import answer, rollout, search
 from calibadv.agent.collate import collate
 from calibadv.estimators import GRPO
 from calibadv.interfaces import Metrics
-from calibadv.metrics import credit_metrics, evaluation_metrics, rollout_metrics
+from calibadv.metrics import credit_metrics, evaluation_metrics, rollout_metrics, without_result
 from calibadv.rewards import F1, credit_rollouts, score_rollouts
 from calibadv.types import Rollout, RolloutStatus, Segment
 
@@ -139,3 +139,8 @@ def test_evaluation_overall_and_per_source() -> None:
 def test_evaluation_without_a_source_or_a_result() -> None:
     assert not [name for name in evaluation_metrics([GOOD]) if "/" in name]
     assert evaluation_metrics([FAILED]) == {"count": 0.0, "search_failed": 1.0}
+
+
+def test_what_an_evaluation_misses_is_said() -> None:
+    assert without_result(evaluation_metrics([GOOD, FAILED, BAD])) == "1 of 3 questions have no result"
+    assert without_result(evaluation_metrics([GOOD])) == ""

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ import torch
 from fits import SMALL, curves, results
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from calibadv.cli.main import main
-from calibadv.processes import Processes
+from calibadv.processes import Processes, longest_wait
 
 # Two mini-batches of two questions, more micro-batches than processes, and a validation that two do not divide.
 THREE_STEPS = (
@@ -48,6 +51,13 @@ def test_a_question_has_one_owner_however_often_it_is_asked(size: int, keys: lis
     assert len(set(zip(keys, owners, strict=True))) == len(set(keys))  # a group is never split
     shares = [len({key for key, owner in zip(keys, owners, strict=True) if owner == rank}) for rank in range(size)]
     assert max(shares) - min(shares) <= 1
+
+
+def test_a_process_keeps_the_others_waiting_for_less_than_they_do() -> None:
+    minute = timedelta(minutes=1)
+    for strategy in (DDPStrategy(timeout=minute), ModelParallelStrategy(timeout=minute)):
+        assert longest_wait(strategy) == 30.0
+    assert longest_wait(SingleDeviceStrategy()) == math.inf
 
 
 COMMAND = [sys.executable, "-m", "calibadv.cli.main", "fit", *THREE_STEPS]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Reply, Scripted, closed_port, good, serving
+from serving import Reply, Script, Scripted, closed_port, good, serving
 
-from calibadv.interfaces import RetrievalError, Retriever
+from calibadv.interfaces import OutageError, PartialRetrievalError, RetrievalError, Retriever
 from calibadv.retrieval.bm25 import BM25
 from calibadv.retrieval.memory import MemoryRetriever
 from calibadv.retrieval.remote import Remote
@@ -281,9 +281,10 @@ def test_what_may_pass_is_tried_again(status: int) -> None:
     def script(number: int, body: dict[str, Any]) -> Reply:
         return Reply(status, b'{"error": "too\\nbusy"}') if number < 2 else good(body)
 
-    with Scripted(script) as server:
+    tries = 1 if status == 500 else 2  # further ones
+    with Scripted(lambda number, body: script(number + 2 - tries, body)) as server:
         assert ids(Remote(server.url, retries=2, backoff=0).search(["a"], 3)) == [["a"]]
-        assert len(server.requests) == 3
+        assert len(server.requests) == 1 + tries
     with Scripted(script) as server:
         with pytest.raises(RetrievalError, match=rf"answered {status} \(too busy\) \(2 tries\); see its log"):
             Remote(server.url, retries=1, backoff=0).search(["a"], 3)
@@ -369,12 +370,96 @@ def test_batches_go_to_several_servers_at_once() -> None:
         assert len(one.requests) == len(two.requests) == 2
 
 
-def test_one_failed_batch_fails_the_search() -> None:
-    def script(number: int, body: dict[str, Any]) -> Reply:
-        return Reply(422, b'{"error": "no"}') if "c" in body["queries"] else good(body)
+def outcomes(remote: Remote, *queries: str) -> list[list[str] | type[RetrievalError]]:
+    """Of a search that fails for some queries: ids, or OutageError or another RetrievalError."""
+    with pytest.raises(PartialRetrievalError) as caught:
+        remote.search(queries, 3)
+    return [
+        (OutageError if isinstance(result, OutageError) else RetrievalError)
+        if isinstance(result, RetrievalError)
+        else ids([result])[0]
+        for result in caught.value.results
+    ]
 
-    with Scripted(script) as one, Scripted(script) as two, pytest.raises(RetrievalError, match=r"answered 422 \(no\)"):
-        Remote([one.url, two.url], batch_size=1).search(["a", "b", "c", "d"], 3)
+
+def refusing(status: int, *bad: str) -> Script:
+    """A server that answers batches with one of these queries so."""
+    return lambda _, body: Reply(status, b'{"error": "no"}') if {*bad} & {*body["queries"]} else good(body)
+
+
+def test_one_failed_batch_leaves_the_others() -> None:
+    with Scripted(refusing(422, "c")) as one, Scripted(refusing(422, "c")) as two:
+        remote = Remote([one.url, two.url], batch_size=1)
+        assert outcomes(remote, "a", "b", "c", "d") == [["a"], ["b"], RetrievalError, ["d"]]
+
+
+@pytest.mark.parametrize("status", [400, 413, 422, 500])
+def test_the_query_that_a_server_fails_at_is_found_by_halving(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with Scripted(refusing(status, "c")) as server:
+        remote = Remote(server.url)
+        found = outcomes(remote, *"ab", "", *"cdefgh")
+        assert found == [["a"], ["b"], [], RetrievalError, ["d"], ["e"], ["f"], ["g"], ["h"]]
+        sent = ["".join(body["queries"]) for body in server.requests]
+        # A 500 may be a blip: it is tried once more, after the only pause.
+        first = ["abcdefgh"] * (2 if status == 500 else 1)
+        assert sent == [*first, "abcd", "ab", "cd", "c", "d", "efgh"]
+        with pytest.raises(PartialRetrievalError, match=rf"answered {status} \(no\).* \(2 of 4 searches failed\)$"):
+            remote.search(["c", "a", "c", "d"], 3)
+    assert len(pauses) == (2 if status == 500 else 0)
+
+
+def test_a_server_that_refuses_everything_is_soon_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    queries = [str(number) for number in range(256)]
+    with Scripted(lambda number, body: Reply(500, b'{"error": "no"}')) as server:
+        with pytest.raises(PartialRetrievalError, match=r"answered 500 \(no\) .*\(256 of 256 searches failed\)$"):
+            Remote(server.url).search(queries, 3)
+        assert len(server.requests) < 40
+    assert len(pauses) == 1
+
+
+def test_an_outage_while_halving_ends_it() -> None:
+    def script(number: int, body: dict[str, Any]) -> Reply:
+        if number in (0, 1):
+            return Reply(422, b"")
+        return good(body) if number == 2 else Reply(503, b"")
+
+    with Scripted(script) as server:
+        # abcd and ab are refused, a is answered; b meets an outage, and cd is not asked for.
+        found = outcomes(Remote(server.url, retries=1, backoff=0), *"abcd")
+        assert found == [["a"], OutageError, OutageError, OutageError]
+        assert [body["queries"] for body in server.requests] == [[*"abcd"], [*"ab"], ["a"], ["b"], ["b"]]
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_an_outage_has_patience_after_the_first_answer_only(status: int) -> None:
+    def script(number: int, body: dict[str, Any]) -> Reply:
+        return good(body) if number in (2, 6) else Reply(status, b"")
+
+    def patience() -> float:
+        with pytest.raises(OutageError) as caught:
+            remote.search(["a"], 3)
+        return caught.value.patience
+
+    with Scripted(script) as server:
+        remote = Remote(server.url, retries=1, backoff=0, patience=7.5)
+        assert patience() == 0.0  # two tries
+        assert ids(remote.search(["a"], 3)) == [["a"]]
+        assert [patience(), patience()] == [7.5, 7.5]  # two tries, and one while it is away
+        assert ids(remote.search(["a"], 3)) == [["a"]]
+        assert len(server.requests) == 7
+
+
+def test_a_failing_query_behind_our_own_server_is_no_outage() -> None:
+    with serving(MemoryRetriever([Document("1", "", "text")], {"a": ["1"], "b": ["1"]}, failing=["broken"])) as url:
+        remote = Remote(url, backoff=0)
+        assert outcomes(remote, "a", "broken", "b") == [["1"], RetrievalError, ["1"]]
+        with pytest.raises(RetrievalError, match="'broken' is scripted to fail") as caught:
+            remote.search(["broken"], 3)
+        assert not isinstance(caught.value, OutageError)
 
 
 def test_threads_share_a_client() -> None:
@@ -412,6 +497,7 @@ def test_malformed_addresses_are_refused(url: str) -> None:
         ({"timeout": float("nan")}, "timeout is nan"),
         ({"retries": -1}, "retries is -1; it must be a number of at least 0"),
         ({"batch_size": 0}, "batch_size is 0; it must be a number of at least 1"),
+        ({"patience": -1}, "patience is -1; it must be a number of at least 0"),
         ({"backoff": -0.5}, "backoff is -0.5; it must be a number of at least 0"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibadv.interfaces import RetrievalError
+from calibadv.interfaces import PartialRetrievalError, RetrievalError
 from calibadv.questions import read_questions
 from calibadv.retrieval import BM25, MemoryRetriever
 from calibadv.retrieval.corpus import open_corpus
@@ -292,8 +292,13 @@ def test_memory_retriever_answers_as_scripted() -> None:
 
 def test_memory_retriever_fails_as_scripted() -> None:
     retriever = MemoryRetriever(DOCUMENTS, {"who": ["a"]}, failing=["broken"])
-    with pytest.raises(RetrievalError, match="broken"):
+    with pytest.raises(
+        PartialRetrievalError, match=r"'broken' is scripted to fail \(1 of 2 searches failed\)"
+    ) as caught:
         retriever.search(["who", "broken"], 1)
+    assert caught.value.results[0] == retriever.search(["who"], 1)[0]
+    with pytest.raises(RetrievalError, match=r"^the search for 'broken' is scripted to fail$"):
+        retriever.search(["broken"], 1)
     assert len(retriever.search(["who"], 1)[0]) == 1
 
 

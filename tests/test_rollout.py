@@ -22,10 +22,11 @@ from transformers import AutoTokenizer
 
 from calibadv.agent.collate import collate
 from calibadv.agent.protocol import disarm, render_observation
-from calibadv.agent.rollout import Agent, Draws, check_prompt, run_rollouts
+from calibadv.agent.rollout import Agent, Draws, check_prompt, check_searches, run_rollouts
 from calibadv.agent.tokenizer import AgentTokenizer
 from calibadv.engines import TransformersEngine
-from calibadv.interfaces import Engine, Retriever
+from calibadv.errors import UserError
+from calibadv.interfaces import Engine, RetrievalError, Retriever
 from calibadv.models import Policy
 from calibadv.retrieval import MemoryRetriever
 from calibadv.rewards.answer import F1
@@ -294,21 +295,20 @@ def test_an_empty_query_is_not_searched_for(tokenizer: AgentTokenizer, query: st
     assert (rollout.status, sources(rollout), spy.calls) == (INVALID, "p", [])
 
 
-def test_a_failed_search_ends_the_rollouts_that_waited_for_it(
-    tokenizer: AgentTokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failed_search_ends_its_own_rollout_only(tokenizer: AgentTokenizer, caplog: pytest.LogCaptureFixture) -> None:
     replies = {
-        "a": [[search("broken")], [search("capital")], [ANSWER]],
-        "b": [["so"], ["so " + search("film")], [search("")]],
+        "a": [[search("broken")], [search("capital"), ANSWER], [ANSWER]],
+        "b": [["so"], ["so " + search("broken")], [search("")]],
     }
     agent = scripted_agent(tokenizer, replies, retriever(failing=["broken"]))
     rollouts = play(agent, "a", "b", samples=3)
     # One call serves the whole turn; a bad format does not hide the failure, and who did not search is not touched.
-    assert [r.status for r in rollouts] == [SEARCH_FAILED, SEARCH_FAILED, INVALID, INVALID, SEARCH_FAILED, INVALID]
-    assert [r.included for r in rollouts] == [False, False, True, True, False, True]
-    assert [sources(r) for r in rollouts] == ["p"] * 6
-    assert "search failed for 3 rollouts" in caplog.text
-    assert "'broken' is scripted to fail" in caplog.text
+    assert [r.status for r in rollouts] == [SEARCH_FAILED, ANSWERED, INVALID, INVALID, SEARCH_FAILED, INVALID]
+    assert [r.included for r in rollouts] == [False, True, True, True, False, True]
+    assert [sources(r) for r in rollouts] == ["p", "pep", "p", "p", "p", "p"]
+    assert rollouts[1].segments[1].documents == tuple(DOCUMENTS[:2])
+    [line] = caplog.messages
+    assert line.startswith("2 of 3 searches failed, their rollouts are left out: the search for 'broken' is scripted")
 
 
 def test_a_search_that_fails_later_keeps_what_was_found_before(tokenizer: AgentTokenizer) -> None:
@@ -324,8 +324,47 @@ class Broken(MemoryRetriever):
 
 
 def test_a_bug_in_a_retriever_is_not_taken_for_a_failed_search(tokenizer: AgentTokenizer) -> None:
-    with pytest.raises(KeyError, match="a bug"):
+    with pytest.raises(UserError, match=r"^Broken\.search raised KeyError \('a bug'\); mend it, or raise Retrieval"):
         one(tokenizer, SEARCH, ANSWER, retriever=Broken())
+
+
+def failing(tokenizer: AgentTokenizer, queries: Sequence[str], failed: int) -> list[Rollout]:
+    """A rollout per query, whose only search it is; the first so many fail."""
+    replies = {str(number): [[search(query), ANSWER]] for number, query in enumerate(queries)}
+    return play(scripted_agent(tokenizer, replies, retriever(failing=list(queries[:failed]))), *replies)
+
+
+@pytest.mark.parametrize("failed", [0, 1, 20, 50])
+def test_a_run_goes_on_while_at_most_half_of_the_searches_fail(tokenizer: AgentTokenizer, failed: int) -> None:
+    rollouts = failing(tokenizer, [f"query {number}" for number in range(100)], failed)
+    assert [rollout.status for rollout in rollouts] == [SEARCH_FAILED] * failed + [ANSWERED] * (100 - failed)
+    check_searches([rollouts], step=7)
+
+
+@pytest.mark.parametrize("failed", [51, 100])
+def test_a_run_stops_where_more_searches_fail(tokenizer: AgentTokenizer, failed: int) -> None:
+    rollouts = failing(tokenizer, [f"query {number}" for number in range(100)], failed)
+    with pytest.raises(RetrievalError, match=rf"^{failed} of 100 searches of step 7 failed \(limit: half of them\)"):
+        check_searches([rollouts[:30], rollouts[30:]], step=7)
+
+
+def test_searches_are_counted_and_not_rollouts(tokenizer: AgentTokenizer, lengths: tuple[int, int, int]) -> None:
+    capital = search("capital")
+    # Two of three rollouts fail, at their third search: 2 of 2 x 3 + 1 searches.
+    replies = {"a": [[capital, capital, search("broken")]] * 2 + [[capital, ANSWER]]}
+    agent = scripted_agent(tokenizer, replies, retriever(failing=["broken"]), max_searches=3)
+    check_searches([play(agent, "a", samples=3)], step=1)
+    # A rollout that does not search adds none: 1 of 1.
+    agent = scripted_agent(tokenizer, {"a": [[search("broken")], [ANSWER]]}, retriever(failing=["broken"]))
+    with pytest.raises(RetrievalError, match=r"^1 of 1 searches"):
+        check_searches([play(agent, "a", samples=2)], step=1)
+    # A search whose observation does not fit was made: 1 of 3.
+    replies = {"q": [[search("broken")], [SEARCH], [SEARCH]]}
+    small = lengths[0] + lengths[1] - 1
+    agent = scripted_agent(tokenizer, replies, retriever(failing=["broken"]), max_rollout_tokens=small)
+    rollouts = play(agent, "q", samples=3)
+    assert [rollout.status for rollout in rollouts] == [SEARCH_FAILED, TRUNCATED, TRUNCATED]
+    check_searches([rollouts], step=1)
 
 
 # Limits.

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from serving import ask, serving
 
 from calibadv.cli.main import main
-from calibadv.interfaces import RetrievalError
+from calibadv.interfaces import OutageError, PartialRetrievalError, RetrievalError
 from calibadv.retrieval.batcher import Batcher, BusyError
 from calibadv.retrieval.corpus_files import parse_document
 from calibadv.retrieval.memory import MemoryRetriever
@@ -289,14 +289,40 @@ def test_a_search_has_no_more_queries_than_it_may() -> None:
 def test_a_request_that_breaks_the_search_fails_alone() -> None:
     good, poisoned, other = batched(Counting(), (["city?"], 1), (["text?", "poison"], 1), (["text?"], 1))
     assert (good, other) == ([["7"]], [["8"]])
-    assert isinstance(poisoned, TypeError)
+    assert isinstance(poisoned.__cause__, TypeError)
 
 
-def test_a_failure_of_the_backend_is_not_tried_again_for_each_request() -> None:
+def test_only_requests_with_a_failing_query_fail_and_nothing_is_searched_for_again() -> None:
     retriever = Counting(failing=["broken"])
-    answers = batched(retriever, (["city?"], 1), (["broken"], 1))
-    assert [type(answer) for answer in answers] == [RetrievalError, RetrievalError]
+    answers = batched(retriever, (["city?"], 1), (["text?", "broken"], 1), (["broken"], 1), (["text?"], 1))
+    assert (answers[0], answers[3]) == ([["7"]], [["8"]])
+    assert [type(answer) for answer in answers[1:3]] == [PartialRetrievalError, RetrievalError]
     assert len(retriever.searches) == 1
+
+
+def test_a_failure_of_the_whole_backend_is_not_tried_again_for_each_request() -> None:
+    class Down(Counting):
+        def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
+            super().search(queries, top_k)
+            raise RetrievalError("down")
+
+    retriever = Down()
+    answers = batched(retriever, (["city?"], 1), (["text?"], 1))
+    assert [str(answer) for answer in answers] == ["down", "down"]
+    assert len(retriever.searches) == 1
+
+
+def test_a_failure_that_is_due_to_a_query_is_told_from_an_outage(url: str) -> None:
+    class Away(MemoryRetriever):
+        def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
+            raise OutageError("away")
+
+    status, _, headers = ask(url, {"queries": ["city?", "broken"]})
+    assert (status, headers["x-search-failed"]) == (502, "true")
+    with serving(Away()) as away:
+        status, answer, headers = ask(away, {"queries": ["city?"]})
+    assert (status, answer) == (502, {"error": "away"})
+    assert "x-search-failed" not in headers
 
 
 def test_waiting_queries_are_counted_until_they_are_answered() -> None:
@@ -319,7 +345,8 @@ def test_a_retriever_that_loses_queries_is_found_out() -> None:
             return super().search(queries[1:], top_k)
 
     [answer] = batched(Losing(), (["city?", "text?"], 1))
-    assert str(answer) == "Losing answered 2 queries with 1 results"
+    said = "Losing.search returned 1 results for 2 queries; it must be one list of documents per query"
+    assert str(answer) == said
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from('"\n\r\u2028'), max_size=12)

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 from calibadv.agent.rollout import Agent
 from calibadv.agent.tokenizer import AgentTokenizer
 from calibadv.engines import VLLMEngine
-from calibadv.interfaces import Engine, RetrievalError, Retriever, StreamingEngine
+from calibadv.errors import UserError
+from calibadv.interfaces import Engine, Retriever, StreamingEngine
 from calibadv.models import Policy, load_policy
 from calibadv.numerics.draws import request_seed
 from calibadv.types import Completion, DrawKey, RolloutStatus, Sampling, ScoredDocument
@@ -61,8 +62,8 @@ class Unordered(StreamingEngine):
 class Hooked(Retriever):
     """Keeps the queries of each call of another retriever, and first does what the test says."""
 
-    def __init__(self, before: Callable[[list[str]], object] = len) -> None:
-        self.retriever, self.before = retriever(), before
+    def __init__(self, before: Callable[[list[str]], object] = len, **arguments: Any) -> None:
+        self.retriever, self.before = retriever(**arguments), before
         self.top_k = self.retriever.top_k
         self.calls: list[list[str]] = []
 
@@ -146,24 +147,24 @@ def test_sampling_goes_on_during_a_search_and_the_next_one_takes_all_that_have_a
     assert len(search.calls) in (2, 3)  # the last one may have come just after the second search began
 
 
-def test_a_failed_search_ends_those_that_asked_in_it(tokenizer: AgentTokenizer) -> None:
-    def fail(queries: list[str]) -> None:
-        if "film" in queries:
-            raise RetrievalError("down")
+def test_a_failed_search_ends_its_own_rollout_only(tokenizer: AgentTokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    asked = Event()
 
-    # a searches for the film alone, since b has not written yet.
     def choose(under_way: list[DrawKey]) -> int | None:
-        names = [key.question_id for key in under_way]
-        if "a" in names:
-            return names.index("a")
-        return 0 if search.calls else None
+        if {key.turn for key in under_way} == {0} and len(under_way) == 1:
+            asked.set()
+        return 0
 
-    replies = {"a": [[FILM]], "b": [[SEARCH, ANSWER]]}
-    search = Hooked(fail)
+    # a's first search comes back only after b and c have asked: theirs are one call, in which c's fails.
+    replies = {name: [[SEARCH, ANSWER]] for name in "abd"} | {"c": [[FILM, ANSWER]]}
+    search = Hooked(lambda _: asked.wait(timeout=10), failing=["film"])
     agent, _ = streaming(scripted_agent(tokenizer, replies, search), choose)
-    failed, answered = play(agent, "a", "b")
-    assert (failed.status, answered.status) == (RolloutStatus.SEARCH_FAILED, RolloutStatus.ANSWERED)
-    assert search.calls == [["film"], ["capital"]]
+    statuses = [rollout.status for rollout in play(agent, *"abcd")]
+    answered = RolloutStatus.ANSWERED
+    assert statuses == [answered, answered, RolloutStatus.SEARCH_FAILED, answered]
+    assert {"capital", "film"} <= set(search.calls[1])
+    [line] = caplog.messages
+    assert line.startswith(f"1 of {len(search.calls[1])} searches failed, their rollouts are left out: ")
 
 
 def test_a_bug_in_a_retriever_stops_the_run_and_leaves_nothing_under_way(tokenizer: AgentTokenizer) -> None:
@@ -171,7 +172,7 @@ def test_a_bug_in_a_retriever_stops_the_run_and_leaves_nothing_under_way(tokeniz
         raise KeyError("a bug")
 
     agent, engine = streaming(scripted_agent(tokenizer, REPLIES, Hooked(fail), max_turn_tokens=60), first)
-    with pytest.raises(KeyError, match="a bug"):
+    with pytest.raises(UserError, match=r"Hooked\.search raised KeyError \('a bug'\)"):
         play(agent, *REPLIES, samples=3)
     assert engine.under_way == {}
 

@@ -20,7 +20,7 @@ from transformers import (
     BertTokenizerFast,
 )
 
-from calibadv.interfaces import Metrics, RetrievalError, Retriever
+from calibadv.interfaces import Metrics, PartialRetrievalError, RetrievalError, Retriever
 from calibadv.questions import read_questions
 from calibadv.retrieval import BM25, Cached, Dense, Hybrid, MemoryRetriever, Reranked
 from calibadv.retrieval.audit import audit_coverage
@@ -123,9 +123,24 @@ def test_each_query_is_fused_on_its_own() -> None:
     assert hybrid.search([], 3) == []
 
 
-def test_a_failure_of_one_retriever_is_a_failure() -> None:
-    with pytest.raises(RetrievalError, match="broken"):
-        Hybrid([Watched(), memory("a")]).search(["a", "broken"], 3)
+def partial(retriever: Retriever, *queries: str) -> list[list[str] | str]:
+    """What each query found, or why it failed, of a search that failed for some."""
+    with pytest.raises(PartialRetrievalError) as caught:
+        retriever.search(list(queries), 3)
+    results = caught.value.results
+    return [str(result) if isinstance(result, RetrievalError) else ids_of([result])[0] for result in results]
+
+
+BROKEN = "the search for 'broken' is scripted to fail"
+
+
+def test_a_query_that_one_retriever_fails_fails_alone() -> None:
+    for retrievers in ([Watched(), memory("a")], [memory("a"), Watched()]):
+        assert partial(Hybrid(retrievers), "a", "broken", "b") == [["a"], BROKEN, ["b"]]
+    down = Watched()
+    down.down = True
+    with pytest.raises(RetrievalError, match=r"^down$"):
+        Hybrid([memory("a"), down]).search(["a", "b"], 3)
 
 
 def test_hybrids_that_cannot_be(tmp_path: Path) -> None:
@@ -315,6 +330,7 @@ def test_a_reranker_forwards(bert: Path, tmp_path: Path) -> None:
     assert watched.metrics() == {"cache_hit_rate": 0.5}
     with pytest.raises(RetrievalError, match="broken"):
         watched.search(["broken"], 1)
+    assert partial(watched, "a", "broken", "b") == [["a"], BROKEN, ["b"]]
 
 
 # Cached
@@ -380,6 +396,16 @@ def test_a_failure_is_not_kept_and_what_was_known_is() -> None:
     assert ids_of(cached.search(["a"], 3)) == [["a"]]
     inner.down = False
     assert ids_of(cached.search(["b"], 3)) == [["b"]]
+
+
+def test_what_succeeds_beside_a_failure_is_kept() -> None:
+    inner = Watched()
+    cached = Cached(inner)
+    assert partial(cached, "a", "broken", "b", "a") == [["a"], BROKEN, ["b"], ["a"]]
+    # a, b and a again needed two searches; what failed counts when it is asked again.
+    assert cached.metrics() == {"cache_hit_rate": pytest.approx(1 / 3)}
+    assert partial(cached, "broken", "b", "c") == [BROKEN, ["b"], ["c"]]
+    assert inner.asked == [["a", "broken", "b"], ["broken", "c"]]
 
 
 def test_what_a_caller_does_with_a_list_stays_his() -> None:

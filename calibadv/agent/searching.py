@@ -79,7 +79,7 @@ class Searcher:
             self._waited = waited_before + time.monotonic() - began
             if self._waited >= limit:
                 raise RetrievalError(
-                    f"the retriever was waited for, for {self._waited:.0f} s (limit: {limit:.0f} s): {reason}"
+                    f"the retriever was waited for, for {self._waited:.0f} s (limit: {limit:g} s): {reason}"
                 ) from reason
             if not told:
                 log.warning("the retriever is away, waiting for at most %.0f s: %s", limit - self._waited, reason)

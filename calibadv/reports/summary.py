@@ -218,8 +218,8 @@ def _searches_failed(run: Run) -> list[str]:
         return []
     step, most = max(failed.items(), key=lambda item: item[1])
     return [
-        f"{run.label}: searches failed in {len(failed)} of {len(run.validations)} validations (at most {most:.0f} "
-        f"questions, at step {step}): their means are over the other questions"
+        f"{run.label}: searches failed in {len(failed)} of {len(run.validations)} validations (most at step {step}: "
+        f"{most:.0f} without a result): their means are over the other questions"
     ]
 
 
