@@ -28,10 +28,12 @@ class Fault(Callback):
         place: ``search``, ``score``, ``estimate``, ``logprobs``, ``backward`` (of the first mini-batch), ``update`` (of
             the second one), ``curves``, ``rollouts`` (their file), ``callback`` or ``validation`` (behind that step).
         error: one of ``ERRORS``, or ``kill``.
+        rank: of the process; all by default.
     """
 
-    def __init__(self, step: int, place: str, error: str = "user") -> None:
+    def __init__(self, step: int, place: str, error: str = "user", rank: int | None = None) -> None:
         self.step = step
+        self.rank = rank
         self.place = place
         self.error = error
 
@@ -41,7 +43,7 @@ class Fault(Callback):
         raise ERRORS[self.error]()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if pl_module.rollout_step + 1 != self.step:
+        if pl_module.rollout_step + 1 != self.step or self.rank not in (None, trainer.global_rank):
             return
         targets = {
             "search": (pl_module.agent.retriever, "search"),

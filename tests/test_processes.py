@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
+from calibadv.checkpoint_files import damage
 from calibadv.cli.main import main
 from calibadv.processes import Processes, longest_wait
 
@@ -156,6 +158,42 @@ def test_all_processes_stop_when_no_gradient_is_finite(folder: Path, strategy: s
     assert len(torch.load(path, weights_only=True)["samples"]) == 20  # of both processes
 
 
+def fault(place: str) -> tuple[str, ...]:
+    arguments = {"step": 2, "place": place, "rank": 1}
+    return ("--trainer.callbacks+", json.dumps({"class_path": "faults.Fault", "init_args": arguments}))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_an_error_at_one_process_while_sampling_is_shared_and_saved(folder: Path, strategy: str) -> None:
+    alone = folder / "alone-plain"
+    if not alone.exists():
+        assert run(alone.parent, alone.name).returncode == 0
+    (folder / "fsdp.yaml").write_text(FSDP)
+    chosen = ("--config", str(folder / "fsdp.yaml"), "--trainer.devices", "2") if strategy == "fsdp" else DDP
+    broken = folder / f"broken-{strategy}"
+    finished = run(folder, broken.name, *chosen, *fault("score"))
+    assert finished.returncode == 2, finished.stderr
+    assert "calibadv: error: process 1: " in finished.stderr
+    assert "rollout step 1, the last one that was finished, is saved" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert (broken / "checkpoints" / "rollout-step=000001.ckpt").exists()
+    finished = run(folder, broken.name, *chosen, "--ckpt_path", "last")
+    assert finished.returncode == 0, finished.stderr
+    expected, found = (
+        torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for path in (alone, broken)
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.long
+def test_an_error_at_one_process_elsewhere_saves_nothing_and_ends_all(folder: Path) -> None:
+    finished = run(folder, "elsewhere", *DDP, *fault("logprobs"))  # run() would not wait for a process that hangs
+    assert finished.returncode != 0
+    assert list((folder / "elsewhere" / "checkpoints").glob("*")) == []
+
+
 @pytest.mark.long
 def test_sharded_checkpoints_are_read_by_any_number_of_processes(folder: Path) -> None:
     alone = folder / "alone-plain"
@@ -174,6 +212,14 @@ def test_sharded_checkpoints_are_read_by_any_number_of_processes(folder: Path) -
         words = ("--config", str(config), "--ckpt_path", "last", "--model.rollout_steps", steps)
         finished = run(folder, "sharded", *words, *processes)
         assert finished.returncode == 0, finished.stderr
+    (shard,) = (folder / "sharded/checkpoints/rollout-step=000002.ckpt").glob("__1_0.distcp")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    assert damage(shard.parent) is None
+    shard.write_bytes(content)
+    assert damage(shard.parent) == "its file __1_0.distcp is damaged"
+    shard.unlink()
+    assert damage(shard.parent) == "its file __1_0.distcp is missing"
     expected, found = (
         torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for path in (alone, folder / "sharded")
