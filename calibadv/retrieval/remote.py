@@ -169,7 +169,7 @@ class Remote(Retriever):
             return 1
         if fault == "error":
             return servers if halved else min(self._tries, max(2, servers))
-        return servers if self._away else self._tries
+        return servers if self._away and fault == "outage" else self._tries
 
     def _give_up(self, url: str, failure: _FailedTryError, tried: int) -> RetrievalError:
         tries = "" if failure.fault == "refusal" else " (1 try)" if tried == 1 else f" ({tried} tries)"
