@@ -174,9 +174,12 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "checkpoint missing": ("--ckpt_path no.ckpt", r"--ckpt_path no.ckpt is not a file; give a checkpoint, or 'last'"),
     "checkpoint is a text": (
         "--ckpt_path text.ckpt",
-        r"text.ckpt is not a checkpoint of a calibadv run; give a file of",
+        r"text.ckpt is not a checkpoint of a calibadv run, or is damaged \(it is no whole .*; give a file of",
     ),
-    "checkpoint of others": ("--ckpt_path foreign.ckpt", r"foreign.ckpt is not a checkpoint of a calibadv run; give"),
+    "checkpoint of others": (
+        "--ckpt_path foreign.ckpt",
+        r"foreign.ckpt is not a checkpoint .* \(it has no 'pyt.*; give",
+    ),
     "run root is a file": (
         "--run.root ok.jsonl",
         r"run folder 'ok.jsonl/.*ok.jsonl cannot be written to; choose another",
@@ -309,7 +312,7 @@ def test_a_run_name_that_exists(here: Path, capsys: pytest.CaptureFixture[str]) 
     words = [*QUICKSTART, "--run.name", "mine"]
     check(
         words,
-        r"runs/mine holds a run already; it has no checkpoint: remove the folder, or choose another",
+        r"runs/mine holds a run already; it has no checkpoint: start it anew with '.* --ckpt_path auto', or choose",
         here,
         capsys,
     )

@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def verb_parser(verb: str) -> argparse.ArgumentParser:
     quiet_environment()
-    cli = CalibadvCLI(verb, read_words(["--config", "quickstart"]), run=False)
+    cli = CalibadvCLI(verb, read_words(["--config", "quickstart"]))
     return cli._parser(verb)
 
 

@@ -81,7 +81,7 @@ PATHS = sorted(configs_folder().rglob("*.yaml"))
 
 def build(*words: str) -> CalibadvCLI:
     quiet_environment()
-    return CalibadvCLI("fit", read_words(words), run=False)
+    return CalibadvCLI("fit", read_words(words))
 
 
 @pytest.fixture

@@ -428,7 +428,7 @@ def test_an_overlay_replaces_the_estimator_with_its_options(name: str, before: s
     quiet_environment()
     names = ["quickstart", *([before] if before != "base" and not before.endswith(name) else []), f"estimators/{name}"]
     words_ = [word for config in names for word in ("--config", config)]
-    estimator = CalibadvCLI("fit", read_words(words_), run=False).model.estimator
+    estimator = CalibadvCLI("fit", read_words(words_)).model.estimator
     assert (type(estimator).__name__, vars(estimator)) == OVERLAYS[name]
 
 

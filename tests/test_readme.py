@@ -211,9 +211,7 @@ def overlays(page: str) -> list[str]:
 def test_an_overlay_builds_its_part(overlay: str, tmp_path: Path) -> None:
     (tmp_path / "overlay.yaml").write_text(overlay, encoding="utf-8")
     quiet_environment()
-    cli = CalibadvCLI(
-        "fit", read_words(["--config", "quickstart", "--config", str(tmp_path / "overlay.yaml")]), run=False
-    )
+    cli = CalibadvCLI("fit", read_words(["--config", "quickstart", "--config", str(tmp_path / "overlay.yaml")]))
     model, learner = cli.model, cli.model.learner
     parts = [
         model.agent.retriever,

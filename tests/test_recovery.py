@@ -113,7 +113,7 @@ def test_an_error_behind_a_finished_step_saves_it(place: str, whole: Path, tmp_p
 
 def test_a_bug_leaves_its_trace_and_says_what_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError) as error:
-        fit(tmp_path, "run", *FOUR, *fault(3, "score", "bug"))
+        fit(tmp_path, "run", *FOUR, *fault(3, "estimate", "bug"))
     assert error.value.__notes__[0].startswith("rollout step 2, the last one that was finished, is saved; to go on:")
 
 

@@ -74,7 +74,7 @@ class CalibadvCLI(LightningCLI):
     start: Start
     checkpoints: RolloutCheckpoint
 
-    def __init__(self, verb: str, settings: Sequence[ConfigFile | Option], lock: RunLock | None) -> None:
+    def __init__(self, verb: str, settings: Sequence[ConfigFile | Option], lock: RunLock | None = None) -> None:
         self.verb = verb
         self.settings = settings
         self._lock = lock
@@ -242,7 +242,7 @@ class ReadingCLI(CalibadvCLI):
 
     def __init__(self, settings: Sequence[ConfigFile | Option]) -> None:
         scan_settings(settings)
-        super().__init__("fit", settings, lock=None)
+        super().__init__("fit", settings)
 
     @property
     def settings_of_fit(self) -> Namespace:

@@ -127,7 +127,7 @@ def _newest_whole(candidates: Sequence[Path]) -> Path:
 
 def _check_whole(checkpoint: Path) -> None:
     if not checkpoint.exists():
-        raise UserError(f"--ckpt_path {checkpoint} does not exist; give a checkpoint, or 'last' with --run.name")
+        raise UserError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint, or 'last' with --run.name")
     reason = damage(checkpoint)
     if reason is None:
         return
@@ -135,7 +135,9 @@ def _check_whole(checkpoint: Path) -> None:
     others = [path for path in (own.checkpoints_newest_first() if own else []) if not path.samefile(checkpoint)]
     whole = next((path for path in others if damage(path) is None), None)
     remedy = "give a file of a run's checkpoints folder" if whole is None else f"{whole} is whole: give that"
-    raise UserError(f"--ckpt_path {checkpoint} is damaged, or no checkpoint of a run ({reason}); {remedy}")
+    raise UserError(
+        f"--ckpt_path {checkpoint} is not a checkpoint of a calibadv run, or is damaged ({reason}); {remedy}"
+    )
 
 
 def _no_checkpoint(folder: RunFolder) -> str:
