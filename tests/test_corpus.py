@@ -7,7 +7,9 @@ import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -290,19 +292,18 @@ def test_of_several_that_ask_at_once_one_converts(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err.count("converting") == 1
 
 
-def test_who_waits_for_another_process_says_so(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_who_waits_for_another_process_says_so(tmp_path: Path, cache: Path) -> None:
     path = write_lines(tmp_path / "large.jsonl", {"id": 1, "contents": "a"})
     open_corpus(path, in_memory_bytes=0)
     [folder] = [path for path in cache.iterdir() if path.is_dir()]
     shutil.rmtree(folder)
-    capsys.readouterr()
-    with ThreadPoolExecutor(1) as pool:
+    # Not capsys, which loses what is written while it is read.
+    with ThreadPoolExecutor(1) as pool, redirect_stderr(StringIO()) as errors:
         with FileLock(folder.with_suffix(".lock")):
             opened = pool.submit(open_corpus, path, in_memory_bytes=0)
-            said = ""
-            while not said:
+            while "\n" not in errors.getvalue():
                 assert not opened.done()
-                said = capsys.readouterr().err
+            said = errors.getvalue()
         assert list(opened.result()) == [Document("1", "", "a")]
     assert said == f"waiting for another process, which converts '{path}' into '{folder}'\n"
 

@@ -420,15 +420,11 @@ def overwrite_unseen(path: Path, place: int) -> None:
 
 
 def damaged(name: str) -> str:
-    return (
-        rf"{name}' is damaged \(its digest is \w{{32}}, and that of what was written \w{{32}}\); copy the folder again"
-    )
+    return rf"{name}' is damaged \(its digest is \w{{32}}, and that of what was written \w{{32}}\); copy the folder"
 
 
 @pytest.mark.parametrize("backend", ["bm25", "faiss"])
-def test_a_changed_byte_of_any_file_is_found(
-    tmp_path: Path, corpus: str, backend: Literal["bm25", "faiss"], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_changed_byte_of_any_file_is_found(tmp_path: Path, corpus: str, backend: Literal["bm25", "faiss"]) -> None:
     built = tmp_path / "built"
     index(corpus, built, backend)
     files = read_manifest(built).files
