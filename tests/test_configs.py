@@ -73,7 +73,9 @@ CLUSTER = {
     "cluster/qwen2_5_3b": "ModelParallelStrategy",
     "cluster/qwen2_5_7b": "ModelParallelStrategy",
 }
-OURS = ["RunStart", "RolloutWriter", "Results", "TensorBoardPages", "RolloutCheckpoint", "Progress"]
+# Before and behind the callbacks of the config.
+BEFORE = ["RunStart", "Results", "TensorBoardPages", "RolloutWriter"]
+BEHIND = ["RolloutCheckpoint", "Progress"]
 # What these build is in test_guard.py, test_filters.py and here below.
 MORE = ["callbacks/collapse_guard", "filters/dynamic_sampling", "regularizers/kl"]
 PATHS = sorted(configs_folder().rglob("*.yaml"))
@@ -107,7 +109,7 @@ def test_a_recipe_is_built_with_its_callbacks_and_no_others(name: str, data: lis
         cli = build("--config", "quickstart", *(["--config", name] if name not in ("quickstart", "base") else []))
     # Lightning itself adds nothing: no checkpoints, progress bar or summary of its own.
     found = [type(callback).__name__ for callback in cli.trainer.callbacks]  # type: ignore[attr-defined]
-    assert found == (["AdvantageCalibration"] if CALIBRATORS[name] else []) + OURS
+    assert found == [*BEFORE, *(["AdvantageCalibration"] if CALIBRATORS[name] else []), *BEHIND]
     installed = [c for c in cli.trainer.callbacks if isinstance(c, AdvantageCalibration)]  # type: ignore[attr-defined]
     calibrators = [calibrator for callback in installed for calibrator in callback.calibrators]
     assert [(type(calibrator).__name__, vars(calibrator)) for calibrator in calibrators] == CALIBRATORS[name]
