@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Mapping
 from hashlib import blake2b, file_digest
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from calibadv.run_folder import step_of, write_atomically
 _META = "meta.pt"  # what Lightning writes of a sharded checkpoint beside the shards
 _DIGESTS = "digests.json"
 # What a checkpoint of a run holds; in a sharded one, weights and optimizer lie in the shards.
-_KINDS: dict[str, type] = {
+_Kinds = Mapping[str, type | UnionType]
+_KINDS: _Kinds = {
     "pytorch-lightning_version": str,
     "rollout_step": int,
     "validated_step": int,
@@ -29,7 +31,10 @@ _KINDS: dict[str, type] = {
     "callbacks": dict,
     "loops": dict,
 }
-_TENSOR_KINDS: dict[str, type] = {"state_dict": dict, "optimizer_states": list}
+_TENSOR_KINDS: _Kinds = {"state_dict": dict, "optimizer_states": list}
+# What Results, which is part of every run of the command line, and Lightning's loops go on from.
+_RESULTS_KINDS: _Kinds = {"validations": list, "statuses": dict, "wall_seconds": int | float}
+_LOOP_KINDS: _Kinds = {"epoch_loop.batch_progress": dict, "epoch_progress": dict}
 _NOT_READABLE = (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError)
 
 
@@ -150,15 +155,27 @@ def _changed_shard(folder: Path) -> str | None:
     return None
 
 
-def _wrong_content(content: Any, checkpoint: Path) -> str | None:
+def _wrong_kind(content: Any, kinds: _Kinds) -> str | None:
     if not isinstance(content, Mapping):
         return f"it holds {type(content).__name__}, and not the parts of a checkpoint"
-    kinds = _KINDS if checkpoint.is_dir() else {**_KINDS, **_TENSOR_KINDS}
     for key, kind in kinds.items():
         if key not in content:
             return f"it has no '{key}'"
         if not isinstance(content[key], kind) or isinstance(content[key], bool):
             return f"it has {content[key]!r:.40} as '{key}'"
+    return None
+
+
+def _wrong_content(content: Any, checkpoint: Path) -> str | None:
+    kinds = _KINDS if checkpoint.is_dir() else {**_KINDS, **_TENSOR_KINDS}
+    if wrong := _wrong_kind(content, kinds):
+        return wrong
+    for part, key, inner in (
+        (content["callbacks"], "Results", _RESULTS_KINDS),
+        (content["loops"], "fit_loop", _LOOP_KINDS),
+    ):
+        if key in part and (wrong := _wrong_kind(part[key], inner)):
+            return f"in '{key}', {wrong}"
     step, named = content["rollout_step"], step_of(checkpoint)
     if step < 0:
         return f"it has {step} as 'rollout_step'"

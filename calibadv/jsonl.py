@@ -93,7 +93,7 @@ def _open_bytes(path: Path, what: str) -> Iterator[Iterable[bytes]]:
 def _parse_object(line: bytes, place: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is not a JSON object ({error}); write one object per line, in UTF-8") from error
     if not isinstance(value, dict):
         raise UserError(f"{place} is not a JSON object but {type(value).__name__}; write one object per line")

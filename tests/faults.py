@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 
 from calibadv.errors import UserError
@@ -26,7 +28,8 @@ class Fault(Callback):
     Args:
         step: which rollout step.
         place: ``search``, ``score``, ``estimate``, ``logprobs``, ``backward`` (of the first mini-batch), ``update`` (of
-            the second one), ``curves``, ``rollouts`` (their file), ``callback`` or ``validation`` (behind that step).
+            the second one), ``curves``, ``rollouts`` (their file), ``callback`` or ``validation`` (behind that step);
+            or else ``weights`` (which are not finite after the step) or ``folder`` (which is removed).
         error: one of ``ERRORS``, or ``kill``.
         rank: of the process; all by default.
     """
@@ -66,6 +69,8 @@ class Fault(Callback):
                 return step(*arguments, **options)
 
             optimizer.step = first_only
+        elif self.place == "folder":
+            shutil.rmtree(trainer.default_root_dir)
         elif self.place == "rollouts":
             # A folder in the place of the file.
             folder = Path(trainer.default_root_dir) / "rollouts" / f"train-step-{self.step:06d}.jsonl"
@@ -74,3 +79,6 @@ class Fault(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.place == "callback" and pl_module.rollout_step == self.step:
             self.fail()
+        if self.place == "weights" and pl_module.rollout_step == self.step:
+            with torch.no_grad():
+                next(pl_module.parameters()).view(-1)[7] = torch.nan

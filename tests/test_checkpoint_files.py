@@ -65,6 +65,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no version": (edit(lambda c: c.pop("pytorch-lightning_version")), "it has no 'pytorch-lightning_version'"),
     "no loops": (edit(lambda c: c.pop("loops")), "it has no 'loops'"),
     "no callbacks": (edit(lambda c: c.pop("callbacks")), "it has no 'callbacks'"),
+    "no results": (
+        edit(lambda c: c["callbacks"]["Results"].pop("validations")),
+        "in 'Results', it has no 'validations'",
+    ),
+    "no counters": (edit(lambda c: c["loops"].update(fit_loop=3)), "in 'fit_loop', it holds int"),
     "no weights": (edit(lambda c: c.pop("state_dict")), "it has no 'state_dict'"),
     "weights nan": (edit(lambda c: next(iter(c["state_dict"].values())).view(-1)[3:4].fill_(torch.nan)), "not finite"),
     "a list": (lambda path: torch.save([1, 2], path), "it holds list, and not the parts of a checkpoint"),

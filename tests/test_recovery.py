@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,28 @@ def test_a_bug_leaves_its_trace_and_says_what_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError) as error:
         fit(tmp_path, "run", *FOUR, *fault(3, "estimate", "bug"))
     assert error.value.__notes__[0].startswith("rollout step 2, the last one that was finished, is saved; to go on:")
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    every = ("--checkpoint.every_n_rollout_steps", "1", "--checkpoint.keep", "1")
+    assert fit(tmp_path, "run", *FOUR, *every, *fault(3, "weights")) == 2
+    error = capsys.readouterr().err
+    assert "the checkpoint of rollout step 3 is not written, since " in error
+    assert "rollout-step=000002.ckpt stands, and 1 rollout step is lost; to go on:" in error
+    folder = RunFolder(tmp_path / "run")
+    assert folder.step_checkpoints() == [folder.checkpoint(2)]
+    assert all(weight.isfinite().all() for weight in torch.load(folder.last, weights_only=True)["state_dict"].values())
+
+
+@pytest.mark.parametrize(("curves", "line"), [("true", "/events.*was it removed or"), ("false", "' was removed or renamed")])
+def test_a_folder_that_is_removed_during_the_run(
+    curves: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(tmp_path, "run", *FOUR, *fault(2, "folder"), "--trainer.logger", curves) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"{tmp_path / 'run'}{line}", error)
+    assert "nothing is saved, since rollout step 2 was not written out; there is no checkpoint" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_out_of_memory_comes_with_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

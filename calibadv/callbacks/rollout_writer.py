@@ -38,6 +38,9 @@ class RolloutWriter(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the training rollouts where it is their turn."""
         output = outputs["output"]
+        folder = Path(trainer.default_root_dir)
+        if trainer.is_global_zero and not folder.is_dir():
+            raise UserError(f"run folder '{folder}' was removed or renamed during the run; start it again")
         due = output.step == 1 or output.step % self.every_n_rollout_steps == 0
         if due and trainer.is_global_zero:  # every process holds all rollouts
             self._write_training(trainer, output)

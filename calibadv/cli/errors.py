@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -38,7 +39,7 @@ def message_for_users(error: BaseException) -> str | None:
 def _of_the_machine(error: BaseException) -> str | None:
     """What the system, and not our code, could not do."""
     if isinstance(error, OSError) and error.errno is not None:
-        where = f"'{error.filename}': " if error.filename else "a file cannot be written or read: "
+        where = f"'{os.fsdecode(error.filename)}': " if error.filename else "a file cannot be written or read: "
         remedy = _REMEDIES.get(error.errno, "see to the disk, or choose another folder")
         return f"{where}{error.strerror}; {remedy}"
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
