@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -596,6 +597,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@pytest.mark.usefixtures("capsys")  # without it the estimate goes to a file of pytest's, and is what fails
 def test_a_full_disk_is_said_and_gone_on_with(tmp_path: Path, corpus: str) -> None:
     index(corpus, tmp_path / "words", "bm25")
     index(corpus, tmp_path / "meanings", "faiss")
@@ -606,6 +608,7 @@ def test_a_full_disk_is_said_and_gone_on_with(tmp_path: Path, corpus: str) -> No
             out = tmp_path / f"{backend}-{most}"
             with files_of_at_most(most), pytest.raises((ValueError, OSError)) as caught:
                 index(corpus, out, backend)
+            assert out.exists()
             halves = ("*.partial", "partial/*.json", "partial/bm25", "partial/faiss.index")
             assert [half for pattern in halves for half in out.rglob(pattern)] == []
             if (out / "unfinished.json").exists():
@@ -617,6 +620,25 @@ def test_a_full_disk_is_said_and_gone_on_with(tmp_path: Path, corpus: str) -> No
                 assert isinstance(caught.value, OSError)
             index(corpus, out, backend)
             assert written(out) == written(whole)
+
+
+@pytest.mark.parametrize(("backend", "name"), [("bm25", "bm25"), ("faiss", "faiss.index")])
+def test_a_disk_that_the_index_itself_does_not_fit_is_freed_of_it(
+    tmp_path: Path, corpus: str, backend: Literal["bm25", "faiss"], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = tmp_path / "out" / "partial" / name
+
+    def fsync(descriptor: int) -> None:
+        if os.fstat(descriptor).st_ino in {path.stat().st_ino for path in (partial, *partial.rglob("*"))}:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: partial.exists() and fsync(descriptor))
+        with pytest.raises(ValueError, match=r"out '.*out' cannot be written \(No space left on device\); free space"):
+            index(corpus, tmp_path / "out", backend)
+    assert not partial.exists()
+    index(corpus, tmp_path / "out", backend)
+    verify_index(tmp_path / "out")
 
 
 def test_an_index_of_faiss_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
