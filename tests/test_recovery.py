@@ -129,7 +129,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, capsys: pyt
     assert all(weight.isfinite().all() for weight in torch.load(folder.last, weights_only=True)["state_dict"].values())
 
 
-@pytest.mark.parametrize(("curves", "line"), [("true", "/events.*was it removed or"), ("false", "' was removed or renamed")])
+@pytest.mark.parametrize(
+    ("curves", "line"), [("true", "/events.*was it removed or"), ("false", "' was removed or renamed")]
+)
 def test_a_folder_that_is_removed_during_the_run(
     curves: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
