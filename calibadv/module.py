@@ -45,7 +45,7 @@ from calibadv.nonfinite import MOST_IN_A_ROW, NonFiniteStepError, SkippedSteps
 from calibadv.numerics.kl import KLEstimator
 from calibadv.objective import Objective
 from calibadv.precision import check_precision, check_rate, exactly, float32_by_default
-from calibadv.processes import Attempt, Processes, longest_wait, shard
+from calibadv.processes import Attempt, Processes, longest_wait, raising_together, shard
 from calibadv.resume import check_identity, save_identity
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
@@ -240,7 +240,8 @@ class SearchAgentModule(pl.LightningModule):
             with clock.measure("evidence"):
                 groups = self.share(asked, own, self.group_size)
             seen.extend(groups)
-            check_searches(seen, step)  # all of the step: a few alone say little of the retriever
+            with raising_together():
+                check_searches(seen, step)  # all of the step: a few alone say little of the retriever
             return groups
 
         groups = ask(questions)
@@ -446,7 +447,8 @@ class SearchAgentModule(pl.LightningModule):
             return score_rollouts(own, self.reward)
 
         groups = self.share(questions, self.processes.attempt(make), samples=1)
-        check_searches(groups, self.rollout_step)
+        with raising_together():
+            check_searches(groups, self.rollout_step)
         rollouts = list(chain.from_iterable(groups))
         self._evaluated.extend(rollouts)
         return rollouts

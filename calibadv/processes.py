@@ -8,7 +8,8 @@ the whole batch, by the code of one process. What is dealt out again are the pas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Generic, TypeVar
@@ -114,9 +115,8 @@ class Processes:
         failures = [(rank, failure) for rank, (_, failure) in enumerate(gathered) if failure]
         if failures:
             rank, (kind, text) = failures[0]
-            error = own.error or (kind or RuntimeError)(f"process {rank}: {text}")
-            setattr(error, _AGREED, True)
-            raise error
+            with raising_together():
+                raise own.error or (kind or RuntimeError)(f"process {rank}: {text}")
         sources = [iter(items or ()) for items, _ in gathered]
         return [next(sources[owner]) for owner in owners]
 
@@ -177,6 +177,20 @@ def _kind(error: Exception) -> type[Exception] | None:
     return next((kind for kind in _KINDS if isinstance(error, kind)), None)
 
 
+@contextmanager
+def raising_together() -> Iterator[None]:
+    """Mark the errors of what depends only on data that all processes hold: if one raises, all do.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    except Exception as error:
+        setattr(error, _AGREED, True)
+        raise
+
+
 def raised_by_all(error: BaseException) -> bool:
     """Whether all processes of the run raise at the same place, so that they can still do something together.
 
@@ -184,7 +198,7 @@ def raised_by_all(error: BaseException) -> bool:
         error: as caught.
 
     Returns:
-        True for what ``Processes.interleave`` raises.
+        True for what ``Processes.interleave`` raises, and what is raised in ``raising_together``.
     """
     return getattr(error, _AGREED, False)
 

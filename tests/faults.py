@@ -13,9 +13,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from calibadv.errors import UserError
+from calibadv.interfaces import RetrievalError
 
 ERRORS: dict[str, Callable[[], Exception]] = {
     "user": lambda: UserError("a mistake; mend it"),
+    "retrieval": lambda: RetrievalError("a server is in trouble"),
     "bug": lambda: ZeroDivisionError("a bug"),
     "memory": lambda: MemoryError("out of memory: tried to allocate 64 GiB"),
     "disk": lambda: OSError(28, "No space left on device", "here/file"),

@@ -158,8 +158,8 @@ def test_all_processes_stop_when_no_gradient_is_finite(folder: Path, strategy: s
     assert len(torch.load(path, weights_only=True)["samples"]) == 20  # of both processes
 
 
-def fault(place: str) -> tuple[str, ...]:
-    arguments = {"step": 2, "place": place, "rank": 1}
+def fault(place: str, error: str = "user", rank: int | None = 1) -> tuple[str, ...]:
+    arguments = {"step": 2, "place": place, "error": error, "rank": rank}
     return ("--trainer.callbacks+", json.dumps({"class_path": "faults.Fault", "init_args": arguments}))
 
 
@@ -172,9 +172,13 @@ def test_an_error_at_one_process_while_sampling_is_shared_and_saved(folder: Path
     (folder / "fsdp.yaml").write_text(FSDP)
     chosen = ("--config", str(folder / "fsdp.yaml"), "--trainer.devices", "2") if strategy == "fsdp" else DDP
     broken = folder / f"broken-{strategy}"
-    finished = run(folder, broken.name, *chosen, *fault("score"))
+    if strategy == "ddp":
+        finished = run(folder, broken.name, *chosen, *fault("score"))
+        assert "calibadv: error: process 1: " in finished.stderr
+    else:
+        finished = run(folder, broken.name, *chosen, *fault("search", "retrieval", rank=None))
+        assert "40 of 40 searches of step 2 failed" in finished.stderr
     assert finished.returncode == 2, finished.stderr
-    assert "calibadv: error: process 1: " in finished.stderr
     assert "rollout step 1, the last one that was finished, is saved" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert (broken / "checkpoints" / "rollout-step=000001.ckpt").exists()
