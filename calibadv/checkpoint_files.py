@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from hashlib import blake2b, file_digest
 from pathlib import Path
 from types import UnionType
@@ -16,6 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from calibadv.processes import Processes
+from calibadv.progress import progress_bar
 from calibadv.run_folder import step_of, write_atomically
 
 _META = "meta.pt"  # what Lightning writes of a sharded checkpoint beside the shards
@@ -35,6 +37,8 @@ _TENSOR_KINDS: _Kinds = {"state_dict": dict, "optimizer_states": list}
 # What Results, which is part of every run of the command line, and Lightning's loops go on from.
 _RESULTS_KINDS: _Kinds = {"validations": list, "statuses": dict, "wall_seconds": int | float}
 _LOOP_KINDS: _Kinds = {"epoch_loop.batch_progress": dict, "epoch_progress": dict}
+_BLOCK = 1 << 24
+_LARGE = 2_000_000_000  # bytes, which take some seconds
 _NOT_READABLE = (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError)
 
 
@@ -130,13 +134,17 @@ def read_content(checkpoint: Path) -> Any:
 
 
 def _changed_record(file: Path) -> str | None:
+    name, size = "", file.stat().st_size
     try:
-        with zipfile.ZipFile(file) as archive:
-            record = archive.testzip()
+        with zipfile.ZipFile(file) as archive, _progress(size) as advance:
+            for name in archive.namelist():
+                with archive.open(name) as record:  # which compares the checksum at its end
+                    while block := record.read(_BLOCK):
+                        advance(len(block))
     # zipfile meets changed bytes with errors of many kinds, a wrong method of compression and encryption among them.
     except Exception as error:
-        return f"it is no whole file: {error}"
-    return None if record is None else f"bytes of its record {record} have changed"
+        return f"bytes of its record {name} have changed" if name else f"it is no whole file: {error}"
+    return None
 
 
 def _changed_shard(folder: Path) -> str | None:
@@ -148,11 +156,20 @@ def _changed_shard(folder: Path) -> str | None:
         return None
     except ValueError as error:
         return f"its {_DIGESTS} is damaged ({error})"
-    for name, digest in recorded.items():
-        file = folder / name
-        if not file.is_file() or _digest(file) != digest:
-            return f"its file {name} is {'damaged' if file.is_file() else 'missing'}"
+    missing = next((name for name in recorded if not (folder / name).is_file()), None)
+    if missing is not None:
+        return f"its file {missing} is missing"
+    sizes = {name: (folder / name).stat().st_size for name in recorded}
+    with _progress(sum(sizes.values())) as advance:
+        for name, digest in recorded.items():
+            if _digest(folder / name) != digest:
+                return f"its file {name} is damaged"
+            advance(sizes[name])
     return None
+
+
+def _progress(size: int) -> AbstractContextManager[Callable[[int], None]]:
+    return progress_bar("Checking the checkpoint", size, hidden=size < _LARGE)
 
 
 def _wrong_kind(content: Any, kinds: _Kinds) -> str | None:

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -81,8 +82,9 @@ class RunLock:
         if not path.exists() or os.fstat(self._descriptor).st_ino != path.stat().st_ino:
             self._close()
             return False
-        os.ftruncate(self._descriptor, 0)
-        os.write(self._descriptor, f"{os.getpid()} on {socket.gethostname()}".encode())
+        with suppress(OSError):  # on a full disk the lock holds all the same
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, f"{os.getpid()} on {socket.gethostname()}".encode())
         return True
 
     def _not_locked(self, path: Path, error: OSError) -> bool:
