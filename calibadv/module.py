@@ -378,6 +378,8 @@ class SearchAgentModule(pl.LightningModule):
             self.trainer.validating = True
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True
+        if self.rollout_step >= self.rollout_steps:  # as in a second fit of one module
+            self.trainer.should_stop = True
 
     def validation_step(self, questions: list[Question], batch_idx: int) -> dict[str, list[Rollout]]:
         """Answer validation questions greedily, one rollout each."""

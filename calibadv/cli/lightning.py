@@ -52,6 +52,7 @@ from calibadv.cli.trainer import check_checkpoint, check_trainer, moment
 from calibadv.data import QuestionData
 from calibadv.errors import UserError
 from calibadv.module import SearchAgentModule
+from calibadv.precision import check_rate
 from calibadv.run_folder import write_atomically
 from calibadv.settings import changed_settings
 
@@ -238,7 +239,9 @@ class ReadingCLI(CalibadvCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what ``fit`` would refuse of the trainer; there is no run folder to decide on."""
-        check_trainer(self.settings_of_fit.trainer)
+        settings = self.settings_of_fit
+        check_trainer(settings.trainer)
+        check_rate(settings.trainer.precision, settings.model.lora is not None, settings.model.learning_rate)
 
     def instantiate_classes(self) -> None:
         """Build nothing."""
@@ -304,6 +307,11 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     if not cli.trainer.is_global_zero:
         return 0
     done, planned = cli.model.rollout_step, cli.model.rollout_steps
+    if verb == "fit" and cli.checkpoints.stopped_by is None and (cli.start.resumed_from or 0) == done < planned:
+        raise UserError(
+            f"a callback has ended the run before its first rollout step, with {done} of {planned} done: nothing was "
+            "trained; leave it out, or let it stop later"
+        )
     return goodbye(verb, cli.start.folder, done, planned, cli.checkpoints.stopped_by, cli.resume_command)
 
 
