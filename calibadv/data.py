@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import count
@@ -80,18 +80,18 @@ class TrainingQuestions:
         questions: what to train on.
         questions_per_step: Q, the length of each list.
         seed: of the run.
-        start: rollout steps already done.
+        done: gives the rollout steps already done, whenever an iteration begins.
     """
 
-    def __init__(self, questions: list[Question], questions_per_step: int, seed: int, start: int) -> None:
+    def __init__(self, questions: list[Question], questions_per_step: int, seed: int, done: Callable[[], int]) -> None:
         self.questions = questions
         self.questions_per_step = questions_per_step
         self.seed = seed
-        self.start = start
+        self.done = done
 
     def __iter__(self) -> Iterator[list[Question]]:
-        """Yield the questions of step ``start``, of the next one, and so on without end."""
-        for step in count(self.start):
+        """Yield the questions of the next rollout step, of the one after it, and so on without end."""
+        for step in count(self.done()):
             positions = step_positions(step, self.questions_per_step)
             yield [self.questions[question_at(p, self.seed, len(self.questions))] for p in positions]
 
@@ -195,11 +195,16 @@ class QuestionData(LightningDataModule):
     def train_dataloader(self) -> TrainingQuestions:
         """Endless lists of questions, from the rollout step at which the module's own counter stands.
 
+        Lightning begins anew after ``limit_train_batches``, which is no reason to ask the same questions again.
+
         Returns:
             One list of ``questions_per_step`` questions per rollout step.
         """
-        start = cast("int", self.trainer.lightning_module.rollout_step) if self.trainer else 0
-        return TrainingQuestions(self.train_questions, self.questions_per_step, self.seed, start)
+
+        def done() -> int:
+            return cast("int", self.trainer.lightning_module.rollout_step) if self.trainer else 0
+
+        return TrainingQuestions(self.train_questions, self.questions_per_step, self.seed, done)
 
     def val_dataloader(self) -> EvaluationQuestions:
         """The validation questions.

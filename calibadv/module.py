@@ -416,7 +416,7 @@ class SearchAgentModule(pl.LightningModule):
             self.trainer.validating = True
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True
-        if self.rollout_step >= self.rollout_steps:  # only what comes behind the last step was missing
+        if self.rollout_step >= self.rollout_steps:  # only what comes behind the last step may have been missing
             self.trainer.should_stop = True
 
     def validation_step(self, questions: list[Question], batch_idx: int) -> dict[str, list[Rollout]]:

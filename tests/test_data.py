@@ -26,7 +26,7 @@ def ids(step: list[Question]) -> list[str]:
 
 
 def first_steps(count: int, per_step: int = 4, seed: int = 0, start: int = 0) -> list[list[str]]:
-    return [ids(step) for step in islice(TrainingQuestions(QUESTIONS, per_step, seed, start), count)]
+    return [ids(step) for step in islice(TrainingQuestions(QUESTIONS, per_step, seed, lambda: start), count)]
 
 
 QUESTIONS_OF_FILE = [replace(question, data_source="train") for question in QUESTIONS]

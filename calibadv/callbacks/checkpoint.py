@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 
@@ -69,6 +70,10 @@ class RolloutCheckpoint(Callback):
             )
 
         self._handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Count ``trainer.max_time`` anew: a run that it ended would otherwise end again at once."""
+        checkpoint["callbacks"].pop(Timer().state_key, None)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when it is due; where a validation is due too, after it, so that a resumed run need not repeat it."""

@@ -14,7 +14,7 @@ from calibadv.run_folder import RunFolder
 def goodbye(
     verb: str, folder: RunFolder, done: int, planned: int, stopped_by: Signals | None, resume_command: str
 ) -> int:
-    """Say where to look, and how to continue what a signal or a guard has ended early.
+    """Say where to look, and how to continue what has ended early.
 
     Args:
         verb: what was run.
@@ -31,12 +31,17 @@ def goodbye(
     lines = _training(folder, results) if verb == "fit" else []
     lines += [f"results     {folder.results}"] if verb != "predict" else []
     lines += [f"rollouts    {folder.rollouts}"]
-    by_guard = done < planned and results.get("stopped_by_guard", False)
-    if stopped_by is not None or by_guard:
-        name = "its guard" if stopped_by is None else stopped_by.name
-        lines += [f"stopped by {name} after rollout step {done} of {planned}; to continue:", f"  {resume_command}"]
+    if stopped_by is not None or (verb == "fit" and done < planned):
+        stopper = _stopper(stopped_by, results)
+        lines += [f"stopped by {stopper} after rollout step {done} of {planned}; to continue:", f"  {resume_command}"]
     Console(soft_wrap=True).print("\n".join(lines), highlight=False, markup=False)
     return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _stopper(stopped_by: Signals | None, results: Mapping[str, Any]) -> str:
+    if stopped_by is not None:
+        return stopped_by.name
+    return "its guard" if results.get("stopped_by_guard", False) else "trainer.max_time or a callback"
 
 
 def _training(folder: RunFolder, results: Mapping[str, Any]) -> list[str]:

@@ -50,12 +50,19 @@ PLACEHOLDERS = {
     "verify": "DIR",
 }
 # Settings of the trainer that may not be changed, and why.
-STAYS: dict[str, tuple[int | None, str]] = {
+STAYS: dict[str, tuple[float | None, str]] = {
     "max_epochs": (-1, "model.rollout_steps says how long to train"),
     "max_steps": (-1, "model.rollout_steps says how long to train"),
+    "min_epochs": (None, "the run would go on beyond model.rollout_steps, and no signal would stop it"),
+    "min_steps": (None, "the run would go on beyond model.rollout_steps, and no signal would stop it"),
+    "fast_dev_run": (False, "it would drop checkpoints and curves; for a short run set model.rollout_steps"),
+    "barebones": (False, "it would drop validations and curves; set data.validation null and trainer.logger false"),
+    "overfit_batches": (0, "it would repeat the first questions and validate on them; give a small data.train file"),
+    "num_sanity_val_steps": (0, "the policy is validated before training anyway"),
     "check_val_every_n_epoch": (None, "trainer.val_check_interval counts rollout steps"),
     "accumulate_grad_batches": (1, "model.micro_batch_tokens bounds memory, and model.mini_batches counts updates"),
     "gradient_clip_val": (None, "model.clip_norm clips"),
+    "gradient_clip_algorithm": (None, "model.clip_norm clips, and by the norm"),
     "default_root_dir": (None, "--run.root and --run.name place the run folder"),
 }
 HELP = {
@@ -65,6 +72,10 @@ HELP = {
     "ckpt_path": "Checkpoint to start from, or last: the newest one of the run that --run.name names.",
     "weights_only": "Load tensors and numbers only from a checkpoint, and no other Python objects.",
     "trainer.logger": "Logger or loggers in the place of TensorBoard's in the run folder; false for none.",
+    "trainer.limit_train_batches": "Rollout steps of what Lightning calls an epoch; no question is repeated.",
+    "trainer.log_every_n_steps": "For the curves of other parts; ours have a point at every rollout step.",
+    "trainer.max_time": "Stop in an orderly way after DD:HH:MM:SS of training; a resumed run has all of it again.",
+    "trainer.precision": "32-true, bf16-mixed, bf16-true (with adapters or a high learning rate) or 64-true.",
     "trainer.val_check_interval": "Validate after every so many rollout steps, before the first and after the last.",
     "trainer.enable_progress_bar": "Lightning's own progress bar, beside ours.",
     "trainer.enable_checkpointing": "Lightning's own checkpoints, beside ours (--checkpoint).",

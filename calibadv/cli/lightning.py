@@ -55,6 +55,7 @@ from calibadv.cli.trainer import check_checkpoint, check_trainer, is_first_proce
 from calibadv.data import QuestionData
 from calibadv.errors import StopRequestedError, UserError
 from calibadv.module import SearchAgentModule
+from calibadv.precision import check_rate
 from calibadv.run_folder import write_atomically
 from calibadv.run_lock import RunLock
 from calibadv.settings import changed_settings
@@ -252,7 +253,9 @@ class ReadingCLI(CalibadvCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what ``fit`` would refuse of the trainer; there is no run folder to decide on."""
-        check_trainer(self.settings_of_fit.trainer)
+        settings = self.settings_of_fit
+        check_trainer(settings.trainer)
+        check_rate(settings.trainer.precision, settings.model.lora is not None, settings.model.learning_rate)
 
     def instantiate_classes(self) -> None:
         """Build nothing."""
@@ -315,15 +318,33 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     try:
         with ended_by_sigterm(), RunLock() as lock:
             cli = run_to_the_end(verb, settings, lock)
-            if not cli.trainer.is_global_zero:
-                return 0
-            done, planned = cli.model.rollout_step, cli.model.rollout_steps
-            return goodbye(verb, cli.start.folder, done, planned, cli.checkpoints.stopped_by, cli.resume_command)
+            return end(cli) if cli.trainer.is_global_zero else 0
     except FinishedError as finished:
         Console(soft_wrap=True).print(str(finished), highlight=False, markup=False)
         return 0
     except MisconfigurationException as error:
         raise UserError(f"trainer: {error}") from error
+
+
+def end(cli: CalibadvCLI) -> int:
+    """Say how a run has ended.
+
+    Args:
+        cli: what has come to its end.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: nothing was trained, though something was left to train.
+    """
+    done, planned, stopped_by = cli.model.rollout_step, cli.model.rollout_steps, cli.checkpoints.stopped_by
+    if cli.verb == "fit" and stopped_by is None and (cli.start.resumed_from or 0) == done < planned:
+        raise UserError(
+            f"a callback has ended the run before its first rollout step, with {done} of {planned} done: nothing was "
+            "trained; leave it out, or let it stop later"
+        )
+    return goodbye(cli.verb, cli.start.folder, done, planned, stopped_by, cli.resume_command)
 
 
 def run_to_the_end(verb: str, settings: Sequence[ConfigFile | Option], lock: RunLock) -> CalibadvCLI:

@@ -30,6 +30,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
     # A run without validation questions is a choice.
     warnings.filterwarnings("ignore", message="Total length of `EvaluationQuestions` across ranks is zero")
+    # The training questions follow the rollout step, whatever Lightning's epochs are.
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
     # Which device to take is said in the config; Lightning points out that there are others.
     warnings.filterwarnings("ignore", message="GPU available but not used")
     # Every process holds all rollouts, so what callbacks monitor is equal on all of them.

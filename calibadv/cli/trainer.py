@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Timer
 
 from calibadv.cli.help import STAYS
 from calibadv.errors import UserError
+from calibadv.precision import check_precision
 
 # Lightning starts further processes with a copy of the first one's environment.
 _MOMENT = "CALIBADV_MOMENT"
@@ -58,13 +61,9 @@ def check_trainer(trainer: Any) -> None:
     """
     for name, (value, reason) in STAYS.items():
         if trainer[name] not in (value, str(value)):
-            kept = "null" if value is None else value
-            raise UserError(f"trainer.{name} is {trainer[name]}; it must stay {kept}: {reason}")
-    if str(trainer.precision).startswith("16"):
-        raise UserError(
-            f"trainer.precision is {trainer.precision}; float16 needs scaled gradients, which model.clip_norm "
-            "would clip as they are: give bf16-mixed or 32-true"
-        )
+            raise UserError(f"trainer.{name} is {trainer[name]}; it must stay {json.dumps(value)}: {reason}")
+    check_precision(trainer.precision)
+    _check_length(trainer)
     interval = trainer.val_check_interval
     if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
         raise UserError(
@@ -78,6 +77,18 @@ def check_trainer(trainer: Any) -> None:
                 f"trainer.strategy.data_parallel_size is {shards} and there are {processes} processes (devices x "
                 f"num_nodes); give --trainer.strategy.data_parallel_size {processes}"
             )
+
+
+def _check_length(trainer: Any) -> None:
+    """Refuse what would end a run before it begins."""
+    limit, time = trainer.limit_train_batches, trainer.max_time
+    if limit is not None and (limit < 1 or limit % 1):  # the parser makes floats of whole numbers
+        raise UserError(
+            f"trainer.limit_train_batches is {limit}; the training questions have no end, so it must be a whole number "
+            "from 1 on, or null: set model.rollout_steps to train less"
+        )
+    if time is not None and not Timer(time).time_remaining():
+        raise UserError(f"trainer.max_time is {time}; it must be longer, or null: nothing would be trained")
 
 
 def number_of_processes(trainer: Any) -> int:
