@@ -109,7 +109,8 @@ class Reference:
             dtype: of the policy's weights.
         """
         for model in self.frozen:
-            model._apply(exactly(model, lambda some: some.to(device, dtype if some.is_floating_point() else None)))
+            moved = exactly(model, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
+            model._apply(moved)  # type: ignore[no-untyped-call]
 
     def checksum(self) -> str:
         """Tell one reference from another.

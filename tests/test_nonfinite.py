@@ -197,7 +197,7 @@ def test_after_three_in_a_row_the_run_stops_and_leaves_the_mini_batch(
 ) -> None:
     words = (*EVERY, "--rollouts.every_n_rollout_steps", "1", "--model.rollout_steps", "4", "--model.kl_coef", "0.1")
     assert fit(tmp_path, "run", *words, *poison(2, 3, 4)) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     folder = RunFolder(tmp_path / "run")
     dump = folder.path / "nonfinite-step-000002.pt"
     assert "rollout step 2: the gradient of 3 mini-batches in a row was not finite (the last norm is nan)" in error
