@@ -229,6 +229,8 @@ class CalibadvCLI(LightningCLI):
         except StopRequestedError:
             pass  # an orderly stop: the last finished step is saved
         except Exception as error:
+            if isinstance(error, OSError) and error.filename is None:  # a write, where the system says no name
+                error.filename = str(self.start.folder.path)
             if self.checkpoints.kept:
                 error.add_note(f"{self.checkpoints.kept}; to go on:\n  {self.resume_command}")
             raise
