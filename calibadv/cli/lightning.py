@@ -51,6 +51,7 @@ from calibadv.cli.start import (
     refuse_untrained,
     resume_command,
 )
+from calibadv.cli.threads import limit_threads
 from calibadv.cli.trainer import check_checkpoint, check_trainer, is_first_process, moment
 from calibadv.data import QuestionData
 from calibadv.errors import StopRequestedError, UserError
@@ -182,6 +183,11 @@ class CalibadvCLI(LightningCLI):
         config.ckpt_path = None
         config.run.name = None
         return str(self._parser(self.verb).dump(config, skip_none=False))
+
+    def instantiate_classes(self) -> None:
+        """Build everything, and decide on the threads by the size of the policy."""
+        super().instantiate_classes()
+        limit_threads(self.model.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer, with our logger and callbacks.

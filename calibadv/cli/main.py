@@ -11,6 +11,7 @@ from rich.table import Table
 from calibadv.cli.errors import message_for_users, report
 from calibadv.cli.help import PLAN, STUDY, TOOLS, VERBS
 from calibadv.cli.quiet import quiet_environment
+from calibadv.cli.threads import sleep_while_waiting
 from calibadv.versions import versions
 
 _COMMANDS = {**VERBS, **STUDY, **PLAN, **TOOLS}
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report(f"there is no command '{command}'; choose one of {', '.join(_COMMANDS)}")
         return 2
     quiet_environment()
+    sleep_while_waiting()
     try:
         if command in VERBS:
             from calibadv.cli.lightning import run_verb

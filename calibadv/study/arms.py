@@ -117,6 +117,8 @@ def _resolve(arm: Arm, common: Sequence[ConfigFile | Option]) -> Settings:
     cli = ArmCLI([*files, *arm.overlays, *options])
     if cli.settings_of_fit.ckpt_path is not None:
         refuse_per_run("ckpt_path", f"ckpt_path ({cli.settings_of_fit.ckpt_path})")
+    if cli.settings_of_fit.trainer.max_time is not None:
+        raise UserError("trainer.max_time would end the runs of a study after rollout steps of chance; leave it out")
     cli.build_method()
     settings: Settings = yaml.safe_load(cli.resolved_config())
     return settings
