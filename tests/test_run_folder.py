@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -185,3 +186,20 @@ def test_a_file_system_that_cannot_be_told_to_write_is_used_as_it_is(
     monkeypatch.setattr(os, "fsync", fsync)
     write_atomically(tmp_path / "file", "text")
     assert tree(tmp_path) == {"file": b"text"}
+
+
+def test_a_disk_without_room_for_a_copy_leaves_last_as_it_was(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(folder.checkpoint(20), folder.checkpoint(40))
+    folder.point_last_at(folder.checkpoint(20))
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", refuse)  # a file system without hard links
+    monkeypatch.setattr(shutil, "copyfile", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        folder.point_last_at(folder.checkpoint(40))
+    assert folder.last.samefile(folder.checkpoint(20))
+    assert not list(folder.checkpoints.glob("*.partial"))
