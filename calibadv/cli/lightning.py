@@ -45,6 +45,7 @@ from calibadv.cli.start import (
     Run,
     Start,
     check_left_to_do,
+    locate,
     plan_start,
     refuse_in_study,
     refuse_second_run,
@@ -153,7 +154,10 @@ class CalibadvCLI(LightningCLI):
         default_name = "-".join([*prefix, *names, seed, moment()])
         if config.ckpt_path == "auto" and self.verb != "fit":
             raise UserError("--ckpt_path auto is for fit, which may start anew; give last, or a checkpoint")
-        self.start = plan_start(config.run.root, config.run.name, default_name, config.ckpt_path)
+        folder = locate(config.run.root, config.run.name, default_name, config.ckpt_path)
+        if self._lock is not None and is_first_process():
+            self._lock.take(folder)
+        self.start = plan_start(folder, config.ckpt_path)
         check_checkpoint(self.start.checkpoint, config.trainer)
         if self.verb == "predict":
             config.return_predictions = False  # RolloutWriter writes them; Lightning would keep them all in memory
@@ -164,8 +168,6 @@ class CalibadvCLI(LightningCLI):
         else:
             refuse_untrained(self.start, self.verb)
         config.ckpt_path = self.start.checkpoint and str(self.start.checkpoint)
-        if self._lock is not None and is_first_process():
-            self._lock.take(self.start.folder)
 
     @property
     def resume_command(self) -> str:

@@ -50,10 +50,8 @@ class Start:
     starts_over: bool = False
 
 
-def plan_start(root: str, name: str | None, default_name: str, ckpt_path: str | None) -> Start:
-    """Decide where a run's files go, and read from where it resumes.
-
-    The checkpoint of a run continues in that run's folder, unless another name is given.
+def locate(root: str, name: str | None, default_name: str, ckpt_path: str | None) -> RunFolder:
+    """Decide where a run's files go. The checkpoint of a run continues in that run's folder, unless a name is given.
 
     Args:
         root: folder of all runs.
@@ -62,40 +60,52 @@ def plan_start(root: str, name: str | None, default_name: str, ckpt_path: str | 
         ckpt_path: a checkpoint, ``last``, ``auto``, or None.
 
     Returns:
+        The folder, which need not be there; nothing is read or written yet.
+
+    Raises:
+        UserError: the folder cannot be written, or a name is missing that ``last`` or ``auto`` needs.
+    """
+    if name is not None:
+        return _writable(RunFolder(Path(root) / name))
+    if ckpt_path == "last":
+        raise UserError("--ckpt_path last: name the run to resume with --run.name (its folder under --run.root)")
+    if ckpt_path == "auto" and job_name() is None:
+        raise UserError("--ckpt_path auto: name the run with --run.name, so that the next attempt finds this one")
+    named = ckpt_path not in (None, "auto")
+    return _writable((owner(Path(str(ckpt_path))) if named else None) or RunFolder(Path(root) / default_name))
+
+
+def plan_start(folder: RunFolder, ckpt_path: str | None) -> Start:
+    """Decide what a run starts from, and check it.
+
+    Args:
+        folder: of the run; no other process may write into it meanwhile.
+        ckpt_path: a checkpoint, ``last``, ``auto``, or None.
+
+    Returns:
         The plan; nothing is written yet.
 
     Raises:
-        UserError: there is no such checkpoint, it is damaged or not one of ours, or the folder cannot be written.
+        UserError: there is no such checkpoint, or it is damaged or not one of ours.
     """
-    named = RunFolder(Path(root) / name) if name else None
     if ckpt_path is None:
-        return Start(_writable(named or RunFolder(Path(root) / default_name)))
-    if ckpt_path == "auto":
-        return _plan_requeue(named, RunFolder(Path(root) / default_name))
-    if ckpt_path == "last":
-        if named is None:
-            raise UserError("--ckpt_path last: name the run to resume with --run.name (its folder under --run.root)")
-        candidates = named.checkpoints_newest_first()
-        if not candidates:
-            raise UserError(_no_checkpoint(named))
-        return _start_from(_newest_whole(candidates), _writable(named))
-    checkpoint = Path(ckpt_path)
-    _check_whole(checkpoint)
-    return _start_from(checkpoint, _writable(named or owner(checkpoint) or RunFolder(Path(root) / default_name)))
-
-
-def _plan_requeue(named: RunFolder | None, default: RunFolder) -> Start:
-    """Plan what one command does each time a job is put into the queue: start anew, go on, or finish."""
-    if named is None and job_name() is None:
-        raise UserError("--ckpt_path auto: name the run with --run.name, so that the next attempt finds this one")
-    folder = _writable(named or default)
+        return Start(folder)
+    if ckpt_path not in ("last", "auto"):
+        _check_whole(Path(ckpt_path))
+        return _start_from(Path(ckpt_path), folder)
     candidates = folder.checkpoints_newest_first()
-    if not folder.is_finished and step_of(candidates[0] if candidates else folder.path) in stops_of_guard(folder)[-1:]:
-        # A guard stopped the run there, and it was killed before it could say so: it does its last part again.
-        candidates = candidates[1:]
+    if ckpt_path == "last" and not candidates:
+        raise UserError(_no_checkpoint(folder))
+    if ckpt_path == "auto" and _stopped_by_guard(folder, candidates) and not folder.is_finished:
+        candidates = candidates[1:]  # killed before it could say so: it does its last part again
     if candidates:
         return _start_from(_newest_whole(candidates), folder)
     return Start(folder, starts_over=folder.holds_run)
+
+
+def _stopped_by_guard(folder: RunFolder, candidates: Sequence[Path]) -> bool:
+    """Whether the newest checkpoint is the one with which a guard has stopped the run."""
+    return bool(candidates) and step_of(candidates[0]) in stops_of_guard(folder)[-1:]
 
 
 def _start_from(checkpoint: Path, folder: RunFolder) -> Start:
