@@ -83,9 +83,7 @@ class TrainingQuestions:
         done: gives the rollout steps already done, whenever an iteration begins.
     """
 
-    def __init__(
-        self, questions: list[Question], questions_per_step: int, seed: int, done: Callable[[], int]
-    ) -> None:
+    def __init__(self, questions: list[Question], questions_per_step: int, seed: int, done: Callable[[], int]) -> None:
         self.questions = questions
         self.questions_per_step = questions_per_step
         self.seed = seed

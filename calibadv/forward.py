@@ -38,8 +38,8 @@ def forward_logprobs(
         logits_at_once: the most logits that are held at a time; bounds memory, changes no result.
 
     Returns:
-        In float32: log-probabilities [N] of the trained tokens of these rollouts, row by row; and the entropies [N] of the full
-        softmax that each was drawn from, 0 in a pass with gradient, where nothing asks for them.
+        In float32: log-probabilities [N] of the trained tokens of these rollouts, row by row; and the entropies [N] of
+        the full softmax that each was drawn from, 0 in a pass with gradient, where nothing asks for them.
     """
     length = int(batch.attention_mask[rows].sum(dim=1).max().item())
     token_ids = batch.token_ids[rows, :length]

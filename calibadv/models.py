@@ -109,7 +109,8 @@ class Reference:
             dtype: of the policy's weights.
         """
         for model in self.frozen:
-            model._apply(exactly(model, lambda some: some.to(device, dtype if some.is_floating_point() else None)))
+            convert = exactly(model, lambda some: some.to(device, dtype if some.is_floating_point() else None))
+            model._apply(convert)  # type: ignore[no-untyped-call]
 
     def checksum(self) -> str:
         """Tell one reference from another.
