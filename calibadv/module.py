@@ -364,8 +364,8 @@ class SearchAgentModule(pl.LightningModule):
         return self.learner.make_optimizer(self.model)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        converted: Self = super()._apply(exactly(self.model, fn), recurse)  # type: ignore[no-untyped-call]
-        return converted
+        super()._apply(exactly(self.model, fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def setup(self, stage: str) -> None:
         """Check what can only be checked with everything at hand, before any file is written."""

@@ -158,9 +158,40 @@ OPTIONS: dict[str, tuple[str, str]] = {
     ),
     "scaled gradients": (
         "--trainer.precision 16-mixed",
-        r"trainer.precision is 16-mixed; float16 .*: give bf16-mixed or 32-true",
+        r"trainer.precision is 16-mixed; float16 .*: give 32-true, bf16-mixed, bf16-true or 64-true$",
     ),
-    "half precision": ("--trainer.precision 16-true", r"trainer.precision is 16-true; .*: give bf16-mixed or 32-true"),
+    "half precision": ("--trainer.precision 16-true", r"trainer.precision is 16-true; .*: give 32-true, bf16-mixed"),
+    "precision of an extension": (
+        "--trainer.precision transformer-engine",
+        r"trainer.precision is transformer-engine: give 32-true, bf16-mixed, bf16-true or 64-true$",
+    ),
+    "half precision by a plugin": (
+        "--trainer.plugins+=lightning.pytorch.plugins.HalfPrecision --trainer.plugins.precision=16-true",
+        r"trainer.precision is 16-true; .*: give 32-true",
+    ),
+    "updates that would be rounded away": (
+        "--trainer.precision bf16-true --model.learning_rate 9e-5",
+        r"bf16-true and model.learning_rate is 9e-05: .*; give bf16-mixed, model.lora, or a rate of at least 0.0001$",
+    ),
+    "least epochs": ("--trainer.min_epochs 1", r"trainer.min_epochs is 1; it must stay null: the run would go on"),
+    "least steps": ("--trainer.min_steps 8", r"trainer.min_steps is 8; it must stay null: the run would go on"),
+    "dry run": ("--trainer.fast_dev_run true", r"fast_dev_run is True; it must stay false: .* set model.rollout_steps"),
+    "bare bones": ("--trainer.barebones true", r"trainer.barebones is True; it must stay false: it would drop"),
+    "overfitting": (
+        "--trainer.overfit_batches 1",
+        r"trainer.overfit_batches is 1; it must stay 0: it would repeat .*; give a small data.train file",
+    ),
+    "sanity check": ("--trainer.num_sanity_val_steps 1", r"num_sanity_val_steps is 1; it must stay 0: the policy is"),
+    "clipping by value": (
+        "--trainer.gradient_clip_algorithm value",
+        r"gradient_clip_algorithm is value; it must stay null: model.clip_norm clips",
+    ),
+    "no batches": (
+        "--trainer.limit_train_batches 0",
+        r"limit_train_batches is 0.0; .* whole number from 1 on, or null: set model.rollout_steps",
+    ),
+    "share of batches": ("--trainer.limit_train_batches 0.5", r"limit_train_batches is 0.5; the training questions"),
+    "no time": ("--trainer.max_time 00:00:00:00", r"trainer.max_time is 00:00:00:00; it must be longer, or null"),
     "interval": (
         "--trainer.val_check_interval 0.5",
         r"val_check_interval is 0.5; it counts rollout steps, and must be a",

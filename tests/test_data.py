@@ -134,6 +134,13 @@ def test_fit_starts_at_the_module_s_own_step(tmp_path: Path, question_file: str)
     assert module.seen["train"] == first_steps(5, seed=3)[2:]
 
 
+def test_epochs_of_lightning_repeat_no_question(tmp_path: Path, question_file: str) -> None:
+    data = QuestionData(question_file, question_file, question_file, questions_per_step=4, seed=3)
+    module = Recorder(rollout_step=1)
+    make_trainer(tmp_path, max_epochs=3, limit_train_batches=2, limit_val_batches=0).fit(module, data)
+    assert module.seen["train"] == first_steps(7, seed=3)[1:]
+
+
 def test_evaluation_is_in_file_order(tmp_path: Path, question_file: str) -> None:
     data = QuestionData(question_file, question_file, question_file, validation_questions=7)
     module = Recorder()

@@ -50,6 +50,16 @@ def test_by_hand() -> None:
     torch.testing.assert_close(entropies, torch.tensor([three_to_one, three_to_one, LN2, LN2]))
 
 
+def test_logits_in_bfloat16_are_divided_in_float32() -> None:
+    """1.0 / 0.7 is 1.4286, and 1.4297 in bfloat16."""
+    batch = collate([episode((0,), (1, 0))])
+    table = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.bfloat16)
+    with torch.no_grad():
+        logprobs, entropies = forward_logprobs(Bigram(table), batch, [0], temperature=0.7)
+    assert logprobs.dtype == entropies.dtype == torch.float32
+    torch.testing.assert_close(logprobs, torch.tensor([-math.log1p(math.exp(1 / 0.7)), -LN2]))
+
+
 @pytest.mark.parametrize("folder", ["qwen2_folder", "qwen3_folder", "llama_folder"])
 @pytest.mark.parametrize("adapters", [False, True])
 def test_equals_all_logits_at_once(folder: str, adapters: bool, request: pytest.FixtureRequest) -> None:

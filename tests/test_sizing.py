@@ -130,6 +130,11 @@ def test_adapters_leave_the_base_without_gradients() -> None:
     names = [one.name for one in memory(lora)]
     assert "reference" not in names  # the policy with its adapters off
     assert part(replace(JOB, reference=True, compared=True), "reference").update == 36000
+    half = replace(JOB, precision=PRECISIONS["bf16-true"], reference=True, compared=True)
+    assert part(half, "reference").update == 18000
+    # 9,000 weights of two bytes, 500 adapters and their gradients of four.
+    half = replace(half, trained=500, lora=True, reference=False)
+    assert (part(half, "weights").update, part(half, "gradients").update) == (20000, 2000)
 
 
 def test_key_values_logits_and_tensors_by_hand() -> None:

@@ -71,6 +71,7 @@ def refusal(function: Callable[[], object]) -> str:
         (["--model.learningrate", "1"], "option --model.learningrate is not accepted; did you mean"),
         (["--model.learning_rate", "fast"], "model.learning_rate: 'fast' is not accepted; it must be a number"),
         (["--trainer.max_steps", "5"], "trainer.max_steps is 5; it must stay -1"),
+        (["--trainer.max_time", "00:01:00:00"], "trainer.max_time would end the runs of a study after rollout steps"),
         (
             ["--arm", "x=protocols/no_prepend", "--model.protocol.prepend_think", "true"],
             "arm 'x': --model.protocol.prepend_think sets in every arm what 'protocols/no_prepend' sets in this one",

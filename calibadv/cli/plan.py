@@ -21,6 +21,7 @@ from calibadv.cli.quiet import quiet_libraries
 from calibadv.cli.trainer import number_of_processes
 from calibadv.errors import UserError
 from calibadv.models import Lora, check_model_folder, with_adapters
+from calibadv.precision import check_precision
 from calibadv.retrieval.manifest import read_manifest
 from calibadv.sizing.job import GIB, GPUS, PRECISIONS, Assumptions, Gpu, Job, Precision, Sampler
 from calibadv.sizing.shape import empty_model, shape_of
@@ -221,8 +222,7 @@ def _check_job(processes: int, questions: int, sampler: Sampler, sizing: Sizing,
 
 
 def _precision(name: Any) -> Precision:
-    known = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed"}
-    chosen = known.get(str(name), str(name))
+    chosen = check_precision(name)
     if chosen not in PRECISIONS:
         raise UserError(f"trainer.precision is {name}; plan knows {', '.join(PRECISIONS)}")
     return PRECISIONS[chosen]
@@ -257,7 +257,7 @@ def _notes(settings: Namespace, job: Job) -> Iterator[str]:
         size = sum(read_manifest(path).files.values()) if path.is_dir() else path.stat().st_size
         copies = "each process of a machine opens it"
         yield f"Index '{place}': {size / GIB:.1f} GiB on disk; {copies}, and what is not memory-mapped once each."
-    if settings.trainer.precision == "bf16-true":
+    if settings.trainer.precision == "bf16-true" and not job.lora:
         yield "bf16-true has no float32 weights: an update below 1/256 of a weight is rounded away."
     if job.sampler.kind == "elsewhere":
         yield f"{settings.model.engine.class_path} samples elsewhere: its memory and the rollouts' time are not here."

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _THREADS = "OMP_NUM_THREADS"
-# Two threads were no faster than one with 4 million parameters, and somewhat with 20 million (docs/performance.md).
+# Two threads were no faster than one with 4 million parameters, and a little with 20 million (docs/performance.md).
 _SMALL_MODEL = 10_000_000
 
 

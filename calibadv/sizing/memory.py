@@ -64,18 +64,18 @@ def peak(job: Job) -> float:
 
 
 def _parameters(job: Job) -> Iterator[Part]:
-    """AdamW keeps two averages of each trained parameter, in the dtype of the parameter."""
+    """AdamW keeps two averages of each trained parameter, in the dtype of the parameter; adapters stay in float32."""
     size, shape = job.precision.weights, job.shape
-    adapters = job.trained if job.lora else 0
-    yield _always("weights", size * (shape.parameters + adapters) / job.shards)
-    yield _always("gradients", size * job.trained / job.shards)
-    yield _always("optimizer (AdamW)", 2 * size * job.trained / job.shards)
+    adapters, trained = (4 * job.trained, 4 * job.trained) if job.lora else (0, size * job.trained)
+    yield _always("weights", (size * shape.parameters + adapters) / job.shards)
+    yield _always("gradients", trained / job.shards)
+    yield _always("optimizer (AdamW)", 2 * trained / job.shards)
     # torch.optim's foreach implementation holds one more tensor per parameter while it steps.
-    yield Part("optimizer's work space", optimizer=size * job.trained / job.shards)
+    yield Part("optimizer's work space", optimizer=trained / job.shards)
     if job.processes > 1 and not job.sharded and not job.bucket_view:
-        yield _always("gradient buckets (DDP)", size * job.trained)
+        yield _always("gradient buckets (DDP)", trained)
     if job.reference:
-        yield _always("reference", 4 * shape.parameters / job.shards)
+        yield _always("reference", size * shape.parameters / job.shards)
 
 
 def _gathered(job: Job) -> Iterator[Part]:
