@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 
 from calibadv.checkpoint_files import CheckpointFile, write_digests
-from calibadv.errors import StopRequestedError, UserError
+from calibadv.errors import RollbackError, StopRequestedError, UserError
 from calibadv.nonfinite import non_finite
 from calibadv.processes import raised_by_all
 from calibadv.retrieval.errors import one_line
@@ -116,13 +116,14 @@ class RolloutCheckpoint(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Save the last finished step if the weights are still those of it, and give the signals back."""
-        if self._handlers and isinstance(exception, Exception) and trainer.state.fn == "fit":
+        breaks = isinstance(exception, Exception) and not isinstance(exception, RollbackError)
+        if self._handlers and breaks and trainer.state.fn == "fit":
             if isinstance(exception, StopRequestedError):
                 self.stopped_by = self.stopped_by or signal.SIGTERM  # another process has received it
             self.kept = self._rescue(trainer, pl_module, exception)
         self._restore_handlers()
 
-    def _rescue(self, trainer: Trainer, pl_module: Any, exception: Exception) -> str:
+    def _rescue(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> str:
         """Save what can be saved, and say what is kept and what is lost."""
         step = pl_module.finished_step
         if pl_module.mid_update:

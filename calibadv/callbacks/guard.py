@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from calibadv.callbacks.checkpoint import RolloutCheckpoint
 from calibadv.callbacks.rollout_writer import write_training_rollouts
 from calibadv.callbacks.surroundings import installed, writers
-from calibadv.errors import UserError
+from calibadv.errors import RollbackError, UserError
 from calibadv.guard.rules import Limits
 from calibadv.guard.watch import Alarm, Watch
 from calibadv.interfaces import Metrics
@@ -27,18 +27,6 @@ log = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 _FILE = "guard.json"
-
-
-class RollbackError(RuntimeError):
-    """The run is to go on from an earlier checkpoint; ``calibadv fit`` does so by itself.
-
-    Args:
-        checkpoint: to go on from.
-    """
-
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(f"CollapseGuard went back to a healthy checkpoint; to go on: --ckpt_path {checkpoint}")
-        self.checkpoint = checkpoint
 
 
 class CollapseGuard(Callback):

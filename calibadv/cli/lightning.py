@@ -28,7 +28,6 @@ import calibadv.regularizers
 import calibadv.retrieval
 import calibadv.rewards  # noqa: F401  # only imported subclasses are listed in --help and accepted by short name
 from calibadv.callbacks.checkpoint import RolloutCheckpoint
-from calibadv.callbacks.guard import RollbackError
 from calibadv.callbacks.progress import Progress
 from calibadv.callbacks.results import Results
 from calibadv.callbacks.rollout_writer import RolloutWriter
@@ -55,7 +54,7 @@ from calibadv.cli.start import (
 from calibadv.cli.threads import limit_threads
 from calibadv.cli.trainer import check_checkpoint, check_trainer, is_first_process, moment
 from calibadv.data import QuestionData
-from calibadv.errors import StopRequestedError, UserError
+from calibadv.errors import RollbackError, StopRequestedError, UserError
 from calibadv.module import SearchAgentModule
 from calibadv.precision import check_rate
 from calibadv.run_folder import write_atomically
