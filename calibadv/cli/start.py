@@ -123,10 +123,11 @@ def _newest_whole(candidates: Sequence[Path]) -> Path:
         if found and is_first_process():
             lost = step_of(candidates[0]) - int(read_content(checkpoint)["rollout_step"])
             log.warning(
-                "damaged checkpoints are passed over (%s); going on from %s, which costs %d rollout steps",
+                "damaged checkpoints are passed over (%s); going on from %s, which costs %d rollout step%s",
                 "; ".join(found),
                 checkpoint,
                 lost,
+                "" if lost == 1 else "s",
             )
         return checkpoint
     raise UserError(
