@@ -16,6 +16,7 @@ from torch import Tensor
 from calibadv.cli.configs import read_words
 from calibadv.cli.lightning import CalibadvCLI
 from calibadv.cli.main import main
+from calibadv.cli.quiet import quiet_environment
 from calibadv.models import Lora, Policy, load_policy
 from calibadv.numerics.perplexity import message_perplexities
 from calibadv.precision import exactly, float32_by_default
@@ -123,23 +124,26 @@ def test_numbers_are_float32_whatever_the_default_is(default: torch.dtype) -> No
 
 
 def test_a_second_fit_makes_no_further_step(tmp_path: Path) -> None:
+    quiet_environment()
     words = ["--config", "quickstart", *SMALL, "--model.rollout_steps", "1", "--run.root", str(tmp_path)]
-    cli = CalibadvCLI("fit", read_words(words))
-    again = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        check_val_every_n_epoch=None,
-        val_check_interval=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    before = {name: weight.clone() for name, weight in cli.model.state_dict().items()}
-    again.fit(cli.model, cli.datamodule)
-    assert cli.model.rollout_step == 1
-    assert all(torch.equal(weight, before[name]) for name, weight in cli.model.state_dict().items())
+    cli = CalibadvCLI("fit", read_words(words))  # built, and not run
+    weights = []
+    for _ in range(2):
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=-1,
+            check_val_every_n_epoch=None,
+            val_check_interval=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(cli.model, cli.datamodule)
+        assert cli.model.rollout_step == 1
+        weights.append({name: weight.clone() for name, weight in cli.model.state_dict().items()})
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
 def test_what_lightning_calls_an_epoch_changes_nothing(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from calibadv.run_lock import RunLock
 
 lock = RunLock()
 lock.take(RunFolder(Path(sys.argv[1])))
-if len(sys.argv) > 2 and os.fork() == 0:
-    time.sleep(60)  # a worker that outlives its parent
+if len(sys.argv) > 2 and os.fork():
+    time.sleep(60)  # the worker says that it is there, and outlives this process
 print("held", flush=True)
 time.sleep(60)
 """
