@@ -466,7 +466,7 @@ def test_a_signal_lets_the_runs_save_and_the_printed_command_goes_on(undisturbed
     wait_until(lambda: written(tmp_path) >= 8, process)  # in the first two runs
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 130, out
     assert "SIGINT: each run finishes its step, then saves; once more to stop at once" in out
     assert "stopped by SIGINT, 0 of 4 runs are finished; to continue:" in out
     assert out.splitlines()[-1].split() == ["calibadv", "study", *LONGER]
