@@ -34,8 +34,9 @@ _KINDS: _Kinds = {
     "loops": dict,
 }
 _TENSOR_KINDS: _Kinds = {"state_dict": dict, "optimizer_states": list}
-# What Results, which is part of every run of the command line, and Lightning's loops go on from.
+# What callbacks and Lightning's loops go on from.
 _RESULTS_KINDS: _Kinds = {"validations": list, "statuses": dict, "wall_seconds": int | float}
+_GUARD_KINDS: _Kinds = {"watch": dict, "events": list}
 _LOOP_KINDS: _Kinds = {"epoch_loop.batch_progress": dict, "epoch_progress": dict}
 _BLOCK = 1 << 24
 _LARGE = 2_000_000_000  # bytes, which take some seconds
@@ -189,6 +190,7 @@ def _wrong_content(content: Any, checkpoint: Path) -> str | None:
         return wrong
     for part, key, inner in (
         (content["callbacks"], "Results", _RESULTS_KINDS),
+        (content["callbacks"], "CollapseGuard", _GUARD_KINDS),
         (content["loops"], "fit_loop", _LOOP_KINDS),
     ):
         if key in part and (wrong := _wrong_kind(part[key], inner)):

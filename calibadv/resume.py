@@ -74,9 +74,11 @@ def _check_weights(weights: Mapping[str, Tensor], module: SearchAgentModule) -> 
 def _check_optimizer(states: Sequence[Any], module: SearchAgentModule) -> None:
     """The optimizer itself would notice other shapes in its first step only, when files of the run are gone already."""
     trained = [parameter for parameter in module.model.parameters() if parameter.requires_grad]
-    state = states[0]["state"] if len(states) == 1 else {}
+    content = states[0] if len(states) == 1 and isinstance(states[0], dict) else {}
+    state, groups = content.get("state", {}), content.get("param_groups", [])
     wrong = [number for number, values in state.items() if not _fits(values, trained, number)]
-    if len(states) != 1 or wrong or len(state) not in (0, len(trained)):
+    grouped = sum(len(group.get("params", ())) for group in groups)
+    if wrong or len(groups) != 1 or grouped != len(trained) or len(state) not in (0, len(trained)):
         where = f"parameter {wrong[0]}" if wrong else f"{len(state)} of {len(trained)} parameters"
         raise UserError(
             f"the checkpoint's optimizer state does not fit the policy ({where}); resume from another checkpoint"

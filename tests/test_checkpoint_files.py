@@ -136,6 +136,8 @@ def test_where_all_are_damaged_nothing_is_started_anew(copy: RunFolder, capsys: 
             lambda c: c["optimizer_states"][0]["state"][0].update(exp_avg=torch.ones(3)),
             r"the checkpoint's optimizer state does not fit the policy \(parameter 0\)",
         ),
+        (lambda c: c["optimizer_states"][0].pop("param_groups"), r"optimizer state does not fit the policy"),
+        (lambda c: c["optimizer_states"][0]["param_groups"][0]["params"].pop(), r"optimizer state does not fit the po"),
         (lambda c: c["optimizer_states"][0]["state"].pop(2), r"optimizer state does not fit the policy \(.* of "),
     ],
 )
