@@ -77,6 +77,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found_and_named(name: str, copy: RunFolder) -> None:
+    change, reason = DAMAGES[name]
+    assert damage(copy.checkpoint(2)) is None
+    change(copy.checkpoint(2))
+    assert re.search(reason, str(damage(copy.checkpoint(2))))
+
+
+@pytest.mark.parametrize("name", ["2000 bytes", "step -7", "weights nan"])
 def test_the_next_older_checkpoint_takes_the_place_of_a_damaged_one(
     name: str, copy: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -91,7 +99,7 @@ def test_the_next_older_checkpoint_takes_the_place_of_a_damaged_one(
     assert damage(newest) is None  # made again
 
 
-@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("name", ["2000 bytes", "another format", "step -7"])
 def test_a_damaged_checkpoint_that_is_named_is_refused_in_one_line(
     name: str, copy: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
