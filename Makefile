@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VLLM := $(VENV)/vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long test-vllm check docs digest
+.PHONY: help quickstart test test-long test-vllm check docs digest measure
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ docs: $(VENV)/dev ## build the documentation into site/
 
 digest: $(VENV)/dev ## sum up what short runs compute, to compare two versions of the code
 	$(BIN)/python tools/digest.py
+
+measure: $(VENV)/dev ## measure how readable the package is
+	$(BIN)/python tools/measure.py
 
 $(VENV)/base: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
