@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from calibadv.batch import RolloutBatch
 from calibadv.errors import ServiceError
-from calibadv.types import Completion, Document, DrawKey, Question, Rollout, RolloutBatch, Sampling, ScoredDocument
+from calibadv.types import Completion, Document, DrawKey, Metrics, Question, Rollout, Sampling, ScoredDocument
 
 if TYPE_CHECKING:
-    from calibadv.models import Policy
-    from calibadv.processes import Processes
-
-Metrics = dict[str, float]
+    from calibadv.distributed import Processes
+    from calibadv.policy.policy import Policy
 
 
 class Engine(ABC):

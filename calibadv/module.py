@@ -17,13 +17,13 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from calibadv.advantages import compute_advantages
-from calibadv.agent.collate import collate, to_device
-from calibadv.agent.protocol import Protocol
-from calibadv.agent.rollout import Agent, Draws, check_engine, check_prompt, check_searches, run_rollouts
+from calibadv.agent.episode import Agent
+from calibadv.agent.rollout import Draws, check_engine, check_prompt, check_searches, run_rollouts
 from calibadv.agent.searching import Waiting
+from calibadv.batch import RolloutBatch, StepOutput, collate, to_device
 from calibadv.calibrators import check_combination
-from calibadv.data import QuestionData
+from calibadv.data.datamodule import QuestionData
+from calibadv.distributed import Attempt, Processes, longest_wait, raising_together, shard
 from calibadv.errors import UserError
 from calibadv.filters import Group, check_filter, refill
 from calibadv.interfaces import (
@@ -31,28 +31,37 @@ from calibadv.interfaces import (
     Calibrator,
     Engine,
     GroupFilter,
-    Metrics,
     PolicyLoss,
     Regularizer,
     Retriever,
     Reward,
 )
-from calibadv.learner import Learner, LearningRate, SamplerCorrection, Trainee, check_at_least
 from calibadv.losses.aggregation import check_length
-from calibadv.metrics import evaluation_metrics, rollout_metrics, speed_metrics, without_result
-from calibadv.models import Lora, Reference, check_positions, enable_checkpointing, load_policy, make_reference
-from calibadv.nonfinite import MOST_IN_A_ROW, NonFiniteStepError, SkippedSteps
 from calibadv.numerics.kl import KLEstimator
-from calibadv.objective import Objective
-from calibadv.precision import check_precision, check_rate, exactly, float32_by_default
-from calibadv.processes import Attempt, Processes, longest_wait, raising_together, shard
-from calibadv.resume import check_identity, save_identity
+from calibadv.policy.loading import check_positions, enable_checkpointing, load_policy
+from calibadv.policy.lora import Lora
+from calibadv.policy.precision import check_precision, check_rate, exactly, float32_by_default
+from calibadv.policy.reference import Reference, make_reference
+from calibadv.protocol.search import Protocol
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
-from calibadv.run_folder import RunFolder
-from calibadv.stopwatch import Stopwatch
-from calibadv.types import Question, Rollout, RolloutBatch, StepOutput
-from calibadv.update import BatchLogprobs, ReadyBatch, compute_logprobs, stability_metrics
+from calibadv.runs.folder import RunFolder
+from calibadv.training.advantages import compute_advantages
+from calibadv.training.checkpoint_compat import check_identity, save_identity
+from calibadv.training.logprobs import BatchLogprobs, ReadyBatch, compute_logprobs
+from calibadv.training.metrics import (
+    evaluation_metrics,
+    rollout_metrics,
+    speed_metrics,
+    stability_metrics,
+    without_result,
+)
+from calibadv.training.nonfinite import MOST_IN_A_ROW, NonFiniteStepError, SkippedSteps
+from calibadv.training.objective import Objective
+from calibadv.training.optimization import Learner, SamplerCorrection, Trainee, check_at_least
+from calibadv.training.schedule import LearningRate
+from calibadv.training.timer import Stopwatch
+from calibadv.types import Metrics, Question, Rollout
 
 log = logging.getLogger(__name__)
 

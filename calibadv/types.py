@@ -7,13 +7,9 @@ rollout is its *answer turn*, whatever it holds, and every earlier one is a *sea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import groupby
 from typing import Any, Literal
-
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,72 +173,4 @@ class Rollout:
         return sum(segment.source == "environment" for segment in self.segments)
 
 
-def group_rollouts(rollouts: Sequence[Rollout]) -> list[list[int]]:
-    """Rows of each group, in order of first appearance: the rollouts of one question in one step.
-
-    Args:
-        rollouts: B rollouts, in any order.
-
-    Returns:
-        One list of row numbers per group; together they are a permutation of ``range(B)``.
-    """
-    order = {key: place for place, key in reversed(list(enumerate((r.step, r.question.id) for r in rollouts)))}
-    rows = sorted(range(len(rollouts)), key=lambda row: order[rollouts[row].step, rollouts[row].question.id])
-    return [list(group) for _, group in groupby(rows, lambda row: (rollouts[row].step, rollouts[row].question.id))]
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutBatch:
-    """B rollouts as tensors, padded on the right. Frozen: a stage that changes one makes another.
-
-    Attributes:
-        rollouts: the B records behind the tensors.
-        token_ids: [B, T] prompt, policy and environment tokens as sampled and shown; 0 where padded.
-        attention_mask: [B, T] bool, False where padded.
-        loss_mask: [B, T] bool, True at the policy tokens of included rollouts: the tokens that are trained.
-        turn_ids: [B, T] turn of each policy token, -1 at prompt, environment and padding.
-        answer_turn: [B] index of the answer turn.
-        group_ids: [B] group of each rollout, numbered from 0 in order of first appearance.
-        rewards: [B] score, gated by validity.
-        included: [B] bool, False for rollouts that are left out of training and of the group statistics.
-        step_correctness: [B, K] share of silver documents that each search turn newly found; 0 elsewhere.
-        anchor_ids: [B, K] equal within a group where two turns started from the same set of documents; -1 for none.
-        sampled_logprobs: [B, T] log-probabilities of the engine at policy tokens, 0 elsewhere.
-        turn_gains: [B, K] how much likelier each search turn made the golden answer, 0 elsewhere; None unless the
-            estimator needs it.
-    """
-
-    rollouts: tuple[Rollout, ...]
-    token_ids: Tensor
-    attention_mask: Tensor
-    loss_mask: Tensor
-    turn_ids: Tensor
-    answer_turn: Tensor
-    group_ids: Tensor
-    rewards: Tensor
-    included: Tensor
-    step_correctness: Tensor
-    anchor_ids: Tensor
-    sampled_logprobs: Tensor
-    turn_gains: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What a training step hands to callbacks.
-
-    Attributes:
-        step: the rollout step, from 1.
-        batch: its B rollouts.
-        estimated: [B, T] advantages of the estimator.
-        calibrated: [B, T] advantages after the calibrators.
-        metrics: all curves of this step.
-        seconds: wall time of each stage.
-    """
-
-    step: int
-    batch: RolloutBatch
-    estimated: Tensor
-    calibrated: Tensor
-    metrics: dict[str, float]
-    seconds: dict[str, float]
+Metrics = dict[str, float]

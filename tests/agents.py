@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from calibadv.agent.protocol import TAGS, Protocol, render_observation
-from calibadv.agent.rollout import Agent, Draws, run_rollouts
+from calibadv.agent.episode import Agent
+from calibadv.agent.rollout import Draws, run_rollouts
 from calibadv.agent.searching import Waiting
-from calibadv.agent.tokenizer import AgentTokenizer, prepare_tags
 from calibadv.engines import ScriptedEngine
 from calibadv.interfaces import Engine, Retriever
-from calibadv.models import Policy, load_policy
+from calibadv.policy.loading import load_policy
+from calibadv.policy.policy import Policy
+from calibadv.protocol.search import TAGS, Protocol, render_observation
+from calibadv.protocol.tokenizer import AgentTokenizer, prepare_tags
 from calibadv.retrieval import MemoryRetriever
 from calibadv.types import Document, Question, Rollout, RolloutStatus, Segment
 from calibadv.world.tokenizer import build_tokenizer

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import settings
 from models import byte_level_folder, wordpiece_folder
 
-from calibadv.models import Policy, load_policy
+from calibadv.policy.loading import load_policy
+from calibadv.policy.policy import Policy
 from calibadv.world import policy_folder
 
 settings.register_profile("calibadv", deadline=None)  # no test depends on how busy the machine is

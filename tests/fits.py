@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from calibadv.cli.main import main
-from calibadv.interfaces import LossInputs, Metrics, Regularizer, Reward
-from calibadv.processes import Processes
-from calibadv.types import Question
+from calibadv.distributed import Processes
+from calibadv.interfaces import LossInputs, Regularizer, Reward
+from calibadv.types import Metrics, Question
 
 # Two questions of two rollouts a step, in two mini-batches; four questions of validation.
 SMALL = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from calibadv.agent.protocol import is_valid, parse_message
+from calibadv.protocol.search import is_valid, parse_message
 from calibadv.types import Document, Question, Rollout, RolloutStatus, Segment
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from calibadv.engines import TransformersEngine
 from calibadv.interfaces import Engine
-from calibadv.models import Policy
+from calibadv.policy.policy import Policy
 from calibadv.types import Completion, DrawKey, Sampling
 
 GREEDY = Sampling(0.0, max_tokens=24)

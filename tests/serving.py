@@ -15,7 +15,7 @@ from typing import Any
 import uvicorn
 
 from calibadv.interfaces import Retriever
-from calibadv.retrieval.server import ServerLimits, listen, make_app
+from calibadv.retrieval.http.server import ServerLimits, listen, make_app
 
 
 @contextmanager

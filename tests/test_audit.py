@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calibadv.analysis.audit import CoverageAudit, answer_coverage, audit_coverage
+from calibadv.data.questions import read_questions
 from calibadv.interfaces import RetrievalError
-from calibadv.questions import read_questions
 from calibadv.retrieval import BM25, MemoryRetriever
-from calibadv.retrieval.audit import CoverageAudit, answer_coverage, audit_coverage
 from calibadv.types import Document, Question, ScoredDocument
 
 DOCUMENTS = [

@@ -15,12 +15,12 @@ from records import answer, rollout, search
 from tokenizers import Tokenizer, decoders
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from calibadv.cli.errors import message_for_users
 from calibadv.cli.main import main
+from calibadv.config.user_errors import message_for_users
+from calibadv.data.questions import read_questions
 from calibadv.errors import UserError
-from calibadv.questions import read_questions
-from calibadv.rollout_files import rollout_to_json
-from calibadv.run_folder import RunFolder
+from calibadv.runs.folder import RunFolder
+from calibadv.runs.rollouts import rollout_to_json
 
 QUICKSTART = ("fit", "--config", "quickstart", *SMALL)
 INSTALL = "--trainer.callbacks+=AdvantageCalibration"

@@ -9,13 +9,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from records import answer, rollout, search
 
-from calibadv.agent.collate import collate, turn_values
+from calibadv.batch import RolloutBatch, collate, turn_values
 from calibadv.calibrators import AnswerRebalance, SoftPenalty
 from calibadv.callbacks import AdvantageCalibration
 from calibadv.estimators import GRPO
 from calibadv.interfaces import Calibrator
 from calibadv.rewards import F1, credit_rollouts, score_rollouts
-from calibadv.types import Rollout, RolloutBatch, RolloutStatus
+from calibadv.types import Rollout, RolloutStatus
 
 
 def batch_of(*rollouts: Rollout) -> RolloutBatch:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from fits import files, fit, results
 
-from calibadv.checkpoint_files import damage
-from calibadv.run_folder import RunFolder
+from calibadv.runs.checkpoints import damage
+from calibadv.runs.folder import RunFolder
 
 WORDS = ("--checkpoint.every_n_rollout_steps", "1", "--checkpoint.keep", "0", "--rollouts.every_n_rollout_steps", "1")
 

@@ -18,13 +18,13 @@ from jsonargparse import ArgumentParser
 from records import answer, rollout, search
 
 from calibadv import calibrators, callbacks, engines, estimators, losses, retrieval, rewards
-from calibadv.cli.configs import read_words
-from calibadv.cli.help import TOOLS, VERBS
-from calibadv.cli.lightning import CalibadvCLI
+from calibadv.cli.commands import tool_parser
+from calibadv.cli.logging import quiet_environment
 from calibadv.cli.main import main
-from calibadv.cli.quiet import quiet_environment
-from calibadv.cli.tools import tool_parser
-from calibadv.rollout_files import read_rollouts, rollout_to_json, write_records
+from calibadv.config.files import read_words
+from calibadv.config.help import TOOLS, VERBS
+from calibadv.config.lightning_cli import CalibadvCLI
+from calibadv.runs.rollouts import read_rollouts, rollout_to_json, write_records
 from calibadv.world import embedded_world
 
 PROGRAM = [sys.executable, "-m", "calibadv.cli.main"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from records import answer, rollout, search
 
-from calibadv.agent.collate import answer_mask, collate, turn_values
+from calibadv.batch import answer_mask, collate, turn_values
 from calibadv.types import Document, Rollout, RolloutStatus, Segment
 
 DOCUMENT = Document("d", "T", "text")

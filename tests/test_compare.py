@@ -16,15 +16,15 @@ import pytest
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from calibadv.outcome import outcome
-from calibadv.reports.compare import compare, compare_runs, write_report
-from calibadv.reports.curves import band, read_curves, windows
-from calibadv.reports.differences import conclude
-from calibadv.reports.figures import Chart, chart_svg
-from calibadv.reports.meanings import meaning
+from calibadv.analysis.compare.charts import Chart, chart_svg
+from calibadv.analysis.compare.command import compare, compare_runs, write_report
+from calibadv.analysis.compare.curve_docs import meaning
+from calibadv.analysis.compare.curves import band, read_curves, windows
+from calibadv.analysis.compare.differences import conclude
 from calibadv.rewards import F1
 from calibadv.rewards.scoring import score_rollouts
-from calibadv.rollout_files import write_rollouts
+from calibadv.runs.rollouts import write_rollouts
+from calibadv.runs.summary import outcome
 from calibadv.types import Question, Rollout, RolloutStatus, Segment
 
 CALIBADV = [{"class_path": "calibadv.callbacks.AdvantageCalibration", "init_args": {"calibrators": []}}]

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from calibadv.agent.rollout import Agent
-from calibadv.agent.tokenizer import AgentTokenizer, prepare_tags
-from calibadv.engines.stopping import stop_reason
+from calibadv.agent.episode import Agent
+from calibadv.engines._stop import stop_reason
 from calibadv.errors import UserError
 from calibadv.interfaces import Engine, StreamingEngine
-from calibadv.models import Policy
+from calibadv.policy.policy import Policy
+from calibadv.protocol.tokenizer import AgentTokenizer, prepare_tags
 from calibadv.types import Completion, DrawKey, Sampling, StopReason
 
 Change = Callable[[list[Any]], Any]

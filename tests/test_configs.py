@@ -11,10 +11,10 @@ from encoders import bert_folder, word_folder
 from fits import fit
 
 from calibadv.callbacks import AdvantageCalibration
-from calibadv.cli.configs import config_name, configs_folder, read_words
-from calibadv.cli.lightning import CalibadvCLI
-from calibadv.cli.quiet import quiet_environment
-from calibadv.rollout_files import read_records
+from calibadv.cli.logging import quiet_environment
+from calibadv.config.files import config_name, configs_folder, read_words
+from calibadv.config.lightning_cli import CalibadvCLI
+from calibadv.runs.rollouts import read_records
 
 # Every packaged config, and the calibrators that the recipe installs: none is plain GRPO.
 CALIBRATORS: dict[str, list[tuple[str, dict[str, Any]]]] = {

@@ -13,26 +13,18 @@ from agents import episode
 from records import answer, rollout, search
 from torch import Tensor
 
-from calibadv.advantages import compute_advantages
-from calibadv.agent.collate import collate
+from calibadv.analysis.replay.method import Method, apply_method
+from calibadv.batch import RolloutBatch, collate
 from calibadv.calibrators import SoftPenalty
 from calibadv.errors import UserError
 from calibadv.estimators import GRPO
 from calibadv.filters import refill
-from calibadv.interfaces import (
-    AdvantageEstimator,
-    Calibrator,
-    GroupFilter,
-    LossInputs,
-    Metrics,
-    PolicyLoss,
-    Regularizer,
-)
+from calibadv.interfaces import AdvantageEstimator, Calibrator, GroupFilter, LossInputs, PolicyLoss, Regularizer
 from calibadv.losses import PPOClip
-from calibadv.objective import Objective
-from calibadv.replay.method import Method, apply_method
 from calibadv.rewards import F1
-from calibadv.types import Rollout, RolloutBatch
+from calibadv.training.advantages import compute_advantages
+from calibadv.training.objective import Objective
+from calibadv.types import Metrics, Rollout
 
 Make = Callable[[RolloutBatch], Any]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from records import answer, rollout, search
 from torch import Tensor
 
-from calibadv.agent.collate import collate, turn_values
+from calibadv.batch import RolloutBatch, collate, turn_values
 from calibadv.calibrators import (
     AnswerRebalance,
     ConstantPenalty,
@@ -24,12 +24,12 @@ from calibadv.calibrators import (
     SoftPenalty,
     check_combination,
 )
-from calibadv.calibrators.softening import find_punished
+from calibadv.calibrators._penalty import find_punished
 from calibadv.estimators import GRPO, IGPO, MTGRPO, GiGPO
 from calibadv.interfaces import AdvantageEstimator, Calibrator
-from calibadv.numerics.controls import sign_masses
+from calibadv.numerics.credit import sign_masses
 from calibadv.rewards import F1, credit_rollouts, score_rollouts
-from calibadv.types import Rollout, RolloutBatch, RolloutStatus
+from calibadv.types import Rollout, RolloutStatus
 
 
 def batch_of(*rollouts: Rollout) -> RolloutBatch:

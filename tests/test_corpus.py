@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kills import kill_points, tree
 
-from calibadv.retrieval.arrow_store import ArrowCorpus, id_hash
-from calibadv.retrieval.convert import Numbered, Source, convert, first_repeated, open_source
-from calibadv.retrieval.corpus import Corpus, open_corpus
+from calibadv.retrieval.corpus.arrow import ArrowCorpus, id_hash
+from calibadv.retrieval.corpus.base import Corpus
+from calibadv.retrieval.corpus.convert import Numbered, Source, convert, first_repeated
+from calibadv.retrieval.index.open import open_corpus, open_source
 from calibadv.types import Document
 
 Opener = Callable[[Path], Corpus]

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 
-from calibadv.data import QuestionData, TrainingQuestions, question_at, question_order, step_positions
+from calibadv.data.datamodule import QuestionData, TrainingQuestions, question_at, question_order, step_positions
 from calibadv.types import Question
 
 QUESTIONS = [Question(f"q{n}", f"What is {n}?", [str(n)]) for n in range(10)]

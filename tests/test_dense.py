@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from calibadv.questions import read_questions
+from calibadv.data.questions import read_questions
 from calibadv.retrieval.bm25 import BM25
-from calibadv.retrieval.corpus import open_corpus
 from calibadv.retrieval.dense import Dense
-from calibadv.retrieval.encoder import Encoder
-from calibadv.retrieval.faiss_index import build_faiss, load_faiss, nearest_rows, save_faiss
-from calibadv.retrieval.indexing import index
-from calibadv.retrieval.manifest import read_manifest, write_manifest
+from calibadv.retrieval.encoders.encoder import Encoder
+from calibadv.retrieval.index.build import index
+from calibadv.retrieval.index.faiss import build_faiss, load_faiss, nearest_rows, save_faiss
+from calibadv.retrieval.index.manifest import read_manifest, write_manifest
+from calibadv.retrieval.index.open import open_corpus
 from calibadv.types import Document, ScoredDocument
 
 # Three words a unit apart, the marks of a title, and the words of E5's prompts, which point elsewhere.

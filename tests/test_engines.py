@@ -11,11 +11,12 @@ from agents import ANSWER, SEARCH, agent_of, play, protocol, scripted_agent, tea
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from calibadv.agent.rollout import Agent, Draws, run_rollouts
+from calibadv.agent.episode import Agent
+from calibadv.agent.rollout import Draws, run_rollouts
 from calibadv.engines import ScriptedEngine, TransformersEngine
-from calibadv.models import Policy, load_policy
-from calibadv.numerics.draws import uniforms
-from calibadv.numerics.sampling import draw_tokens
+from calibadv.numerics.rng import draw_tokens, uniforms
+from calibadv.policy.loading import load_policy
+from calibadv.policy.policy import Policy
 from calibadv.retrieval import BM25
 from calibadv.types import Completion, DrawKey, Sampling, StopReason
 from calibadv.world import embedded_world

@@ -16,21 +16,21 @@ from records import answer, rollout, search
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from calibadv.agent.collate import collate, to_device, turn_values
-from calibadv.agent.tokenizer import AgentTokenizer
-from calibadv.cli.configs import configs_folder, read_words
-from calibadv.cli.lightning import CalibadvCLI
-from calibadv.cli.quiet import quiet_environment
+from calibadv.analysis.replay import replay
+from calibadv.batch import RolloutBatch, collate, to_device, turn_values
+from calibadv.cli.logging import quiet_environment
+from calibadv.config.files import configs_folder, read_words
+from calibadv.config.lightning_cli import CalibadvCLI
+from calibadv.distributed import ALONE
 from calibadv.estimators import GRPO, IGPO, MTGRPO, RLOO, DrGRPO, GiGPO
-from calibadv.estimators.golden import golden_answer, golden_probabilities, turn_gains
+from calibadv.estimators._answer_likelihood import golden_answer, golden_probabilities, turn_gains
 from calibadv.interfaces import AdvantageEstimator
-from calibadv.models import Policy
-from calibadv.numerics.advantage import group_centre, group_normalise, leave_one_out
-from calibadv.processes import ALONE
-from calibadv.replay import replay
+from calibadv.numerics.advantages import group_centre, group_normalise, leave_one_out
+from calibadv.policy.policy import Policy
+from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.rewards import F1, credit_rollouts, score_rollouts
-from calibadv.rollout_files import rollout_to_json, write_records
-from calibadv.types import Question, Rollout, RolloutBatch, RolloutStatus, Segment
+from calibadv.runs.rollouts import rollout_to_json, write_records
+from calibadv.types import Question, Rollout, RolloutStatus, Segment
 from calibadv.world.tokenizer import build_tokenizer
 from calibadv.world.vocabulary import words
 

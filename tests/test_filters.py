@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import answer, rollout, search
 
-from calibadv.data import QuestionData
+from calibadv.data.datamodule import QuestionData
 from calibadv.filters import DynamicSampling, Group, refill
 from calibadv.types import Question, RolloutStatus
 

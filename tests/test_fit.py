@@ -10,8 +10,8 @@ import pytest
 from conftest import LONG_PASSAGE, PASSAGES, TAGGED_PASSAGE
 from fits import curves, fit, results
 
-from calibadv.retrieval.corpus import open_corpus
-from calibadv.rollout_files import read_rollouts
+from calibadv.retrieval.index.open import open_corpus
+from calibadv.runs.rollouts import read_rollouts
 
 THREE_STEPS = ("--model.rollout_steps", "3", "--rollouts.every_n_rollout_steps", "1")
 SHORT = ("--model.protocol.max_turn_tokens", "24", "--model.protocol.max_rollout_tokens", "600")

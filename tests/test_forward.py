@@ -9,10 +9,10 @@ from agents import Bigram, episode
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from calibadv.agent.collate import collate
-from calibadv.forward import forward_logprobs
-from calibadv.models import Lora, load_policy
-from calibadv.types import RolloutBatch
+from calibadv.batch import RolloutBatch, collate
+from calibadv.policy.loading import load_policy
+from calibadv.policy.logprobs import forward_logprobs
+from calibadv.policy.lora import Lora
 
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
 

@@ -15,12 +15,12 @@ from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 from calibadv.callbacks import CollapseGuard
+from calibadv.callbacks._collapse.detector import Alarm, Watch
+from calibadv.callbacks._collapse.rules import Limits
 from calibadv.cli.main import main
-from calibadv.guard.rules import Limits
-from calibadv.guard.watch import Alarm, Watch
-from calibadv.outcome import outcome
-from calibadv.rollout_files import read_rollouts
-from calibadv.run_folder import RunFolder
+from calibadv.runs.folder import RunFolder
+from calibadv.runs.rollouts import read_rollouts
+from calibadv.runs.summary import outcome
 
 RECORDED = Path(__file__).parent / "recorded"
 # A checkpoint after every step.

@@ -26,15 +26,16 @@ from filelock import FileLock
 from kills import kill_points, tree
 from numpy.typing import NDArray
 
-from calibadv.retrieval.backends import BM25Index, encode_shards
 from calibadv.retrieval.bm25 import BM25
-from calibadv.retrieval.corpus import open_corpus
+from calibadv.retrieval.corpus.digests import check_digests
+from calibadv.retrieval.corpus.size import check_disk, free_disk, sample_file
 from calibadv.retrieval.dense import Dense
-from calibadv.retrieval.digests import check_digests
-from calibadv.retrieval.estimate import check_disk, free_disk, index_size, sample_corpus, sample_file
-from calibadv.retrieval.faiss_index import build_faiss, make_index, save_faiss
-from calibadv.retrieval.indexing import index
-from calibadv.retrieval.manifest import open_index, read_manifest, verify_index, write_manifest
+from calibadv.retrieval.index.build import index
+from calibadv.retrieval.index.builders import BM25Index, encode_shards
+from calibadv.retrieval.index.cost import index_size
+from calibadv.retrieval.index.faiss import build_faiss, make_index, save_faiss
+from calibadv.retrieval.index.manifest import open_index, read_manifest, verify_index, write_manifest
+from calibadv.retrieval.index.open import open_corpus, sample_corpus
 from calibadv.types import Document
 
 RECORDS = [
@@ -162,7 +163,7 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path: Path, corpus: str, built
 CHILD = """
 import sys
 from pathlib import Path
-from calibadv.retrieval.indexing import index
+from calibadv.retrieval.index.build import index
 
 index(sys.argv[1], Path(sys.argv[2]), "bm25")
 """

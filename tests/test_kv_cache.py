@@ -11,11 +11,14 @@ import torch
 from agents import ANSWER, KINDS, SEARCH, agent_of, play, protocol, teach, tokenizers_of_all_kinds
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from calibadv.agent.rollout import Agent, Draws, run_rollouts
+from calibadv.agent.episode import Agent
+from calibadv.agent.rollout import Draws, run_rollouts
 from calibadv.engines import TransformersEngine
-from calibadv.engines.stopping import may_stop, stop_reason
+from calibadv.engines._stop import may_stop, stop_reason
 from calibadv.engines.transformers import whole_copy
-from calibadv.models import Lora, Policy, load_policy
+from calibadv.policy.loading import load_policy
+from calibadv.policy.lora import Lora
+from calibadv.policy.policy import Policy
 from calibadv.retrieval import BM25
 from calibadv.types import Completion, DrawKey, Rollout, Sampling, StopReason
 from calibadv.world import embedded_world

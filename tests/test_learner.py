@@ -12,19 +12,22 @@ import torch
 from agents import ANSWER, SEARCH, Bigram, episode, play, scripted_agent
 from torch import Tensor, nn
 
-from calibadv.agent.collate import collate
+from calibadv.batch import RolloutBatch, collate
 from calibadv.calibrators import AnswerRebalance, SoftPenalty
 from calibadv.estimators import GRPO
-from calibadv.interfaces import LossInputs, Metrics, Regularizer
-from calibadv.learner import Learner, LearningRate, SamplerCorrection, Trainee
+from calibadv.interfaces import LossInputs, Regularizer
 from calibadv.losses import PPOClip
-from calibadv.models import Policy, enable_checkpointing, load_policy
-from calibadv.objective import Objective
+from calibadv.policy.loading import enable_checkpointing, load_policy
+from calibadv.policy.policy import Policy
 from calibadv.rewards.answer import F1
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
-from calibadv.types import Rollout, RolloutBatch, RolloutStatus
-from calibadv.update import BatchLogprobs, ReadyBatch, compute_logprobs, micro_batches, mini_batches
+from calibadv.training.logprobs import BatchLogprobs, ReadyBatch, compute_logprobs
+from calibadv.training.minibatches import micro_batches, mini_batches
+from calibadv.training.objective import Objective
+from calibadv.training.optimization import Learner, SamplerCorrection, Trainee
+from calibadv.training.schedule import LearningRate
+from calibadv.types import Metrics, Rollout, RolloutStatus
 
 LN2 = math.log(2)
 

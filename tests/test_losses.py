@@ -15,19 +15,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from calibadv.agent.collate import collate
-from calibadv.interfaces import LossInputs, Metrics, PolicyLoss, Regularizer
-from calibadv.learner import Learner, LearningRate, Trainee
+from calibadv.batch import collate
+from calibadv.interfaces import LossInputs, PolicyLoss, Regularizer
 from calibadv.losses import CISPO, GSPO, Aggregation, FixedLength, PPOClip, SequenceMean, TokenMean
 from calibadv.losses.aggregation import check_length
-from calibadv.numerics.correction import truncated_weights
 from calibadv.numerics.kl import k1, k2, k3
-from calibadv.numerics.loss import sequence_ratio
+from calibadv.numerics.losses import sequence_ratio
 from calibadv.numerics.ratio import bounded_exponent
-from calibadv.objective import Objective
 from calibadv.regularizers import LLDS
-from calibadv.types import Rollout
-from calibadv.update import BatchLogprobs, ReadyBatch, compute_logprobs
+from calibadv.training.importance_sampling import truncated_weights
+from calibadv.training.logprobs import BatchLogprobs, ReadyBatch, compute_logprobs
+from calibadv.training.objective import Objective
+from calibadv.training.optimization import Learner, Trainee
+from calibadv.training.schedule import LearningRate
+from calibadv.types import Metrics, Rollout
 
 LN2 = math.log(2)
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 from records import answer, rollout, search
 
-from calibadv.agent.collate import collate
+from calibadv.batch import collate
 from calibadv.estimators import GRPO
-from calibadv.interfaces import Metrics
-from calibadv.metrics import credit_metrics, evaluation_metrics, rollout_metrics, without_result
 from calibadv.rewards import F1, credit_rollouts, score_rollouts
-from calibadv.types import Rollout, RolloutStatus, Segment
+from calibadv.training.metrics import credit_metrics, evaluation_metrics, rollout_metrics, without_result
+from calibadv.types import Metrics, Rollout, RolloutStatus, Segment
 
 
 def metrics_of(*rollouts: Rollout, calibrated_by: float = 1.0) -> Metrics:

@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from calibadv.agent.collate import collate
-from calibadv.agent.protocol import TAGS
+from calibadv.batch import RolloutBatch, collate
 from calibadv.engines import TransformersEngine
-from calibadv.models import Lora, Policy, Reference, load_policy, make_reference
 from calibadv.numerics.kl import k3
-from calibadv.types import RolloutBatch
-from calibadv.update import compute_logprobs
+from calibadv.policy.loading import load_policy
+from calibadv.policy.lora import Lora
+from calibadv.policy.policy import Policy
+from calibadv.policy.reference import Reference, make_reference
+from calibadv.protocol.search import TAGS
+from calibadv.training.logprobs import compute_logprobs
 
 LORA = Lora(rank=2, alpha=4)
 

@@ -17,17 +17,19 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from calibadv.agent.collate import collate
+from calibadv.batch import collate
+from calibadv.distributed import shard
 from calibadv.estimators import GRPO
 from calibadv.interfaces import Regularizer
-from calibadv.learner import Learner, LearningRate, Trainee
 from calibadv.losses import PPOClip
-from calibadv.nonfinite import NonFiniteStepError, SkippedSteps, non_finite
-from calibadv.objective import Objective
-from calibadv.processes import shard
-from calibadv.run_folder import RunFolder
+from calibadv.runs.folder import RunFolder
+from calibadv.training.logprobs import ReadyBatch, compute_logprobs
+from calibadv.training.minibatches import mini_batches
+from calibadv.training.nonfinite import NonFiniteStepError, SkippedSteps, non_finite
+from calibadv.training.objective import Objective
+from calibadv.training.optimization import Learner, Trainee
+from calibadv.training.schedule import LearningRate
 from calibadv.types import Rollout
-from calibadv.update import ReadyBatch, compute_logprobs, mini_batches
 
 
 def learner(*regularizers: Regularizer) -> Learner:

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from calibadv.interfaces import LossInputs
 from calibadv.losses import PPOClip
-from calibadv.numerics.advantage import group_normalise
+from calibadv.numerics.advantages import group_normalise
 from calibadv.numerics.credit import (
     negative_search_turns,
     punished_tokens,
@@ -21,12 +21,11 @@ from calibadv.numerics.credit import (
     scale_answers,
     soften,
 )
-from calibadv.numerics.draws import keyed_stream, uniforms
 from calibadv.numerics.kl import k3
 from calibadv.numerics.logprobs import entropy, token_logprobs
-from calibadv.numerics.loss import active_clips, clipped_surrogate
-from calibadv.numerics.masked import group_sum, turn_means
-from calibadv.numerics.shapes import check_shapes
+from calibadv.numerics.losses import active_clips, clipped_surrogate
+from calibadv.numerics.masked import check_shapes, group_sum, turn_means
+from calibadv.numerics.rng import keyed_stream, uniforms
 from calibadv.types import DrawKey
 
 

@@ -16,12 +16,12 @@ from serving import closed_port, serving
 from test_streaming import FILM, REPLIES, Unordered, first
 from transformers import AutoTokenizer
 
-from calibadv.agent.rollout import Agent
+from calibadv.agent.episode import Agent
 from calibadv.agent.searching import Waiting
-from calibadv.agent.tokenizer import AgentTokenizer
 from calibadv.cli.main import main
 from calibadv.errors import StopRequestedError
 from calibadv.interfaces import OutageError, PartialRetrievalError, RetrievalError, Retriever
+from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.retrieval import BM25, Cached, Remote
 from calibadv.types import Completion, RolloutStatus, ScoredDocument
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from calibadv.outcome import outcome
+from calibadv.runs.summary import outcome
 
 
 def run(*scores: float, valid: float = 1.0) -> list[dict[str, float]]:

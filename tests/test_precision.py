@@ -13,14 +13,16 @@ import torch
 from fits import SMALL, curves, fit
 from torch import Tensor
 
-from calibadv.cli.configs import read_words
-from calibadv.cli.lightning import CalibadvCLI
+from calibadv.cli.logging import quiet_environment
 from calibadv.cli.main import main
-from calibadv.cli.quiet import quiet_environment
-from calibadv.models import Lora, Policy, load_policy
-from calibadv.numerics.perplexity import message_perplexities
-from calibadv.precision import exactly, float32_by_default
-from calibadv.run_folder import RunFolder
+from calibadv.config.files import read_words
+from calibadv.config.lightning_cli import CalibadvCLI
+from calibadv.numerics.logprobs import message_perplexities
+from calibadv.policy.loading import load_policy
+from calibadv.policy.lora import Lora
+from calibadv.policy.policy import Policy
+from calibadv.policy.precision import exactly, float32_by_default
+from calibadv.runs.folder import RunFolder
 
 DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 # One mini-batch, so that the first update compares a policy with itself.

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
-from calibadv.checkpoint_files import damage
 from calibadv.cli.main import main
-from calibadv.processes import Processes, longest_wait
+from calibadv.distributed import Processes, longest_wait
+from calibadv.runs.checkpoints import damage
 
 # Two mini-batches of two questions, more micro-batches than processes, and a validation that two do not divide.
 THREE_STEPS = (

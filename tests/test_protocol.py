@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibadv.agent.protocol import (
+from calibadv.protocol.search import (
     TAGS,
     Protocol,
     disarm,

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from calibadv.questions import read_questions
+from calibadv.data.questions import read_questions
 from calibadv.types import Question
 
 PROMPT = "Answer the question. For example, <answer> Beijing </answer>. Question: who wrote it?\n"

@@ -19,12 +19,12 @@ import yaml
 from fits import fit
 from torch.utils.tensorboard import SummaryWriter
 
-from calibadv.cli.configs import read_words
-from calibadv.cli.help import PLAN, STUDY, TOOLS, VERBS
-from calibadv.cli.lightning import CalibadvCLI
+from calibadv.cli.commands import tool_parser
+from calibadv.cli.logging import quiet_environment
 from calibadv.cli.main import main
-from calibadv.cli.quiet import quiet_environment
-from calibadv.cli.tools import tool_parser
+from calibadv.config.files import read_words
+from calibadv.config.help import PLAN, STUDY, TOOLS, VERBS
+from calibadv.config.lightning_cli import CalibadvCLI
 from calibadv.study.command import read_study
 
 ROOT = Path(__file__).parents[1]

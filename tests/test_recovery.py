@@ -16,7 +16,7 @@ import torch
 from fits import SMALL, curves, files, fit, results
 
 from calibadv.cli.main import main
-from calibadv.run_folder import RunFolder
+from calibadv.runs.folder import RunFolder
 
 # Four steps, a validation after every second one, and no checkpoint before the end.
 FOUR = (

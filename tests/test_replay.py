@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from records import answer, rollout, search
 
+from calibadv.analysis.replay import load_method, replay
 from calibadv.calibrators import AnswerRebalance, SoftPenalty
-from calibadv.cli.configs import config_name, configs_folder, read_config, resolve_config, scan_settings
+from calibadv.config.files import config_name, configs_folder, read_config, resolve_config
+from calibadv.config.overlays import scan_settings
 from calibadv.estimators import GRPO
-from calibadv.replay import load_method, replay
 from calibadv.rewards import F1, ExactMatch
-from calibadv.rollout_files import Record, rollout_to_json, write_records
+from calibadv.runs.rollouts import Record, rollout_to_json, write_records
 from calibadv.types import Rollout, RolloutStatus
 
 GOOD = rollout(search("a", "b"), answer("gold", tokens=2))

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import answer, rollout, search
 
+from calibadv.analysis.replay import Comparison, Method, Recorded, ReplayArm, load_arms, replay
 from calibadv.calibrators import AnswerRebalance, SoftPenalty
 from calibadv.cli.main import main
 from calibadv.estimators import GRPO
-from calibadv.replay import Comparison, Method, Recorded, ReplayArm, load_arms, replay
 from calibadv.rewards import F1
-from calibadv.rollout_files import rollout_to_json, write_records
+from calibadv.runs.rollouts import rollout_to_json, write_records
 from calibadv.types import Rollout, RolloutStatus
 
 VECTORS = Path(__file__).parent / "vectors" / "calibration.jsonl"
@@ -233,7 +233,7 @@ def test_arms_that_cannot_be_replayed(three: Path, tmp_path: Path, arm: str, pro
 
 def test_each_arm_writes_a_file_of_its_name(three: Path, tmp_path: Path) -> None:
     replay([three], tmp_path / "out", arm=["grpo", "calibadv=calibrators/calibadv"])
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"grpo.jsonl", "calibadv.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"grpo.jsonl", "calibadv.io.jsonl"}
     for name, config in (("grpo", []), ("calibadv", ["calibrators/calibadv"])):
         replay([three], tmp_path / "alone.jsonl", config)
         assert (tmp_path / "out" / f"{name}.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()

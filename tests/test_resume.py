@@ -10,7 +10,7 @@ import torch
 from fits import SMALL, curves, files, fit, results
 
 from calibadv.cli.main import main
-from calibadv.run_folder import RunFolder
+from calibadv.runs.folder import RunFolder
 
 # A validation after every second step, a checkpoint and a rollout file after each.
 EVERY = (

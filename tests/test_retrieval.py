@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calibadv.data.questions import read_questions
 from calibadv.interfaces import PartialRetrievalError, RetrievalError
-from calibadv.questions import read_questions
 from calibadv.retrieval import BM25, MemoryRetriever
-from calibadv.retrieval.corpus import open_corpus
-from calibadv.retrieval.indexing import index
-from calibadv.retrieval.manifest import write_manifest
-from calibadv.retrieval.postings import Postings
+from calibadv.retrieval.index.bm25 import Postings
+from calibadv.retrieval.index.build import index
+from calibadv.retrieval.index.manifest import write_manifest
+from calibadv.retrieval.index.open import open_corpus
 from calibadv.retrieval.ranking import best_rows
 from calibadv.types import Document
 

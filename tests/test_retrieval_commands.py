@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from calibadv.cli.configs import config_name, configs_folder
-from calibadv.cli.help import TOOLS
+from calibadv.cli.commands import tool_parser
 from calibadv.cli.main import main
 from calibadv.cli.retrieval import open_retriever
-from calibadv.cli.tools import tool_parser
+from calibadv.config.files import config_name, configs_folder
+from calibadv.config.help import TOOLS
 from calibadv.retrieval import BM25, Cached, Dense, Remote
 
 PROGRAM = [sys.executable, "-m", "calibadv.cli.main"]

@@ -20,14 +20,15 @@ from agents import (
 )
 from transformers import AutoTokenizer
 
-from calibadv.agent.collate import collate
-from calibadv.agent.protocol import disarm, render_observation
-from calibadv.agent.rollout import Agent, Draws, check_prompt, check_searches, run_rollouts
-from calibadv.agent.tokenizer import AgentTokenizer
+from calibadv.agent.episode import Agent
+from calibadv.agent.rollout import Draws, check_prompt, check_searches, run_rollouts
+from calibadv.batch import collate
 from calibadv.engines import TransformersEngine
 from calibadv.errors import UserError
 from calibadv.interfaces import Engine, RetrievalError, Retriever
-from calibadv.models import Policy
+from calibadv.policy.policy import Policy
+from calibadv.protocol.search import disarm, render_observation
+from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.retrieval import MemoryRetriever
 from calibadv.rewards.answer import F1
 from calibadv.rewards.scoring import score_rollouts

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import answer, message, rollout, search
 
-from calibadv.rollout_files import (
+from calibadv.runs.rollouts import (
     Record,
     read_records,
     read_rollouts,

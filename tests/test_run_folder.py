@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from kills import tree
 
-from calibadv.retrieval.arrays import save_array
-from calibadv.retrieval.convert import Source, convert
-from calibadv.rollout_files import write_records
-from calibadv.run_folder import RunFolder, replace_durably, write_atomically
+from calibadv.io.files import replace_durably, save_array, write_atomically
+from calibadv.retrieval.corpus.convert import Source, convert
+from calibadv.runs.folder import RunFolder
+from calibadv.runs.rollouts import write_records
 from calibadv.types import Document
 
 

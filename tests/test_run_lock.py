@@ -12,14 +12,14 @@ import pytest
 from fits import files, fit
 
 from calibadv.errors import UserError
-from calibadv.run_folder import RunFolder
-from calibadv.run_lock import RunLock
+from calibadv.runs.folder import RunFolder
+from calibadv.runs.lock import RunLock
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from calibadv.run_folder import RunFolder
-from calibadv.run_lock import RunLock
+from calibadv.runs.folder import RunFolder
+from calibadv.runs.lock import RunLock
 
 lock = RunLock()
 lock.take(RunFolder(Path(sys.argv[1])))

@@ -23,11 +23,11 @@ from serving import ask, serving
 
 from calibadv.cli.main import main
 from calibadv.interfaces import OutageError, PartialRetrievalError, RetrievalError
-from calibadv.retrieval.batcher import Batcher, BusyError
-from calibadv.retrieval.corpus_files import parse_document
+from calibadv.retrieval.corpus.files import parse_document
+from calibadv.retrieval.http.batcher import Batcher, BusyError
+from calibadv.retrieval.http.schema import join_contents
+from calibadv.retrieval.http.server import ServerLimits, listen, make_app, run_server
 from calibadv.retrieval.memory import MemoryRetriever
-from calibadv.retrieval.server import ServerLimits, listen, make_app, run_server
-from calibadv.retrieval.wire import join_contents
 from calibadv.types import Document, ScoredDocument
 
 PRAGUE = Document("7", "Prague", "Prague is a city.\nIt lies on the Vltava.")
@@ -402,7 +402,7 @@ def test_answers_are_not_held_back_for_an_acknowledgement(host: str) -> None:
 SERVER = """
 import sys, time
 from calibadv.retrieval.memory import MemoryRetriever
-from calibadv.retrieval.server import run_server
+from calibadv.retrieval.http.server import run_server
 
 class Slow(MemoryRetriever):
     def search(self, queries, top_k):

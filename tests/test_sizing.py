@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calibadv.cli.main import main
-from calibadv.cli.plan import PlanCLI, read_job
-from calibadv.sizing.job import GIB, PRECISIONS, Assumptions, Gpu, Job, Precision, Sampler
-from calibadv.sizing.memory import Part, fits, kv_bytes, layer_bytes, memory, peak, remedies, rows_at_once
-from calibadv.sizing.seconds import decode_seconds, pass_flops, read_seconds, seconds, validation_seconds
-from calibadv.sizing.shape import ModelShape, empty_model, shape_of
+from calibadv.planning.command import PlanCLI, read_job
+from calibadv.planning.job import GIB, PRECISIONS, Assumptions, Gpu, Job, Precision, Sampler
+from calibadv.planning.memory import Part, fits, kv_bytes, layer_bytes, memory, peak, remedies, rows_at_once
+from calibadv.planning.model_shape import ModelShape, empty_model, shape_of
+from calibadv.planning.time import decode_seconds, pass_flops, read_seconds, seconds, validation_seconds
 
 
 def config(hidden: int, layers: int, heads: int, kv_heads: int, wide: int, vocabulary: int, *, tied: bool) -> Any:

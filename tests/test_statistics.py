@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import permutation_test
 
-from calibadv.reports.statistics import bootstrap_interval, holm, sign_flip_test, smallest_p
+from calibadv.analysis.statistics import bootstrap_interval, holm, sign_flip_test, smallest_p
 
 tables = arrays(float, (1, 3, 4), elements=st.floats(0, 1, width=16))
 

@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from calibadv.agent.rollout import Agent
-from calibadv.agent.tokenizer import AgentTokenizer
+from calibadv.agent.episode import Agent
 from calibadv.engines import VLLMEngine
 from calibadv.errors import UserError
 from calibadv.interfaces import Engine, Retriever, StreamingEngine
-from calibadv.models import Policy, load_policy
-from calibadv.numerics.draws import request_seed
+from calibadv.numerics.rng import request_seed
+from calibadv.policy.loading import load_policy
+from calibadv.policy.policy import Policy
+from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.types import Completion, DrawKey, RolloutStatus, Sampling, ScoredDocument
 
 Choose = Callable[[list[DrawKey]], int | None]

@@ -21,17 +21,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from calibadv.analysis.compare.command import compare
+from calibadv.cli.logging import quiet_environment
 from calibadv.cli.main import main as calibadv
-from calibadv.cli.quiet import quiet_environment
-from calibadv.reports.compare import compare
+from calibadv.runs.versions import versions
 from calibadv.study import study
 from calibadv.study.command import plan, read_study
-from calibadv.study.record import Record
+from calibadv.study.fingerprints import digests
+from calibadv.study.manifest import Record
+from calibadv.study.runner import State
 from calibadv.study.runs import StudyRun, runs_of
-from calibadv.study.schedule import State
-from calibadv.study.sources import digests
 from calibadv.study.table import arm_table
-from calibadv.versions import versions
 
 FIT = ("--config", "quickstart", *SMALL, "--model.rollout_steps", "2")
 WORDS = (*FIT, "--seeds", "0", "--arm", "grpo")

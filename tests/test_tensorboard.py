@@ -15,11 +15,11 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from calibadv.agent.collate import collate
+from calibadv.batch import StepOutput, collate
 from calibadv.callbacks.tensorboard import FIGURES, PANEL, histograms, swept_settings
 from calibadv.cli.main import main
-from calibadv.run_folder import RunFolder
-from calibadv.types import RolloutStatus, StepOutput
+from calibadv.runs.folder import RunFolder
+from calibadv.types import RolloutStatus
 
 # Curves of the panel that only some runs have: with a reference model, with the callback that watches, and in trouble.
 ELSEWHERE = {"stability/kl_reference", "guard/alarms", "stability/skipped_updates"}

@@ -11,9 +11,9 @@ from models import CHAT_TEMPLATE
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from calibadv.agent.protocol import STOP_TAGS, TAGS, render_observation
-from calibadv.agent.tokenizer import AgentTokenizer, prepare_tags
-from calibadv.engines.stopping import stop_reason
+from calibadv.engines._stop import stop_reason
+from calibadv.protocol.search import STOP_TAGS, TAGS, render_observation
+from calibadv.protocol.tokenizer import AgentTokenizer, prepare_tags
 from calibadv.types import StopReason
 
 

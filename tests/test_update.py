@@ -9,19 +9,12 @@ from agents import Bigram, episode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibadv.agent.collate import collate
-from calibadv.numerics.perplexity import message_perplexities
-from calibadv.types import RolloutBatch, RolloutStatus
-from calibadv.update import (
-    BatchLogprobs,
-    MiniBatchSize,
-    ReadyBatch,
-    compute_logprobs,
-    loss_inputs,
-    micro_batches,
-    mini_batches,
-    stability_metrics,
-)
+from calibadv.batch import RolloutBatch, collate
+from calibadv.numerics.logprobs import message_perplexities
+from calibadv.training.logprobs import BatchLogprobs, MiniBatchSize, ReadyBatch, compute_logprobs, loss_inputs
+from calibadv.training.metrics import stability_metrics
+from calibadv.training.minibatches import micro_batches, mini_batches
+from calibadv.types import RolloutStatus
 
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
 

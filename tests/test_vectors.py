@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from calibadv.agent.collate import collate, turn_values
+from calibadv.analysis.replay import replay
+from calibadv.batch import collate, turn_values
 from calibadv.calibrators import AnswerRebalance, SoftPenalty
 from calibadv.estimators import GRPO
 from calibadv.interfaces import Calibrator
-from calibadv.replay import replay
 from calibadv.rewards import F1, credit_rollouts, score_rollouts
-from calibadv.rollout_files import read_rollouts
+from calibadv.runs.rollouts import read_rollouts
 from calibadv.types import Rollout
 
 VECTORS = Path(__file__).parent / "vectors" / "calibration.jsonl"

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import answer, rollout, search
 
-from calibadv.reports.view import render, script_safe, view
-from calibadv.reports.view_data import ViewerData, status_meanings
-from calibadv.rollout_files import rollout_to_json, write_records
+from calibadv.analysis.viewer.command import render, script_safe, view
+from calibadv.analysis.viewer.data import ViewerData, status_meanings
+from calibadv.runs.rollouts import rollout_to_json, write_records
 from calibadv.types import Rollout, RolloutStatus
 
 HOSTILE = (

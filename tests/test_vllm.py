@@ -22,11 +22,14 @@ from samplers import change, greedy_as_transformers, keys, own, prompts_of, wide
 from torch import Tensor
 from transformers import AutoConfig
 
-from calibadv.agent.protocol import Protocol
-from calibadv.agent.rollout import Agent, Draws, run_rollouts
+from calibadv.agent.episode import Agent
+from calibadv.agent.rollout import Draws, run_rollouts
 from calibadv.engines import TransformersEngine, VLLMEngine
-from calibadv.engines.stopping import stop_reason
-from calibadv.models import Lora, Policy, load_policy
+from calibadv.engines._stop import stop_reason
+from calibadv.policy.loading import load_policy
+from calibadv.policy.lora import Lora
+from calibadv.policy.policy import Policy
+from calibadv.protocol.search import Protocol
 from calibadv.retrieval import BM25
 from calibadv.types import Completion, RolloutStatus, Sampling, StopReason
 from calibadv.world import embedded_world

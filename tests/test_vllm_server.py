@@ -24,9 +24,11 @@ from safetensors.torch import load_file
 from samplers import change, greedy_as_transformers, keys, own, prompts_of, widen
 
 from calibadv.engines import VLLMServerEngine
-from calibadv.engines.stopping import stop_reason
-from calibadv.models import Lora, Policy, load_policy
-from calibadv.numerics.draws import request_seed
+from calibadv.engines._stop import stop_reason
+from calibadv.numerics.rng import request_seed
+from calibadv.policy.loading import load_policy
+from calibadv.policy.lora import Lora
+from calibadv.policy.policy import Policy
 from calibadv.types import Sampling, StopReason
 
 Body = dict[str, Any]

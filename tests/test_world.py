@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from calibadv.agent.protocol import TAGS, Protocol, is_valid, parse_message, render_observation
-from calibadv.agent.rollout import Agent, Draws, run_rollouts
-from calibadv.agent.tokenizer import AgentTokenizer
+from calibadv.agent.episode import Agent
+from calibadv.agent.rollout import Draws, run_rollouts
 from calibadv.engines.transformers import TransformersEngine
-from calibadv.models import load_policy
+from calibadv.policy.loading import load_policy
+from calibadv.protocol.search import TAGS, Protocol, is_valid, parse_message, render_observation
+from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.retrieval import BM25
 from calibadv.rewards.answer import f1
 from calibadv.types import Question

@@ -20,12 +20,12 @@ from transformers import (
     BertTokenizerFast,
 )
 
-from calibadv.interfaces import Metrics, PartialRetrievalError, RetrievalError, Retriever
-from calibadv.questions import read_questions
+from calibadv.analysis.audit import audit_coverage
+from calibadv.data.questions import read_questions
+from calibadv.interfaces import PartialRetrievalError, RetrievalError, Retriever
 from calibadv.retrieval import BM25, Cached, Dense, Hybrid, MemoryRetriever, Reranked
-from calibadv.retrieval.audit import audit_coverage
 from calibadv.retrieval.hybrid import fuse
-from calibadv.types import Document, ScoredDocument
+from calibadv.types import Document, Metrics, ScoredDocument
 
 TEXTS = {
     "a": "rivers run through the city of hills",

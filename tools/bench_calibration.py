@@ -24,15 +24,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from calibadv.agent.collate import collate
+from calibadv.batch import collate
 from calibadv.calibrators import AnswerRebalance, SoftPenalty
 from calibadv.estimators import GRPO
+from calibadv.planning.job import GPUS, PRECISIONS, Job, Sampler
+from calibadv.planning.model_shape import empty_model, shape_of
+from calibadv.planning.time import seconds
 from calibadv.rewards import F1
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
-from calibadv.sizing.job import GPUS, PRECISIONS, Job, Sampler
-from calibadv.sizing.seconds import seconds
-from calibadv.sizing.shape import empty_model, shape_of
 
 # 200 + 5 x 180 + 4 x 375 = 2,600 tokens; thinks of 110 words.
 _EPISODES = Episodes(turns=5, message=180, observation=375, prompt=200)

@@ -103,7 +103,7 @@ def _dense_pairs(root: Path, passages: int, batches: list[list[str]], threads: i
     from sentence_transformers import SentenceTransformer
 
     from calibadv.retrieval import Dense
-    from calibadv.retrieval.faiss_index import load_faiss, nearest_rows
+    from calibadv.retrieval.index.faiss import load_faiss, nearest_rows
 
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)

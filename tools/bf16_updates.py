@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-import calibadv.precision
+import calibadv.policy.precision
 from calibadv.cli.main import main as calibadv_main
 
 RATES = ("1e-6", "1e-5", "3e-5", "1e-4", "3e-4")
@@ -29,7 +29,7 @@ def main() -> None:
     """Print one row per learning rate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", nargs="+", default=RATES)
-    calibadv.precision.LOWEST_RATE = 0.0  # what is measured here is why there is one
+    calibadv.policy.precision.LOWEST_RATE = 0.0  # what is measured here is why there is one
     table = Table("learning rate", "first step", "median of steps 5 to 32", box=MARKDOWN)
     for rate in parser.parse_args().rates:
         shares = _shares(rate)

@@ -16,11 +16,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from calibadv.agent.protocol import Protocol
-from calibadv.agent.rollout import Agent, Draws, run_rollouts
+from calibadv.agent.episode import Agent
+from calibadv.agent.rollout import Draws, run_rollouts
 from calibadv.engines import TransformersEngine, VLLMEngine
 from calibadv.interfaces import Engine
-from calibadv.models import load_policy
+from calibadv.policy.loading import load_policy
+from calibadv.protocol.search import Protocol
 from calibadv.retrieval import BM25
 from calibadv.types import Question, Rollout
 from calibadv.world import embedded_world

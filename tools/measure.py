@@ -80,7 +80,8 @@ def _docstrings(tree: ast.Module) -> Iterator[ast.Constant]:
     for node in ast.walk(tree):
         if isinstance(node, _DOCUMENTED) and ast.get_docstring(node):
             statement = node.body[0]
-            assert isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+            assert isinstance(statement, ast.Expr)
+            assert isinstance(statement.value, ast.Constant)
             yield statement.value
 
 

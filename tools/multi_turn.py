@@ -7,11 +7,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from calibadv.agent.protocol import Protocol
-from calibadv.agent.rollout import Agent, Draws, run_rollouts
-from calibadv.agent.tokenizer import AgentTokenizer
+from calibadv.agent.episode import Agent
+from calibadv.agent.rollout import Draws, run_rollouts
 from calibadv.engines import TransformersEngine
-from calibadv.models import Policy, load_policy
+from calibadv.policy.loading import load_policy
+from calibadv.policy.policy import Policy
+from calibadv.protocol.search import Protocol
+from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.retrieval import MemoryRetriever
 from calibadv.types import Completion, Document, DrawKey, Question, Rollout, Sampling
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from calibadv.agent.protocol import Protocol
-from calibadv.agent.rollout import Agent
-from calibadv.agent.tokenizer import AgentTokenizer
+from calibadv.agent.episode import Agent
 from calibadv.interfaces import Engine
-from calibadv.models import Policy
+from calibadv.policy.policy import Policy
+from calibadv.protocol.search import Protocol
+from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.retrieval import MemoryRetriever
 from calibadv.types import Document, Question, Rollout, RolloutStatus, Segment
 from calibadv.world import policy_folder

@@ -33,8 +33,8 @@ import torch
 from digest import curves, rollouts, tensors
 
 from calibadv.retrieval import BM25
-from calibadv.retrieval.wire import parse_request, render_results
-from calibadv.run_folder import RunFolder
+from calibadv.retrieval.http.schema import parse_request, render_results
+from calibadv.runs.folder import RunFolder
 
 STEPS = 6
 SMALL = (

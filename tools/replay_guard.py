@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from calibadv.guard.rules import Limits
-from calibadv.guard.watch import Alarm, Watch
-from calibadv.outcome import outcome
-from calibadv.reports.runs import Run, find_runs, read_runs
+from calibadv.analysis.compare.runs import Run, find_runs, read_runs
+from calibadv.callbacks._collapse.detector import Alarm, Watch
+from calibadv.callbacks._collapse.rules import Limits
+from calibadv.runs.summary import outcome
 
 
 def alarms(run: Run) -> list[Alarm]:

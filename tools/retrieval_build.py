@@ -170,7 +170,7 @@ def encoding_speed(passages: int, threads: int) -> float:
     import torch
     from retrieval_data import Words
 
-    from calibadv.retrieval.encoder import Encoder
+    from calibadv.retrieval.encoders.encoder import Encoder
     from calibadv.types import Document
 
     torch.set_num_threads(threads)

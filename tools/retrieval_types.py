@@ -13,7 +13,7 @@ from retrieval_data import DIMENSION, Vectors
 from rich.console import Console
 from rich.table import Table
 
-from calibadv.retrieval.faiss_index import build_faiss, nearest_rows, set_effort
+from calibadv.retrieval.index.faiss import build_faiss, nearest_rows, set_effort
 
 _TOP_K, _BATCH = 10, 256
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from calibadv.retrieval import BM25
-from calibadv.retrieval.arrow_store import ArrowCorpus
-from calibadv.retrieval.bm25 import build_bm25, save_bm25
-from calibadv.retrieval.convert import convert, file_source
-from calibadv.retrieval.faiss_index import build_faiss, load_faiss, nearest_rows, save_faiss
-from calibadv.retrieval.manifest import write_manifest
+from calibadv.retrieval.corpus.arrow import ArrowCorpus
+from calibadv.retrieval.corpus.convert import convert, file_source
+from calibadv.retrieval.index.bm25 import build_bm25, save_bm25
+from calibadv.retrieval.index.faiss import build_faiss, load_faiss, nearest_rows, save_faiss
+from calibadv.retrieval.index.manifest import write_manifest
 
 TOP_K = 3
 

@@ -11,23 +11,24 @@ from dataclasses import dataclass, field
 import torch
 from random_agent import Episodes, PeakMemory, graded, random_agent, random_questions, written_rollouts
 
-from calibadv.agent.collate import collate, to_device
 from calibadv.agent.rollout import Draws, run_rollouts
+from calibadv.batch import RolloutBatch, collate, to_device
 from calibadv.calibrators import AnswerRebalance, SoftPenalty
 from calibadv.engines import TransformersEngine, VLLMEngine
 from calibadv.estimators import GRPO
 from calibadv.interfaces import Engine
-from calibadv.learner import Learner, LearningRate, Trainee
 from calibadv.losses import PPOClip
-from calibadv.models import enable_checkpointing
-from calibadv.objective import Objective
+from calibadv.planning.job import GPUS, PRECISIONS, Assumptions, Job, Sampler
+from calibadv.planning.model_shape import shape_of
+from calibadv.planning.time import decode_seconds, pass_flops
+from calibadv.policy.loading import enable_checkpointing
 from calibadv.rewards.evidence import credit_rollouts
-from calibadv.sizing.job import GPUS, PRECISIONS, Assumptions, Job, Sampler
-from calibadv.sizing.seconds import decode_seconds, pass_flops
-from calibadv.sizing.shape import shape_of
-from calibadv.stopwatch import Stopwatch
-from calibadv.types import Rollout, RolloutBatch
-from calibadv.update import BatchLogprobs, ReadyBatch, compute_logprobs
+from calibadv.training.logprobs import BatchLogprobs, ReadyBatch, compute_logprobs
+from calibadv.training.objective import Objective
+from calibadv.training.optimization import Learner, Trainee
+from calibadv.training.schedule import LearningRate
+from calibadv.training.timer import Stopwatch
+from calibadv.types import Rollout
 
 WARM_UP = 2
 STAGES = ("rollout", "calibration", "logprobs", "update")

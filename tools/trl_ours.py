@@ -19,15 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from trl_steps import answer, side_parser, wait
 
-from calibadv.agent.protocol import Protocol
+from calibadv.batch import RolloutBatch
 from calibadv.engines import TransformersEngine
 from calibadv.interfaces import AdvantageEstimator
 from calibadv.losses import PPOClip
 from calibadv.module import SearchAgentModule
-from calibadv.numerics.advantage import group_normalise
+from calibadv.numerics.advantages import group_normalise
+from calibadv.protocol.search import Protocol
 from calibadv.retrieval import MemoryRetriever
 from calibadv.rewards import F1
-from calibadv.types import Question, RolloutBatch
+from calibadv.types import Question
 
 
 class StepByStep(Callback):

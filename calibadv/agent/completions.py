@@ -6,82 +6,58 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from calibadv.agent.tokenizer import AgentTokenizer
-from calibadv.contracts import is_number, shown
-from calibadv.engines.stopping import stop_reason
-from calibadv.errors import UserError
+from calibadv.engines._stop import stop_reason
+from calibadv.errors import UserError, is_number, shown
 from calibadv.interfaces import Engine, StreamingEngine
-from calibadv.types import Completion
+from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.types import Completion, Question
 
 if TYPE_CHECKING:
-    from calibadv.agent.episode import Episode
-    from calibadv.agent.rollout import Agent
+    pass
 
 # A logit minus the logsumexp of all of them, in half precision, may round to just above 0 where a token is certain.
 _ROUNDING = 1e-3
 
 
-def check_completion(completion: Any, episode: Episode, agent: Agent) -> None:
-    """Refuse a completion that cannot be one.
-
-    Args:
-        completion: what the engine gave.
-        episode: whose next message it is.
-        agent: its engine, protocol and tokenizer are looked at.
-
-    Raises:
-        UserError: its tokens and log-probabilities are not as many, or more than asked for; a log-probability is not
-            finite or above 0; or tokens stand behind the end of the message.
-    """
-    fault = _fault(completion, agent.tokenizer, agent.protocol.max_turn_tokens)
-    if fault:
-        place = f"question '{episode.question.id}', sample {episode.sample}, message {len(episode.messages) + 1}"
-        raise UserError(f"{type(agent.engine).__name__} gave {fault} ({place})")
-
-
-def check_count(given: Collection[Any], engine: Engine, episodes: Sequence[Episode]) -> None:
-    """Refuse another number of answers than of prompts.
-
-    Args:
-        given: completions, or the numbers of requests.
-        engine: for the message.
-        episodes: whose prompts it was given.
+def check_count(given: Collection[Any], engine: Engine, questions: Sequence[Question]) -> None:
+    """Refuse a number of answers, or of request numbers, that is not that of the prompts.
 
     Raises:
         UserError: there are more or fewer.
     """
-    if not isinstance(given, Collection) or len(given) != len(episodes):
+    if not isinstance(given, Collection) or len(given) != len(questions):
         what = f"{len(given)} answers" if isinstance(given, Collection) else shown(given)
-        first = f", of question '{episodes[0].question.id}' first" if episodes else ""
-        raise UserError(f"{type(engine).__name__} gave {what} to {len(episodes)} prompts{first}; it gives one to each")
+        first = f", of question '{questions[0].id}' first" if questions else ""
+        raise UserError(f"{type(engine).__name__} gave {what} to {len(questions)} prompts{first}; it gives one to each")
 
 
-def collect(engine: StreamingEngine, writing: Mapping[int, Episode]) -> dict[int, Completion]:
-    """Let an engine sample on.
+def collect(engine: StreamingEngine, in_flight: Mapping[int, Question]) -> dict[int, Completion]:
+    """Collect the finished requests of an engine.
 
     Args:
-        engine: with requests under way.
-        writing: the episode of each request.
-
-    Returns:
-        The requests that ended.
+        engine: with requests in flight.
+        in_flight: the question of each request.
 
     Raises:
-        UserError: it names one that is not under way.
+        UserError: the engine names a request that is not in flight.
     """
     done = engine.collect()
-    unknown = done.keys() - writing.keys() if isinstance(done, dict) else {shown(done)}
+    unknown = done.keys() - in_flight.keys() if isinstance(done, dict) else {shown(done)}
     if unknown:
         raise UserError(
             f"{type(engine).__name__} collected {min(map(str, unknown))}, which is no request under way (there are "
-            f"{len(writing)}, that of question '{next(iter(writing.values())).question.id}' first); collect gives a "
+            f"{len(in_flight)}, that of question '{next(iter(in_flight.values())).id}' first); collect gives a "
             "dictionary from the numbers of submit, each once, to completions"
         )
     return done
 
 
-def _fault(completion: Any, tokenizer: AgentTokenizer, most: int) -> str | None:
-    """What was given and what is due, where they differ."""
+def fault_of(completion: Any, tokenizer: AgentTokenizer, most: int) -> str | None:
+    """Describe what is wrong with a completion, None if nothing is.
+
+    It is wrong where its tokens and log-probabilities are not as many, or more than ``most``, a log-probability is not
+    finite or above 0, or tokens follow the one that ends the message.
+    """
     if not isinstance(completion, Completion):
         return f"{shown(completion)}; it gives a calibadv.types.Completion"
     token_ids, logprobs = completion.token_ids, completion.logprobs

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from calibadv.agent.completions import check_completion
-from calibadv.agent.protocol import Message, is_valid, parse_message, render_observation
-from calibadv.interfaces import RetrievalError
+from calibadv.agent.completions import fault_of
+from calibadv.errors import UserError
+from calibadv.interfaces import Engine, RetrievalError, Retriever
+from calibadv.protocol.search import Message, Protocol, is_valid, parse_message, render_observation
+from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.retrieval.asking import Outcome
 from calibadv.types import (
     Completion,
@@ -22,7 +24,7 @@ from calibadv.types import (
 )
 
 if TYPE_CHECKING:
-    from calibadv.agent.rollout import Agent
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,10 @@ def speak(episode: Episode, completion: Completion, agent: Agent) -> None:
     Raises:
         UserError: the engine answered wrongly.
     """
-    check_completion(completion, episode, agent)
+    fault = fault_of(completion, agent.tokenizer, agent.protocol.max_turn_tokens)
+    if fault:
+        place = f"question '{episode.question.id}', sample {episode.sample}, message {len(episode.messages) + 1}"
+        raise UserError(f"{type(agent.engine).__name__} gave {fault} ({place})")
     room = agent.protocol.max_rollout_tokens - len(episode.token_ids)
     token_ids, logprobs = completion.token_ids[:room], completion.logprobs[:room]
     cut = len(token_ids) < len(completion.token_ids) or completion.stop_reason is StopReason.LENGTH
@@ -139,3 +144,13 @@ def finish(episode: Episode, step: int, prepend_think: bool) -> Rollout:
         status=status,
         prompt_ids=episode.prompt_ids,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """What takes part in an episode."""
+
+    engine: Engine
+    retriever: Retriever
+    protocol: Protocol
+    tokenizer: AgentTokenizer

@@ -7,28 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calibadv.agent.completions import check_count
-from calibadv.agent.episode import Episode, finish, observe, query, speak
-from calibadv.agent.protocol import Protocol, parse_message
+from calibadv.agent.episode import Agent, Episode, finish, observe, query, speak
 from calibadv.agent.searching import Searcher, Waiting
 from calibadv.agent.streaming import Key, stream
-from calibadv.agent.tokenizer import AgentTokenizer
+from calibadv.distributed import ALONE, Processes
 from calibadv.errors import UserError
-from calibadv.interfaces import Engine, RetrievalError, Retriever, StreamingEngine
-from calibadv.processes import ALONE, Processes
+from calibadv.interfaces import RetrievalError, StreamingEngine
+from calibadv.protocol.search import parse_message
 from calibadv.types import DrawKey, Question, Rollout, RolloutStatus, Sampling
 
 # A retriever that fails this often is down; going on would train on what is left by chance.
 _MAX_FAILED_SHARE = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Agent:
-    """What takes part in an episode."""
-
-    engine: Engine
-    retriever: Retriever
-    protocol: Protocol
-    tokenizer: AgentTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +90,7 @@ def _march(episodes: Sequence[Episode], agent: Agent, searcher: Searcher, sampli
     while active:
         prompts = [episode.token_ids for episode in active]
         completions = agent.engine.generate(prompts, sampling, [key(episode) for episode in active])
-        check_count(completions, agent.engine, active)
+        check_count(completions, agent.engine, [episode.question for episode in active])
         for episode, completion in zip(active, completions, strict=True):
             speak(episode, completion, agent)
         active = [episode for episode in active if episode.status is None]

@@ -15,7 +15,7 @@ from calibadv.retrieval.asking import Outcome
 from calibadv.types import DrawKey, Sampling
 
 if TYPE_CHECKING:
-    from calibadv.agent.rollout import Agent
+    from calibadv.agent.episode import Agent
 
 Key = Callable[[Episode], DrawKey]
 
@@ -48,7 +48,7 @@ def stream(
     def write(ready: Sequence[Episode]) -> None:
         going = [episode for episode in ready if episode.status is None]
         numbers = engine.submit([e.token_ids for e in going], sampling, [key(e) for e in going])
-        check_count(numbers, engine, going)
+        check_count(numbers, engine, [e.question for e in going])
         writing.update(zip(numbers, going, strict=True))
 
     write(episodes)
@@ -63,7 +63,9 @@ def stream(
             if asking and not searching:
                 searching, asking = asking, []
                 found = background.submit(searcher.search, [query(episode) for episode in searching])
-            for number, completion in collect(engine, writing).items() if writing else ():
+            for number, completion in (
+                collect(engine, {n: e.question for n, e in writing.items()}).items() if writing else ()
+            ):
                 episode = writing.pop(number)
                 speak(episode, completion, agent)
                 if episode.status is None:

@@ -1,7 +1,7 @@
 """Advantage calibrators, one per file. The AdvantageCalibration callback installs them."""
 
 from calibadv.calibrators.answer_rebalance import AnswerRebalance
-from calibadv.calibrators.combination import check_combination
+from calibadv.calibrators.compatibility import check_combination
 from calibadv.calibrators.constant_penalty import ConstantPenalty
 from calibadv.calibrators.negative_clip import NegativeClip
 from calibadv.calibrators.negative_scale import NegativeScale

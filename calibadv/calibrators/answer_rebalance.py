@@ -6,11 +6,11 @@ import math
 
 from torch import Tensor
 
-from calibadv.agent.collate import answer_mask
+from calibadv.batch import RolloutBatch, answer_mask
 from calibadv.errors import UserError
-from calibadv.interfaces import Calibrator, Metrics
+from calibadv.interfaces import Calibrator
 from calibadv.numerics.credit import rebalance_factors, scale_answers
-from calibadv.types import RolloutBatch
+from calibadv.types import Metrics
 
 
 class AnswerRebalance(Calibrator):

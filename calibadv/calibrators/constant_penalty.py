@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calibadv.calibrators.softening import find_punished, soften_searches
+from calibadv.batch import RolloutBatch
+from calibadv.calibrators._penalty import find_punished, soften_searches
 from calibadv.errors import UserError
-from calibadv.interfaces import Calibrator, Metrics
-from calibadv.numerics.controls import mean_over
-from calibadv.types import RolloutBatch
+from calibadv.interfaces import Calibrator
+from calibadv.numerics.credit import mean_over
+from calibadv.types import Metrics
 
 
 class ConstantPenalty(Calibrator):

@@ -6,10 +6,11 @@ import math
 
 from torch import Tensor
 
+from calibadv.batch import RolloutBatch
 from calibadv.errors import UserError
-from calibadv.interfaces import Calibrator, Metrics
-from calibadv.numerics.controls import negative_floor
-from calibadv.types import RolloutBatch
+from calibadv.interfaces import Calibrator
+from calibadv.numerics.credit import negative_floor
+from calibadv.types import Metrics
 
 
 class NegativeClip(Calibrator):

@@ -7,12 +7,13 @@ from typing import Literal
 
 from torch import Tensor
 
+from calibadv.batch import RolloutBatch
 from calibadv.calibrators.answer_rebalance import AnswerRebalance
 from calibadv.calibrators.soft_penalty import SoftPenalty
 from calibadv.errors import UserError
-from calibadv.interfaces import Calibrator, Metrics
-from calibadv.numerics.controls import matching_negative_weight, scale_by_sign
-from calibadv.types import RolloutBatch
+from calibadv.interfaces import Calibrator
+from calibadv.numerics.credit import matching_negative_weight, scale_by_sign
+from calibadv.types import Metrics
 
 
 class NegativeScale(Calibrator):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from calibadv.calibrators.softening import Punished, find_punished, soften_searches
-from calibadv.interfaces import Calibrator, Metrics
-from calibadv.numerics.controls import shuffle
-from calibadv.numerics.draws import uniforms
-from calibadv.types import DrawKey, RolloutBatch
+from calibadv.batch import RolloutBatch
+from calibadv.calibrators._penalty import Punished, find_punished, soften_searches
+from calibadv.interfaces import Calibrator
+from calibadv.numerics.credit import shuffle
+from calibadv.numerics.rng import uniforms
+from calibadv.types import DrawKey, Metrics
 
 
 class ShuffledPenalty(Calibrator):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from calibadv.calibrators.softening import find_punished, soften_searches
-from calibadv.interfaces import Calibrator, Metrics
-from calibadv.types import RolloutBatch
+from calibadv.batch import RolloutBatch
+from calibadv.calibrators._penalty import find_punished, soften_searches
+from calibadv.interfaces import Calibrator
+from calibadv.types import Metrics
 
 
 class SoftPenalty(Calibrator):

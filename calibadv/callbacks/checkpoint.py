@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 
-from calibadv.checkpoint_files import CheckpointFile, write_digests
-from calibadv.errors import RollbackError, StopRequestedError, UserError
-from calibadv.nonfinite import non_finite
-from calibadv.processes import raised_by_all
-from calibadv.retrieval.errors import one_line
-from calibadv.run_folder import RunFolder, remove, replace_durably, step_of
+from calibadv.distributed import raised_by_all
+from calibadv.errors import RollbackError, StopRequestedError, UserError, one_line
+from calibadv.io.files import remove, replace_durably
+from calibadv.runs.checkpoints import CheckpointFile, write_digests
+from calibadv.runs.folder import RunFolder, step_of
+from calibadv.training.nonfinite import non_finite
 
 
 class RolloutCheckpoint(Callback):

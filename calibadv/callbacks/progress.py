@@ -12,7 +12,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from calibadv.metrics import without_result
+from calibadv.training.metrics import without_result
 
 _FIGURES = ("score", "f1", "em", "cover_em", "format_valid", "searches")
 # Time left is estimated from the steps within so many seconds; a step with a large model may take minutes.

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from calibadv.callbacks.guard import CollapseGuard
-from calibadv.callbacks.surroundings import installed
-from calibadv.outcome import outcome
-from calibadv.run_folder import RunFolder, write_atomically
-from calibadv.versions import machine, versions
+from calibadv.callbacks._utils import installed
+from calibadv.callbacks.collapse_guard import CollapseGuard
+from calibadv.io.files import write_atomically
+from calibadv.runs.folder import RunFolder
+from calibadv.runs.summary import outcome
+from calibadv.runs.versions import machine, versions
 
 
 class Results(Callback):

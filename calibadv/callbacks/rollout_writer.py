@@ -8,12 +8,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from calibadv.agent.collate import turn_values
-from calibadv.callbacks.surroundings import writers
+from calibadv.batch import StepOutput, turn_values
+from calibadv.callbacks._utils import writers
 from calibadv.errors import UserError
-from calibadv.rollout_files import write_rollouts
-from calibadv.run_folder import RunFolder
-from calibadv.types import Rollout, RolloutStatus, StepOutput
+from calibadv.runs.folder import RunFolder
+from calibadv.runs.rollouts import write_rollouts
+from calibadv.types import Rollout, RolloutStatus
 
 _STATUSES = list(RolloutStatus)  # what broke off before what is only wrong
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, Trainer
 
+from calibadv.batch import StepOutput
+from calibadv.callbacks._utils import installed, writers
 from calibadv.callbacks.results import Results
-from calibadv.callbacks.surroundings import installed, writers
-from calibadv.outcome import outcome
-from calibadv.settings import as_text
-from calibadv.types import StepOutput
+from calibadv.runs.settings import as_text
+from calibadv.runs.summary import outcome
 
 Setting = str | int | float | bool
 

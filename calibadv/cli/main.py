@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from calibadv.cli.errors import message_for_users, report
-from calibadv.cli.help import PLAN, STUDY, TOOLS, VERBS
-from calibadv.cli.quiet import quiet_environment
+from calibadv.cli.logging import quiet_environment
 from calibadv.cli.threads import sleep_while_waiting
-from calibadv.versions import versions
+from calibadv.config.help import PLAN, STUDY, TOOLS, VERBS
+from calibadv.config.user_errors import message_for_users, report
+from calibadv.runs.versions import versions
 
 _COMMANDS = {**VERBS, **STUDY, **PLAN, **TOOLS}
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sleep_while_waiting()
     try:
         if command in VERBS:
-            from calibadv.cli.lightning import run_verb
+            from calibadv.cli.fit import run_verb
 
             return run_verb(command, rest)
         if command in STUDY:
@@ -52,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return study(rest)
         if command in PLAN:
-            from calibadv.cli.plan import plan
+            from calibadv.planning.command import plan
 
             plan(rest)
             return 0
-        from calibadv.cli.tools import run_tool
+        from calibadv.cli.commands import run_tool
 
         return run_tool(command, rest)
     except Exception as error:

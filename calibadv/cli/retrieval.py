@@ -12,17 +12,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from calibadv.cli.configs import config_name, read_yaml, resolve_config
-from calibadv.cli.explain import explain
+from calibadv.analysis.audit import CoverageAudit, audit_coverage
+from calibadv.config.errors import explain
+from calibadv.config.files import config_name, read_yaml, resolve_config
+from calibadv.data.questions import read_questions
 from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
-from calibadv.questions import read_questions
 from calibadv.retrieval import BM25, Dense  # imports every retriever, and only those have short names
 from calibadv.retrieval.asking import ask, unwrap
-from calibadv.retrieval.audit import CoverageAudit, audit_coverage
-from calibadv.retrieval.manifest import read_manifest
+from calibadv.retrieval.http.server import ServerLimits, run_server
+from calibadv.retrieval.index.manifest import read_manifest
 from calibadv.retrieval.ranking import check_top_k
-from calibadv.retrieval.server import ServerLimits, run_server
 from calibadv.types import ScoredDocument
 
 _RECALL_AT = [2, 5]

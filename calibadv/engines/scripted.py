@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from calibadv.agent.tokenizer import AgentTokenizer
-from calibadv.engines.stopping import stop_reason
+from calibadv.engines._stop import stop_reason
 from calibadv.errors import UserError
 from calibadv.interfaces import Engine
-from calibadv.models import Policy
+from calibadv.policy.policy import Policy
+from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.types import Completion, DrawKey, Sampling, StopReason
 
 

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from calibadv.agent.tokenizer import AgentTokenizer
-from calibadv.engines.attention import grouped_attention
-from calibadv.engines.kv_cache import KeptRows
-from calibadv.engines.stopping import ends_with_search, may_stop, stop_reason
+from calibadv.engines._attention import grouped_attention
+from calibadv.engines._prefix_cache import KeptRows
+from calibadv.engines._stop import ends_with_search, may_stop, stop_reason
 from calibadv.errors import UserError
 from calibadv.interfaces import Engine
-from calibadv.models import Policy
-from calibadv.numerics.draws import uniforms
-from calibadv.numerics.sampling import draw_tokens
+from calibadv.numerics.rng import draw_tokens, uniforms
+from calibadv.policy.policy import Policy
+from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.types import Completion, DrawKey, Sampling, StopReason
 
 

@@ -9,14 +9,14 @@ from importlib.util import find_spec
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
-from calibadv.agent.tokenizer import AgentTokenizer
-from calibadv.engines.draft import Draft
-from calibadv.engines.vllm_host import hosting, reason
+from calibadv.distributed import Processes
+from calibadv.engines._partial_completion import Draft
+from calibadv.engines._vllm_process import hosting, reason
 from calibadv.errors import UserError
 from calibadv.interfaces import StreamingEngine
-from calibadv.models import Policy
-from calibadv.numerics.draws import request_seed
-from calibadv.processes import Processes
+from calibadv.numerics.rng import request_seed
+from calibadv.policy.policy import Policy
+from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.types import Completion, DrawKey, Sampling
 
 if TYPE_CHECKING:

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibadv.agent.protocol import STOP_TAGS
-from calibadv.agent.tokenizer import AgentTokenizer
-from calibadv.engines.draft import Draft
+from calibadv.distributed import Processes
+from calibadv.engines._partial_completion import Draft
 from calibadv.engines.vllm import Dtype
 from calibadv.errors import ServiceError, UserError
 from calibadv.interfaces import StreamingEngine
-from calibadv.models import Policy
-from calibadv.numerics.draws import request_seed
-from calibadv.processes import Processes
+from calibadv.numerics.rng import request_seed
+from calibadv.policy.policy import Policy
+from calibadv.protocol.search import STOP_TAGS
+from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.types import Completion, DrawKey, Sampling
 
 _MOMENT = 0.02  # seconds that collect waits; a search that comes back meanwhile waits no longer

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from calibadv.estimators.checks import check_gamma, check_weight
-from calibadv.estimators.tokens import of_turns
+from calibadv.batch import RolloutBatch
+from calibadv.estimators._broadcast import of_turns
+from calibadv.estimators._validation import check_gamma, check_weight
 from calibadv.interfaces import AdvantageEstimator
-from calibadv.numerics.advantage import group_centre, group_normalise
-from calibadv.numerics.turn_advantage import anchor_advantages
-from calibadv.types import RolloutBatch
+from calibadv.numerics.advantages import anchor_advantages, group_centre, group_normalise
 
 
 class GiGPO(AdvantageEstimator):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from calibadv.estimators.tokens import of_rollouts
+from calibadv.batch import RolloutBatch
+from calibadv.estimators._broadcast import of_rollouts
 from calibadv.interfaces import AdvantageEstimator
-from calibadv.numerics.advantage import group_normalise
-from calibadv.types import RolloutBatch
+from calibadv.numerics.advantages import group_normalise
 
 
 class GRPO(AdvantageEstimator):

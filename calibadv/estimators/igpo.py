@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from calibadv.batch import RolloutBatch
 from calibadv.errors import UserError
-from calibadv.estimators.checks import check_gamma
-from calibadv.estimators.golden import golden_probabilities, turn_gains
-from calibadv.estimators.tokens import of_turns
+from calibadv.estimators._answer_likelihood import golden_probabilities, turn_gains
+from calibadv.estimators._broadcast import of_turns
+from calibadv.estimators._validation import check_gamma
 from calibadv.interfaces import AdvantageEstimator
-from calibadv.numerics.turn_advantage import discounted_sums, gain_rewards
-from calibadv.types import RolloutBatch
+from calibadv.numerics.advantages import discounted_sums, gain_rewards
 
 if TYPE_CHECKING:
-    from calibadv.models import Policy
-    from calibadv.processes import Processes
+    from calibadv.distributed import Processes
+    from calibadv.policy.policy import Policy
 
 
 class IGPO(AdvantageEstimator):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calibadv.estimators.checks import check_weight
-from calibadv.estimators.tokens import of_turns
+from calibadv.batch import RolloutBatch
+from calibadv.estimators._broadcast import of_turns
+from calibadv.estimators._validation import check_weight
 from calibadv.interfaces import AdvantageEstimator
-from calibadv.numerics.advantage import group_normalise
-from calibadv.numerics.turn_advantage import turn_index_advantages
-from calibadv.types import RolloutBatch
+from calibadv.numerics.advantages import group_normalise, turn_index_advantages
 
 
 class MTGRPO(AdvantageEstimator):

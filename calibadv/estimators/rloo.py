@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from calibadv.estimators.tokens import of_rollouts
+from calibadv.batch import RolloutBatch
+from calibadv.estimators._broadcast import of_rollouts
 from calibadv.interfaces import AdvantageEstimator
-from calibadv.numerics.advantage import leave_one_out
-from calibadv.types import RolloutBatch
+from calibadv.numerics.advantages import leave_one_out
 
 
 class RLOO(AdvantageEstimator):

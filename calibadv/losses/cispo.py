@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from calibadv.interfaces import LossInputs, Metrics, PolicyLoss
+from calibadv.interfaces import LossInputs, PolicyLoss
+from calibadv.losses._clipping import check_clips, clip_shares
 from calibadv.losses.aggregation import Aggregation, TokenMean
-from calibadv.losses.clips import check_clips, clip_shares
-from calibadv.numerics.loss import weighted_logprobs
+from calibadv.numerics.losses import weighted_logprobs
+from calibadv.types import Metrics
 
 
 class CISPO(PolicyLoss):

@@ -6,10 +6,11 @@ import logging
 
 from torch import Tensor
 
-from calibadv.interfaces import LossInputs, Metrics, PolicyLoss
+from calibadv.interfaces import LossInputs, PolicyLoss
+from calibadv.losses._clipping import check_clips, clip_shares
 from calibadv.losses.aggregation import Aggregation, TokenMean
-from calibadv.losses.clips import check_clips, clip_shares
-from calibadv.numerics.loss import active_clips, clipped_surrogate, sequence_ratio
+from calibadv.numerics.losses import active_clips, clipped_surrogate, sequence_ratio
+from calibadv.types import Metrics
 
 log = logging.getLogger(__name__)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from calibadv.errors import UserError
-from calibadv.interfaces import LossInputs, Metrics, PolicyLoss
+from calibadv.interfaces import LossInputs, PolicyLoss
+from calibadv.losses._clipping import check_clips, clip_shares
 from calibadv.losses.aggregation import Aggregation, TokenMean
-from calibadv.losses.clips import check_clips, clip_shares
-from calibadv.numerics.loss import active_clips, clipped_surrogate, dual_clip_surrogate
+from calibadv.numerics.losses import active_clips, clipped_surrogate, dual_clip_surrogate
 from calibadv.numerics.ratio import bounded_exponent
+from calibadv.types import Metrics
 
 _USUAL_CLIPS = (0.2, 0.2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calibadv.numerics.shapes import check_shapes
+from calibadv.numerics.masked import check_shapes
 
 
 def token_mean(values: Tensor, num_tokens: float) -> Tensor:

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from calibadv.numerics.masked import check_shapes
 from calibadv.numerics.ratio import bounded_exponent
-from calibadv.numerics.shapes import check_shapes
 
 KLEstimator = Literal["k1", "k2", "k3"]
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calibadv.numerics.shapes import check_shapes
-
 
 def group_sum(values: Tensor, group_ids: Tensor) -> Tensor:
     """Add up the values of each group, in the order of the rows.
@@ -43,3 +41,24 @@ def turn_means(values: Tensor, turn_ids: Tensor, num_turns: int) -> Tensor:
     zeros = torch.zeros(len(values), num_turns + 1, dtype=torch.float64)
     counts = zeros.scatter_add(1, columns, torch.ones_like(addends))
     return (zeros.scatter_add(1, columns, addends) / counts.clamp(min=1))[:, 1:]
+
+
+def check_shapes(spec: str, *tensors: Tensor) -> None:
+    """Check that tensors have the shapes that the letters say; equal letters are equal sizes.
+
+    Args:
+        spec: one group of letters per tensor, as in ``"B T, B K, B"``.
+        *tensors: the tensors, in the order of ``spec``.
+
+    Raises:
+        ValueError: a tensor has another rank, or a letter has two sizes.
+    """
+    sizes: dict[str, int] = {}
+    shapes = [group.split() for group in spec.split(",")]
+    assert len(shapes) == len(tensors), f"{len(shapes)} shapes for {len(tensors)} tensors"
+    for place, (letters, tensor) in enumerate(zip(shapes, tensors, strict=True)):
+        fits = len(letters) == tensor.dim() and all(
+            sizes.setdefault(letter, size) == size for letter, size in zip(letters, tensor.shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"tensor {place} of [{spec}] has shape {list(tensor.shape)}; known sizes are {sizes}")

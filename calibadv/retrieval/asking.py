@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from calibadv.errors import UserError
+from calibadv.errors import UserError, one_line
 from calibadv.interfaces import PartialRetrievalError, RetrievalError, Retriever
-from calibadv.retrieval.errors import one_line
 from calibadv.types import Document, ScoredDocument
 
 Outcome = list[ScoredDocument] | RetrievalError

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
-from calibadv.progress import blocks
-from calibadv.retrieval.corpus import Corpus, open_corpus, searched_text
-from calibadv.retrieval.errors import one_line
-from calibadv.retrieval.manifest import INDEX_NAMES, Manifest, open_index
-from calibadv.retrieval.postings import Postings
+from calibadv.retrieval.corpus.base import Corpus
+from calibadv.retrieval.index.bm25 import build_bm25, load_bm25, tokenize_words
+from calibadv.retrieval.index.manifest import Manifest, open_index
+from calibadv.retrieval.index.open import open_corpus
 from calibadv.retrieval.ranking import best_rows, check_search, check_top_k
-from calibadv.types import Document, ScoredDocument
+from calibadv.types import ScoredDocument
 
 # From this many documents on, indexing takes longer than about two seconds, so a progress bar is shown.
 _LARGE_CORPUS = 20_000
-# Documents whose words are held as text at a time.
-_BLOCK = 1 << 13
-_LANGUAGES = (
-    "english, german, dutch, french, spanish, portuguese, italian, russian, swedish, norwegian, chinese, turkish, "
-    "korean, danish"
-)
 
 
 class BM25(Retriever):
@@ -69,7 +60,7 @@ class BM25(Retriever):
         if index is not None:
             manifest, self.corpus = open_index(Path(index))
             self._stopwords, self._stemmer = _settings_of(index, manifest, stopwords, stemmer)
-            self._index = _load_bm25(Path(index), len(self.corpus))
+            self._index = load_bm25(Path(index), len(self.corpus))
         elif corpus is not None:
             self._stopwords, self._stemmer = "english" if stopwords is None else stopwords, stemmer
             self.corpus = open_corpus(corpus)
@@ -92,7 +83,9 @@ class BM25(Retriever):
             UserError: ``top_k`` is below 1, or ``queries`` is one text.
         """
         check_search(queries, top_k)
-        return [self._search_words(words, top_k) for words in _tokenize(list(queries), self._stopwords, self._stemmer)]
+        return [
+            self._search_words(words, top_k) for words in tokenize_words(list(queries), self._stopwords, self._stemmer)
+        ]
 
     def _search_words(self, words: list[str], top_k: int) -> list[ScoredDocument]:
         # Each different word is scored once, so that a query that repeats one a million times costs no more for it.
@@ -110,56 +103,6 @@ class BM25(Retriever):
         return [ScoredDocument(self.corpus[row], float(scores[row])) for row in best_rows(scores, top_k)]
 
 
-def build_bm25(
-    documents: Sequence[Document], stopwords: str | list[str], stemmer: str | None, show_progress: bool
-) -> Any:
-    """Index documents. Texts are read in blocks; at its peak this needs about 20 bytes per word and document.
-
-    Args:
-        documents: title and text of each are indexed.
-        stopwords: a language, ``none``, or a list of words.
-        stemmer: a Snowball language, or None.
-        show_progress: whether to show a progress bar.
-
-    Returns:
-        A ``bm25s.BM25``.
-
-    Raises:
-        UserError: ``stopwords`` or ``stemmer`` is unknown, or no document has a word.
-    """
-    bm25s = _import_bm25s()
-    _tokenize([], stopwords, stemmer)  # refuses unknown names before anything is read
-    postings = Postings()
-    for block in blocks(documents, _BLOCK, "Indexing the corpus", hidden=not show_progress):
-        postings.add(_tokenize([searched_text(document) for document in block], stopwords, stemmer))
-    if not postings.vocabulary:
-        raise UserError("the corpus has no word to search for; words have at least two characters and no stop-words")
-    index = bm25s.BM25()
-    index.scores = postings.scores(index.k1, index.b)
-    index.vocab_dict = postings.vocabulary
-    index.nonoccurrence_array = None  # of other variants
-    return index
-
-
-def save_bm25(index: Any, folder: Path) -> None:
-    """Write an index: three arrays of numpy, and two JSON files.
-
-    Args:
-        index: of ``build_bm25``.
-        folder: made if it is not there.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written.
-    """
-    index.save(folder, allow_pickle=False, show_progress=False)
-    for name in ("data", "indices", "indptr"):
-        # numpy, which writes them, does not notice where the last bytes find no space.
-        try:
-            np.load(folder / f"{name}.csc.index.npy", mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise OSError(f"{name}.csc.index.npy was cut off, as on a full disk") from error
-
-
 def _settings_of(
     index: str, manifest: Manifest, stopwords: str | list[str] | None, stemmer: str | None
 ) -> tuple[str | list[str], str | None]:
@@ -174,63 +117,3 @@ def _settings_of(
                 "the index again"
             )
     return built["stopwords"], built["stemmer"]
-
-
-def _load_bm25(folder: Path, documents: int) -> Any:
-    bm25s = _import_bm25s()
-    try:
-        index = bm25s.BM25.load(folder / INDEX_NAMES["bm25"], mmap=True, allow_pickle=False)
-        stored = index.scores
-        whole = len(stored["data"]) == len(stored["indices"]) == stored["indptr"][-1]
-        if not whole or stored["num_docs"] != documents or len(index.vocab_dict) != len(stored["indptr"]) - 1:
-            raise UserError("its files do not belong together")
-    except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError) as error:
-        # numpy takes whatever is no array of its own for a pickle, and says how to load that.
-        reason = "one of its arrays is damaged" if "pickle" in str(error) else one_line(error)
-        raise UserError(
-            f"index '{folder}' does not load ({reason}); copy it again, or build it anew with 'calibadv index'"
-        ) from error
-    # Views of the same memory without the class of numpy that makes every slice slower.
-    index.scores = {name: np.asarray(value) if name != "num_docs" else value for name, value in stored.items()}
-    return index
-
-
-def _import_bm25s() -> Any:
-    import bm25s  # type: ignore[import-untyped]
-
-    # bm25s sets its own logger to DEBUG when it is imported.
-    logging.getLogger("bm25s").setLevel(logging.WARNING)
-    return bm25s
-
-
-def _tokenize(texts: list[str], stopwords: str | list[str], stemmer: str | None) -> list[list[str]]:
-    bm25s = _import_bm25s()
-    if isinstance(stopwords, str):
-        left_out: str | list[str] = [] if stopwords == "none" else stopwords
-    else:
-        left_out = [word.lower() for word in stopwords]
-    # One per call: a stemmer must not be used by two threads at once.
-    stem = None if stemmer is None else _make_stemmer(stemmer)
-    try:
-        words: list[list[str]] = bm25s.tokenize(
-            texts, stopwords=left_out, stemmer=stem, return_ids=False, show_progress=False
-        )
-    except ValueError as error:
-        raise UserError(
-            f"stopwords is '{stopwords}'; it must be none, a language ({_LANGUAGES}), or a list of words"
-        ) from error
-    return words
-
-
-def _make_stemmer(language: str) -> Any:
-    try:
-        import Stemmer  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise UserError(
-            f"stemmer '{language}' needs the package PyStemmer; install it with pip install 'calibadv[stem]'"
-        ) from error
-    try:
-        return Stemmer.Stemmer(language)
-    except KeyError as error:
-        known = ", ".join(Stemmer.algorithms())
-        raise UserError(f"stemmer is '{language}'; it must be one of {known}") from error

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from threading import Lock
 
 from calibadv.errors import UserError
-from calibadv.interfaces import Metrics, RetrievalError, Retriever
+from calibadv.interfaces import RetrievalError, Retriever
 from calibadv.retrieval.asking import Outcome, ask, unwrap
 from calibadv.retrieval.ranking import check_search, check_top_k
-from calibadv.types import ScoredDocument
+from calibadv.types import Metrics, ScoredDocument
 
 _Key = tuple[str, int]
 

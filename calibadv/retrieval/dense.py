@@ -9,11 +9,12 @@ from typing import Any
 
 from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
-from calibadv.progress import blocks
-from calibadv.retrieval.corpus import Corpus, open_corpus
-from calibadv.retrieval.encoder import Encoder
-from calibadv.retrieval.faiss_index import check_count, fill_index, load_faiss, make_index, nearest_rows, set_effort
-from calibadv.retrieval.manifest import INDEX_NAMES, open_index
+from calibadv.io.progress_bar import blocks
+from calibadv.retrieval.corpus.base import Corpus
+from calibadv.retrieval.encoders.encoder import Encoder
+from calibadv.retrieval.index.faiss import check_count, fill_index, load_faiss, make_index, nearest_rows, set_effort
+from calibadv.retrieval.index.manifest import INDEX_NAMES, open_index
+from calibadv.retrieval.index.open import open_corpus
 from calibadv.retrieval.ranking import check_search, check_top_k
 from calibadv.types import ScoredDocument
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from math import fsum
 
 from calibadv.errors import UserError
-from calibadv.interfaces import Metrics, RetrievalError, Retriever
+from calibadv.interfaces import RetrievalError, Retriever
 from calibadv.retrieval.asking import Outcome, ask, unwrap
-from calibadv.retrieval.corpus import Corpus
+from calibadv.retrieval.corpus.base import Corpus
 from calibadv.retrieval.ranking import check_search, check_top_k
-from calibadv.types import Document, ScoredDocument
+from calibadv.types import Document, Metrics, ScoredDocument
 
 
 class Hybrid(Retriever):

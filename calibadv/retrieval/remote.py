@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from calibadv.errors import UserError
 from calibadv.interfaces import OutageError, RetrievalError, Retriever
 from calibadv.retrieval.asking import Outcome, unwrap
+from calibadv.retrieval.http.schema import SEARCH_FAILED, Results, parse_results
 from calibadv.retrieval.ranking import check_search, check_top_k
-from calibadv.retrieval.wire import SEARCH_FAILED, Results, parse_results
 from calibadv.types import ScoredDocument
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Remote(Retriever):
         backoff: float = 0.5,
         patience: float = 300.0,
     ) -> None:
-        from calibadv.retrieval.deadline import open_pool
+        from calibadv.retrieval.http.deadline import open_pool
 
         check_top_k(top_k)
         limits = (("retries", retries, 0), ("batch_size", batch_size, 1), ("backoff", backoff, 0))

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from calibadv.errors import UserError
-from calibadv.interfaces import Metrics, RetrievalError, Retriever
+from calibadv.interfaces import RetrievalError, Retriever
 from calibadv.retrieval.asking import ask, unwrap
-from calibadv.retrieval.corpus import searched_text
+from calibadv.retrieval.corpus.base import searched_text
+from calibadv.retrieval.encoders.loading import ModelKind, load_model
 from calibadv.retrieval.hybrid import check_fetch_k
-from calibadv.retrieval.models import ModelKind, load_model
 from calibadv.retrieval.ranking import check_search
-from calibadv.types import ScoredDocument
+from calibadv.types import Metrics, ScoredDocument
 
 _CROSS_ENCODER = ModelKind(
     what="model",

@@ -8,8 +8,9 @@ from functools import partial
 
 from rapidfuzz.distance import Levenshtein
 
-from calibadv.agent.protocol import parse_message
-from calibadv.types import Rollout, group_rollouts
+from calibadv.batch import group_rollouts
+from calibadv.protocol.search import parse_message
+from calibadv.types import Rollout
 
 SILVER_SCORE = 0.7
 """The least score of a rollout whose documents count as evidence."""

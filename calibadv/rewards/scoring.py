@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
-from calibadv.agent.protocol import parse_message
-from calibadv.contracts import checked_score, shown
-from calibadv.errors import ServiceError, StopRequestedError, UserError
+from calibadv.errors import ServiceError, StopRequestedError, UserError, is_number, one_line, shown
 from calibadv.interfaces import Reward
-from calibadv.retrieval.errors import one_line
+from calibadv.protocol.search import parse_message
 from calibadv.rewards.answer import cover_match, exact_match, f1
 from calibadv.types import Question, Rollout
 
@@ -63,3 +62,24 @@ def _ask(reward: Reward, answer: str, question: Question) -> float:
             f"answer {shown(answer)}; a reward scores any text that a policy may write"
         ) from error
     return checked_score(score, reward, question.id)
+
+
+def checked_score(score: Any, reward: Reward, question_id: str) -> float:
+    """See that a reward scored an answer.
+
+    Args:
+        score: what it returned.
+        reward: for the message.
+        question_id: of the answer.
+
+    Returns:
+        The same.
+
+    Raises:
+        UserError: it is no number in [0, 1].
+    """
+    if not (is_number(score) and 0 <= score <= 1):
+        raise UserError(
+            f"{type(reward).__name__} scored {shown(score)} on question '{question_id}'; a reward lies in [0, 1]"
+        )
+    return float(score)

@@ -12,11 +12,12 @@ from jsonargparse import Namespace
 
 from calibadv.calibrators import check_combination
 from calibadv.callbacks import AdvantageCalibration
-from calibadv.cli.configs import ConfigFile, Option, read_config, resolve_config, scan_settings
-from calibadv.cli.errors import message_for_users
-from calibadv.cli.lightning import ReadingCLI
+from calibadv.config.files import ConfigFile, Option, read_config, resolve_config
+from calibadv.config.lightning_cli import ReadingCLI
+from calibadv.config.overlays import scan_settings
+from calibadv.config.user_errors import message_for_users
 from calibadv.errors import UserError
-from calibadv.progress import tracked
+from calibadv.io.progress_bar import tracked
 from calibadv.study.options import refuse_per_run
 
 Settings = dict[str, Any]

@@ -15,19 +15,19 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from calibadv.cli.configs import Option, read_words
-from calibadv.cli.help import describe
-from calibadv.cli.quiet import quiet_libraries
+from calibadv.cli.logging import quiet_libraries
+from calibadv.config.files import Option, read_words
+from calibadv.config.help import describe
 from calibadv.errors import UserError
-from calibadv.run_folder import RunFolder
+from calibadv.runs.folder import RunFolder
+from calibadv.runs.versions import versions
 from calibadv.study.arms import REPORT, ArmCLI, read_arms, resolve_arms
+from calibadv.study.fingerprints import digests
+from calibadv.study.manifest import Record
 from calibadv.study.options import LISTS, PER_RUN, StudyOptions, read_options, split
-from calibadv.study.record import Record
+from calibadv.study.runner import State, run_all
 from calibadv.study.runs import runs_of, write_config
-from calibadv.study.schedule import State, run_all
-from calibadv.study.sources import digests
 from calibadv.study.table import Tables
-from calibadv.versions import versions
 
 _LOCK = ".study.lock"
 _DESCRIPTION = "Train several methods over seeds with everything else equal, and report how they compare."
@@ -190,8 +190,8 @@ def _run(record: Record, jobs: int, options: StudyOptions, command: str) -> int:
 
 def _report(arms: Sequence[str], state: State, options: StudyOptions, command: str) -> None:
     """Write the report of what is finished, as ``compare`` does. It begins with what is not."""
-    from calibadv.reports.compare import compare_runs, print_figures, write_report
-    from calibadv.reports.summary import default_baseline
+    from calibadv.analysis.compare.command import compare_runs, print_figures, write_report
+    from calibadv.analysis.compare.summary import default_baseline
 
     finished = sorted(state.finished, key=lambda run: (arms.index(run.arm), run.seed))
     wanted = options.baseline or default_baseline(arms)

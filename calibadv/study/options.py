@@ -11,8 +11,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from calibadv.cli.configs import ConfigFile, Option
-from calibadv.cli.explain import explain
+from calibadv.config.errors import explain
+from calibadv.config.files import ConfigFile, Option
 from calibadv.errors import UserError
 
 _MAX_SEED = 2**32 - 1  # of NumPy, which LightningCLI seeds too

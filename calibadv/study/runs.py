@@ -8,9 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from calibadv.run_folder import RunFolder, step_of, write_atomically
+from calibadv.io.files import write_atomically
+from calibadv.runs.folder import RunFolder, step_of
 from calibadv.study.arms import Settings
-from calibadv.study.record import Record
+from calibadv.study.manifest import Record
 
 
 @dataclass(frozen=True, slots=True)

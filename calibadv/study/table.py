@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from calibadv.study.runner import State
 from calibadv.study.runs import StudyRun
-from calibadv.study.schedule import State
 
 _LOOK_SECONDS = 2.0
 # Time left is estimated from all of this call: runs come and go, and most of their steps are seen in tens.

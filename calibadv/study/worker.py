@@ -15,8 +15,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from calibadv.cli.main import main as calibadv
-from calibadv.cli.start import STUDY_WORDS
-from calibadv.study.record import Record
+from calibadv.config.run_setup import STUDY_WORDS
+from calibadv.study.manifest import Record
 from calibadv.study.runs import StudyRun, runs_of
 
 

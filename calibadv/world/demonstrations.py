@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import count
 from random import Random
 
-from calibadv.agent.protocol import Protocol, parse_message, render_observation
-from calibadv.agent.tokenizer import AgentTokenizer
+from calibadv.protocol.search import Protocol, parse_message, render_observation
+from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.types import Document
 from calibadv.world.vocabulary import KINDS
 from calibadv.world.world import HOP_SHARES, Path, build_documents, build_facts, find_paths

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from calibadv.agent.tokenizer import AgentTokenizer
-from calibadv.progress import tracked
+from calibadv.io.progress_bar import tracked
+from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.world.demonstrations import CLEAN, PER_WORLD, Demonstration, Noise, demonstrate
 from calibadv.world.tokenizer import build_tokenizer
 

@@ -1,0 +1,1 @@
+"""Reports over finished runs: comparison, viewer, replay and audit."""

@@ -1,0 +1,1 @@
+"""Compare runs: tables, charts and tests."""

@@ -1,0 +1,199 @@
+"""Arms: the runs of a comparison that differ in nothing but the seed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from calibadv.analysis.compare.runs import Run
+from calibadv.errors import UserError
+from calibadv.runs.settings import as_text
+
+# What fit puts at the end of a run's name: calibadv.config.trainer_checks.moment.
+_MOMENT = re.compile(r"(?<=\d)-(?:\d{8}-\d{6}|job[^-]+)$")
+_SHORT_VALUE = 40
+_SEED_FOLDER = re.compile(r"(?:seed)?[-_=.]?\d+")
+_SEED_SUFFIX = re.compile(r"[-_=.]?(?:seed)?[-_=.]?(\d+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One method in its setting, with a run per seed.
+
+    Attributes:
+        name: unique in the comparison.
+        runs: in the order of their seeds.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def ours(self) -> bool:
+        """Whether this program made the runs."""
+        return self.runs[0].ours
+
+    @property
+    def finished(self) -> list[Run]:
+        """The runs that have figures: trained to the end, with validations."""
+        return [run for run in self.runs if run.finished]
+
+    @property
+    def unfinished(self) -> list[Run]:
+        """The other ones."""
+        return [run for run in self.runs if not run.finished]
+
+
+def group_arms(runs: Sequence[Run]) -> list[Arm]:
+    """Put runs together that differ in nothing but the seed.
+
+    An arm is called as a study calls it, by the folder that holds ``seed0``, ``seed1``, ...; else by what is left of
+    its runs' names without the seed; else by a folder that holds its runs and no others. Where that is not one name, or
+    several arms have it, what differs between them is said, and at last the path of the first run.
+
+    Args:
+        runs: at least one. Those of other programs belong together where their folders' names differ in a number at
+            the end only.
+
+    Returns:
+        Arms in the order of their first runs.
+
+    Raises:
+        UserError: two runs of an arm have one seed.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_key(run), []).append(run)
+    members = list(groups.values())
+    arms = [Arm(name, tuple(sorted(group, key=_by_seed))) for name, group in zip(_names(members), members, strict=True)]
+    for arm in arms:
+        _check_seeds(arm)
+    return arms
+
+
+def _key(run: Run) -> str:
+    if run.settings is None:
+        return str(run.path.parent / _SEED_SUFFIX.sub("", run.path.name))
+    return json.dumps(run.settings, sort_keys=True, default=str)
+
+
+def _by_seed(run: Run) -> tuple[bool, int, str]:
+    return (run.seed is None, run.seed or 0, run.label)
+
+
+def _check_seeds(arm: Arm) -> None:
+    for before, run in zip(arm.runs, arm.runs[1:], strict=False):
+        if run.seed is not None and before.seed == run.seed:
+            raise UserError(
+                f"runs '{before.path}' and '{run.path}' have the same settings and the same seed {run.seed}; "
+                "leave one of them out"
+            )
+
+
+def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
+    owners = Counter(parent for group in groups for parent in {run.path.parent for run in group})
+    bases = [_base_name(group) for group in groups]
+    names = [""] * len(groups)
+    for proposed in (bases, [_own_folder(group, owners) for group in groups]):
+        unique = [name if proposed.count(name) == 1 and name not in names else "" for name in proposed]
+        names = [name or other for name, other in zip(names, unique, strict=True)]
+    nameless = [place for place, name in enumerate(names) if not name]
+    for base in {bases[place] for place in nameless}:
+        alike = [place for place in nameless if bases[place] == base]
+        for place, given in zip(alike, _settings_names([groups[place][0] for place in alike]), strict=True):
+            names[place] = ", ".join(filter(None, [base, given]))
+    counts = Counter(names)
+    return [name if counts[name] == 1 else group[0].label for name, group in zip(names, groups, strict=True)]
+
+
+def _like_seeds(group: Sequence[Run]) -> bool:
+    """Whether the runs lie as a study lays them: seed0, seed1, ..."""
+    return all(_SEED_FOLDER.fullmatch(run.path.name) for run in group)
+
+
+def _base_name(group: Sequence[Run]) -> str:
+    """``grpo`` for grpo/seed0 and grpo/seed1; else what is left of the runs' names without the seed, if that is one."""
+    folders = {run.path.parent.name for run in group}
+    if len(folders) == 1 and _like_seeds(group):
+        return folders.pop()
+    names = {_without_seed(run) for run in group}
+    return names.pop() if len(names) == 1 else ""
+
+
+def _without_seed(run: Run) -> str:
+    """``quickstart`` for the name that ``fit`` gives a run; whole where the number at its end is not the seed."""
+    name = _MOMENT.sub("", run.path.name) if run.ours else run.path.name
+    ending = _SEED_SUFFIX.search(name)
+    is_seed = ending is not None and (not run.ours or int(ending[1]) == run.seed)
+    return _SEED_SUFFIX.sub("", name) if is_seed else name
+
+
+def _own_folder(group: Sequence[Run], owners: Mapping[Path, int]) -> str:
+    """``grpo`` for grpo/monday and grpo/tuesday, where that folder holds no other arm's runs."""
+    folders = {run.path.parent for run in group}
+    alone = len(folders) == 1 and owners[group[0].path.parent] == 1 and not _like_seeds(group)
+    return folders.pop().name if alone else ""
+
+
+def _settings_names(runs: Sequence[Run]) -> list[str]:
+    """``learning_rate=0.0006`` and the like: of the settings that differ, as many as tell all runs apart."""
+    settings = [(key.rpartition(".")[2], texts) for key, texts in differing_settings(runs).items()]
+    names: list[str] = [""] * len(runs)
+    for longest, count in product((_SHORT_VALUE, None), range(1, len(settings) + 1)):
+        chosen = settings[:count]
+        names = [_joined([(key, texts[place]) for key, texts in chosen], longest) for place in range(len(runs))]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _joined(settings: Sequence[tuple[str, str]], longest: int | None) -> str:
+    shown = [
+        (key, text if longest is None or len(text) <= longest else f"{text[:longest]}...") for key, text in settings
+    ]
+    return ", ".join(f"{key}={text}" for key, text in shown if text)
+
+
+def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Compare the configs of runs.
+
+    Args:
+        runs: one per arm.
+
+    Returns:
+        For each setting that is not the same in all of our runs, its value in each run: empty where it has none, as in
+        every run of another program.
+    """
+    return {key: texts for key, texts in _settings(runs).items() if len(_values(texts, runs)) > 1}
+
+
+def shared_settings(runs: Sequence[Run]) -> dict[str, str]:
+    """The rest of what ``differing_settings`` compares.
+
+    Args:
+        runs: one per arm.
+
+    Returns:
+        For each setting that is the same in all of our runs, its value.
+    """
+    values = {key: _values(texts, runs) for key, texts in _settings(runs).items()}
+    return {key: found.pop() for key, found in values.items() if len(found) == 1}
+
+
+def _settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+    keys = dict.fromkeys(key for run in runs for key in run.settings or ())
+    return {key: [_value(run.settings or {}, key) for run in runs] for key in keys}
+
+
+def _values(texts: Sequence[str], runs: Sequence[Run]) -> set[str]:
+    return {text for text, run in zip(texts, runs, strict=True) if run.ours}
+
+
+def _value(settings: Mapping[str, Any], key: str) -> str:
+    return as_text(settings[key]) if key in settings else ""

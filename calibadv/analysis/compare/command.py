@@ -1,0 +1,167 @@
+"""The command ``calibadv compare``: from run folders to a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from calibadv.analysis.compare.arms import Arm, group_arms
+from calibadv.analysis.compare.charts import figure_png, figure_svg
+from calibadv.analysis.compare.curve_docs import known_tags
+from calibadv.analysis.compare.curves import read_names
+from calibadv.analysis.compare.page import draw_charts, render_html, render_markdown
+from calibadv.analysis.compare.runs import find_runs, read_runs
+from calibadv.analysis.compare.scores import score_run
+from calibadv.analysis.compare.sections import chart, panel
+from calibadv.analysis.compare.summary import Figures, choose_baseline, summarise
+from calibadv.errors import UserError
+from calibadv.io.files import replace_durably
+from calibadv.io.progress_bar import tracked
+from calibadv.runs.folder import RunFolder
+from calibadv.runs.versions import machine
+
+_HEADLINE, _HEADLINE_TITLE = "val/f1", "validation F1"
+
+
+def compare(runs: list[Path], out: Path, baseline: str | None = None, names: Path | None = None) -> None:
+    """Compare trained runs: curves, final figures with intervals, and paired tests against a baseline.
+
+    Runs that differ in the seed only form an arm. Written are report.html, report.md, figure.svg and figure.png;
+    results.json, which is the same for the same runs; and timing.json, with seconds, commands and the machine.
+
+    Args:
+        runs: Run folders, or folders that hold such at any depth, as a study's does.
+        out: Folder to write the report into; its files of these names are replaced when all is done.
+        baseline: Name of the arm that the others are compared with; by default grpo, or else the first.
+        names: Name map for the TensorBoard curves of other programs, YAML: 'our tag: their tag' a line.
+
+    Raises:
+        UserError: there is nothing to compare, or a file cannot be used; ``out`` is then left as it was.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out '{out}' is not a folder; give one, or a name that is free")
+    if RunFolder(out).config(None).exists() or RunFolder(out).holds_study:
+        raise UserError(f"out '{out}' is the folder of a run or a study, whose files it would mix with; give another")
+    figures, arms = compare_runs(runs, baseline, names)
+    write_report(out, figures, arms)
+    print_figures(figures)
+
+
+def compare_runs(
+    runs: Sequence[Path], baseline: str | None = None, names: Path | None = None
+) -> tuple[Figures, list[Arm]]:
+    """Read runs and compute all figures of their comparison.
+
+    Args:
+        runs: as of ``compare``.
+        baseline: as of ``compare``.
+        names: as of ``compare``.
+
+    Returns:
+        The content of results.json, and the arms.
+
+    Raises:
+        UserError: as of ``compare``.
+    """
+    if not runs:
+        raise UserError("runs names no folder; give run folders, or folders that hold such")
+    mapped = {} if names is None else read_names(names, known_tags())
+    paths = find_runs(runs)
+    found = list(tracked(read_runs(paths, mapped), "Reading runs", len(paths)))
+    if mapped and all(run.ours for run in found):
+        raise UserError(f"name map '{names}' is for runs of other programs, and all of these are ours; leave it out")
+    arms = group_arms(found)
+    chosen = choose_baseline(arms, baseline)
+    finished = [run for arm in arms for run in arm.finished]
+    scored = iter(list(tracked(map(score_run, finished), "Scoring questions", len(finished))))
+    scores = {arm.name: [next(scored) for _ in arm.finished] for arm in arms}
+    return summarise(arms, chosen, scores), arms
+
+
+def write_report(out: Path, figures: Figures, arms: Sequence[Arm], command: str | None = None) -> None:
+    """Write all files of a report, each whole or not at all.
+
+    Args:
+        out: the folder; it is made.
+        figures: the content of results.json.
+        arms: all.
+        command: what made the runs, if it is one.
+    """
+    timing = _timing(arms, command)
+    sections = panel(arms)
+    arm_names = [arm.name for arm in arms]
+    total = sum(len(section.charts) for section in sections)
+    pictures = dict(tracked(draw_charts(sections, arm_names), "Drawing", total))
+    drawn = [(section, [pictures[entry.tag] for entry in section.charts]) for section in sections]
+    contents: dict[str, str | bytes] = {
+        "report.html": render_html(figures, timing, arms, drawn),
+        "timing.json": _json(timing),
+        "results.json": _json(figures),
+    }
+    headline = chart(_HEADLINE, arms)
+    contents["report.md"] = render_markdown(figures, timing, arms, has_figure=bool(headline.bands))
+    if headline.bands:
+        contents["figure.svg"] = figure_svg(headline, arm_names, _HEADLINE_TITLE)
+        contents["figure.png"] = figure_png(headline, arm_names, _HEADLINE_TITLE)
+    _write_together(out, contents)
+    if not headline.bands:
+        for name in ("figure.svg", "figure.png"):  # of a report that stood here before
+            (out / name).unlink(missing_ok=True)
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _write_together(out: Path, contents: dict[str, str | bytes]) -> None:
+    """Write files beside their places first, and put them there when all are written."""
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f".report.{os.getpid()}.partial"
+    partial.mkdir()
+    try:
+        for name, content in contents.items():
+            (partial / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        for name in contents:
+            replace_durably(partial / name, out / name)
+    finally:
+        shutil.rmtree(partial)
+
+
+def _timing(arms: Sequence[Arm], command: str | None) -> dict[str, Any]:
+    """What depends on when and where the runs and the report were made."""
+    rows = {
+        run.label: {
+            "arm": arm.name,
+            "wall_seconds": run.results.get("wall_seconds"),
+            "command": run.results.get("command"),
+        }
+        for arm in arms
+        for run in arm.runs
+    }
+    means = {}
+    for arm in arms:
+        seconds = [run.results["wall_seconds"] for run in arm.finished if "wall_seconds" in run.results]
+        means[arm.name] = round(sum(seconds) / len(seconds), 1) if seconds else None
+    written = datetime.now().astimezone().isoformat(timespec="seconds")
+    return {"written": written, "command": command, "compared_on": machine(), "mean_wall_seconds": means, "runs": rows}
+
+
+def print_figures(figures: Figures) -> None:
+    """Print what a report says in words.
+
+    Args:
+        figures: the content of results.json.
+    """
+    console = Console(soft_wrap=True)
+    for warning in figures["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+    for row in figures["arms"]:
+        if "difference" in row:
+            console.print(row["difference"]["verdict"], highlight=False, markup=False)

@@ -1,0 +1,59 @@
+"""What a curve means in one line: read from docs/curves.md, so that it is written down once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+_TAG = re.compile(r"`([a-z_]+/[^`\s]+)`")
+_ROW = re.compile(r"^\| (`.+?`) \| (.+) \|$", re.MULTILINE)
+_LINK = re.compile(r"\[([^]]*)\]\([^)]*\)")
+
+
+@cache
+def _page() -> str:
+    package = Path(str(files("calibadv")))
+    installed = package / "analysis" / "compare" / "curves.md"
+    path = installed if installed.is_file() else package.parent / "docs" / "curves.md"
+    return path.read_text("utf-8")
+
+
+def _pattern(tag: str) -> re.Pattern[str]:
+    """A tag of the page as a pattern: ``<source>`` stands for one part of a name, ``...`` for the rest of one."""
+    return re.compile(re.sub(r"<[^>]*>", "[^/]+", re.escape(tag)).replace(re.escape("..."), ".+"))
+
+
+@cache
+def known_tags() -> tuple[re.Pattern[str], ...]:
+    """The names of our curves.
+
+    Returns:
+        Patterns; a tag is ours if one of them matches the whole of it.
+    """
+    return tuple(_pattern(tag) for tag in dict.fromkeys(_TAG.findall(_page())))
+
+
+@cache
+def _definitions() -> tuple[tuple[re.Pattern[str], str], ...]:
+    return tuple(_read_definitions())
+
+
+def _read_definitions() -> Iterator[tuple[re.Pattern[str], str]]:
+    for tags, text in _ROW.findall(_page()):
+        for tag in _TAG.findall(tags):
+            yield _pattern(tag), _LINK.sub(r"\1", text).replace("`", "")
+
+
+def meaning(tag: str) -> str:
+    """What a curve means.
+
+    Args:
+        tag: its name.
+
+    Returns:
+        Its definition in docs/curves.md as plain text; empty for a curve that the page does not define.
+    """
+    return next((text for pattern, text in _definitions() if pattern.fullmatch(tag)), "")

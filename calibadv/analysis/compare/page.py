@@ -1,0 +1,215 @@
+"""The report as files: report.html, report.md and the figure for a README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from calibadv.analysis.compare.arms import Arm
+from calibadv.analysis.compare.charts import MOST_BANDS, chart_svg
+from calibadv.analysis.compare.curve_docs import meaning
+from calibadv.analysis.compare.palette import styles
+from calibadv.analysis.compare.sections import Section, step_window
+from calibadv.analysis.compare.summary import Figures
+
+_NOTHING = "\u2013"
+
+
+def render_html(
+    figures: Figures, timing: Mapping[str, Any], arms: Sequence[Arm], drawn: Sequence[tuple[Section, Sequence[str]]]
+) -> str:
+    """Fill in the page.
+
+    Args:
+        figures: the content of results.json.
+        timing: the content of timing.json.
+        arms: all.
+        drawn: sections, each with the SVG of its charts.
+
+    Returns:
+        HTML that loads nothing.
+    """
+    from markupsafe import Markup
+
+    sections = [
+        {
+            "title": section.title,
+            "constant": section.constant,
+            "single": section.single,
+            "charts": [
+                {"tag": chart.tag, "meaning": meaning(chart.tag), "svg": Markup(svg)}
+                for chart, svg in zip(section.charts, pictures, strict=True)
+            ],
+        }
+        for section, pictures in drawn
+    ]
+    legend = [
+        {"name": arm.name, "place": place, "style": style}
+        for place, (arm, style) in enumerate(zip(arms, styles(len(arms)), strict=True))
+    ]
+    template = _environment(escape=True).get_template("page.html")
+    page: str = template.render(**_shared(figures, timing, arms), sections=sections, legend=legend)
+    return page
+
+
+def render_markdown(figures: Figures, timing: Mapping[str, Any], arms: Sequence[Arm], has_figure: bool) -> str:
+    """Fill in the page without the curves.
+
+    Args:
+        figures: the content of results.json.
+        timing: the content of timing.json.
+        arms: all.
+        has_figure: whether there is a ``figure.svg`` to show.
+
+    Returns:
+        Markdown.
+    """
+    template = _environment(escape=False).get_template("report.md")
+    page: str = template.render(
+        **_shared(figures, timing, arms), has_figure=has_figure, has_bands=len(arms) <= MOST_BANDS
+    )
+    return page
+
+
+def draw_charts(sections: Sequence[Section], names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Draw every chart.
+
+    Args:
+        sections: as ``panel`` gives them.
+        names: of all arms.
+
+    Yields:
+        The name of the curve, and an SVG.
+    """
+    charts = [chart for section in sections for chart in section.charts]
+    for number, chart in enumerate(charts):
+        yield chart.tag, chart_svg(chart, names, f"c{number}-")
+
+
+def _environment(escape: bool) -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("calibadv.analysis.compare"),
+        autoescape=escape,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "share": _share,
+        "figure": _figure,
+        "signed": _signed,
+        "cell": _cell,
+        "code": _code,
+        "duration": _duration,
+    }
+    return environment
+
+
+def _shared(figures: Figures, timing: Mapping[str, Any], arms: Sequence[Arm]) -> dict[str, Any]:
+    seeds = sorted({run["seed"] for run in figures["runs"]}, key=lambda seed: (seed is None, seed or 0))
+    by_seed = {(run["arm"], run["seed"]): run for run in figures["runs"]}
+    return {
+        "figures": figures,
+        "timing": timing,
+        "seeds": seeds,
+        "run_of": lambda arm, seed: by_seed.get((arm, seed)),
+        "untrained_in": _untrained_in,
+        "some_collapsed": any(run.get("collapsed") for run in figures["runs"]),
+        "several_starts": len(figures["untrained"]) > 1,
+        "window": step_window(arms),
+        "made_with": _made_with(figures),
+        "validated": _validated(figures),
+        "command": timing.get("command"),
+        "over": _over(figures),
+    }
+
+
+def _untrained_in(start: Mapping[str, Any], seed: int | None) -> str:
+    """F1 before training with a seed: one figure for all seeds that start alike, else each its own."""
+    if start["seeds"] is None:
+        return f"{start['f1']['mean']:.3f}"
+    by_seed = dict(zip(start["seeds"], start["f1"]["by_run"], strict=True))
+    return f"{by_seed[seed]:.3f}" if seed in by_seed else _NOTHING
+
+
+def _made_with(figures: Figures) -> dict[str, str]:
+    """Versions, threads, devices and machines of the runs, each with all values that occur."""
+    found: dict[str, dict[str, None]] = {}
+    for run in figures["runs"]:
+        values = {
+            "threads": run["threads"],
+            "device": run["device"],
+            **(run["versions"] or {}),
+            **(run["machine"] or {}),
+        }
+        for name, value in values.items():
+            if value is not None:
+                found.setdefault(name, {})[str(value)] = None
+    return {name: " / ".join(values) for name, values in found.items()}
+
+
+def _validated(figures: Figures) -> str:
+    """On how many questions and at which steps, where all finished runs agree."""
+    counts = {arm["questions"] for arm in figures["arms"] if arm["finished"]}
+    steps = {tuple(row["step"] for row in run["validations"]) for run in figures["runs"] if run["finished"]}
+    if len(counts) != 1 or len(steps) != 1 or None in counts:
+        return ""
+    return f"on {counts.pop()} questions at the rollout steps {', '.join(map(str, steps.pop()))}"
+
+
+def _over(figures: Figures) -> str:
+    """What the intervals are over: once where it is the same for all arms."""
+    by_kind: dict[str, list[str]] = {}
+    for arm in figures["arms"]:
+        by_kind.setdefault(arm["over"], []).append(arm["name"])
+    if len(by_kind) == 1:
+        return next(iter(by_kind))
+    return "; ".join(f"{kind} for {', '.join(names)}" for kind, names in by_kind.items())
+
+
+def _share(collapsed: Mapping[str, Any]) -> str:
+    """``1 of 10 [0.02, 0.40]``."""
+    return f"{collapsed['runs']} of {collapsed['of']} [{collapsed['low']:.2f}, {collapsed['high']:.2f}]"
+
+
+def _figure(entry: Mapping[str, Any] | None) -> str:
+    """``0.652 [0.561, 0.731]``."""
+    return _numbers(entry, "{:.3f}")
+
+
+def _signed(entry: Mapping[str, Any] | None) -> str:
+    """``+0.052 [-0.061, +0.131]``."""
+    return _numbers(entry, "{:+.3f}")
+
+
+def _numbers(entry: Mapping[str, Any] | None, form: str) -> str:
+    if entry is None:
+        return _NOTHING
+    mean = form.format(entry["mean"])
+    if entry["low"] is None:
+        return mean
+    return f"{mean} [{form.format(entry['low'])}, {form.format(entry['high'])}]"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return _NOTHING
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _cell(value: Any) -> str:
+    """Text that can stand in a cell of a Markdown table."""
+    text = " ".join(str(value).split())
+    for character in "\\|<`*_[":
+        text = text.replace(character, f"\\{character}" if character != "<" else "&lt;")
+    return text
+
+
+def _code(value: str) -> str:
+    """The same, as code."""
+    return "`" + value.replace("`", "'").replace("|", "\\|") + "`" if value else _NOTHING

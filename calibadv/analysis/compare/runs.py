@@ -1,0 +1,248 @@
+"""Runs to compare: found below the folders given, and read into one record each."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from calibadv.analysis.compare.curve_docs import known_tags
+from calibadv.analysis.compare.curves import Curves, event_files, read_curves, rename
+from calibadv.errors import UserError
+from calibadv.runs.folder import STUDY_FILE, RunFolder
+from calibadv.runs.settings import changed_settings, method_of
+
+_SEED = re.compile(r"(?:^|seed|[-_=.])(\d+)$")
+_DIGITS = re.compile(r"(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run folder holds.
+
+    Attributes:
+        path: the folder.
+        label: what it is called in the report: its path below what all runs have in common.
+        seed: None if it is not known.
+        settings: the resolved config, flat, without what may differ in an arm; None for a run of another program.
+        results: what results.json holds; empty without one.
+        curves: by our names.
+        planned: rollout steps that the config asks for; None for a run of another program.
+        notes: what a reader of the report should know of this run.
+    """
+
+    path: Path
+    label: str
+    seed: int | None
+    settings: Mapping[str, Any] | None
+    results: Mapping[str, Any]
+    curves: Curves
+    planned: int | None
+    notes: Sequence[str] = field(default=())
+
+    @property
+    def ours(self) -> bool:
+        """Whether this program made it."""
+        return self.settings is not None
+
+    @property
+    def steps_done(self) -> int:
+        """Rollout steps that results.json or else the curves record."""
+        last = max((max(curve) for curve in self.curves.values()), default=0)
+        return int(self.results.get("rollout_step", last))
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is trained to the end and validated, as far as can be known."""
+        if self.planned is None:
+            return bool(self.validations)
+        done = int(self.results.get("rollout_step", 0)) >= self.planned or self.stopped_by_guard
+        return done and bool(self.validations)
+
+    @property
+    def stopped_by_guard(self) -> bool:
+        """Whether a CollapseGuard ended it: what is left out of a comparison then would be its failures."""
+        return bool(self.results.get("stopped_by_guard"))
+
+    @property
+    def validations(self) -> list[dict[str, float]]:
+        """Each validation: ``step``, ``f1`` and whatever else is known of it; empty if F1 is not."""
+        if self.ours:
+            return [dict(row) for row in self.results.get("validations", ()) if "f1" in row]
+        names = [tag.removeprefix("val/") for tag in self.curves if tag.startswith("val/")]
+        steps = self.curves.get("val/f1", {})
+        found = {name: self.curves[f"val/{name}"] for name in names}
+        return [
+            {"step": step, **{name: curve[step] for name, curve in found.items() if step in curve}} for step in steps
+        ]
+
+
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """Find the run folders among and below some folders.
+
+    Args:
+        folders: run folders, or folders that hold such at any depth.
+
+    Returns:
+        Absolute paths, each once: in the order of ``folders``, and below one of them by name, numbers by value; but
+        the arms of a study in its order.
+
+    Raises:
+        UserError: a folder does not exist, or has no run.
+    """
+    found: dict[Path, None] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"run '{folder}' is not a folder; give run folders, or folders that hold such")
+        below = list(_walk(folder.resolve()))
+        if not below:
+            raise UserError(
+                f"'{folder}' holds no run: no config.yaml of a run, and no TensorBoard event files; "
+                "give run folders, or folders that hold such"
+            )
+        found |= dict.fromkeys(below)
+    return list(found)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    if _is_run(folder):
+        yield folder
+        return
+    yield from _below(folder)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    arms = _arms_of_study(folder)
+
+    def place(path: Path) -> tuple[int, list[tuple[int, str]]]:
+        return (arms.index(path.name) if path.name in arms else len(arms), _natural(path))
+
+    for path in sorted(folder.iterdir(), key=place):
+        if path.is_dir() and not path.name.startswith("."):
+            yield from _walk(path)
+
+
+def _arms_of_study(folder: Path) -> list[str]:
+    """In the order in which the study has named them; empty where there is no study of ours."""
+    record = folder / STUDY_FILE
+    try:
+        content = json.loads(record.read_text("utf-8")) if record.is_file() else None
+    except ValueError:
+        content = None
+    return list(content["arms"]) if isinstance(content, dict) and isinstance(content.get("arms"), dict) else []
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in _DIGITS.split(path.name)]
+
+
+def _is_run(folder: Path) -> bool:
+    return bool(event_files(folder)) or _is_ours(folder)
+
+
+def _is_ours(folder: Path) -> bool:
+    config = folder / "config.yaml"
+    return config.is_file() and "rollout_steps" in config.read_text("utf-8", errors="replace")
+
+
+def read_runs(paths: Sequence[Path], names: Mapping[str, str]) -> Iterator[Run]:
+    """Read run folders.
+
+    Args:
+        paths: as ``find_runs`` gives them.
+        names: for the runs of other programs, their tag by our tag; empty to take tags as they are.
+
+    Yields:
+        One record per folder.
+
+    Raises:
+        UserError: a file is damaged, or a run of another program has none of our curves.
+    """
+    common = Path(os.path.commonpath([path.parent for path in paths]))
+    for path in paths:
+        label = path.relative_to(common).as_posix()
+        yield _read_ours(path, label) if _is_ours(path) else _read_foreign(path, label, names)
+
+
+def _read_ours(path: Path, label: str) -> Run:
+    folder = RunFolder(path)
+    started, newest = folder.config(None), folder.newest_config()
+    first = _read_yaml(started)
+    last = first if newest == started else _read_yaml(newest)
+    try:
+        results = folder.read_results()
+    except ValueError as error:
+        raise UserError(f"'{folder.results}' is no JSON ({error}); copy it again, or leave its run out") from error
+    changed = changed_settings(first, last)
+    curves = read_curves(path)
+    notes = [f"{label}: resumed with other settings ({', '.join(changed)})"] if changed else []
+    if not curves:
+        notes.append(f"{label}: no TensorBoard curves; only the figures of its validations are shown")
+    notes += _not_finite(curves, label)
+    inside = [found.relative_to(path).as_posix() for found in _below(path) if _is_ours(found)]
+    if inside:
+        notes.append(f"{label}: the runs inside its folder are not compared ({', '.join(inside)}); move them out")
+    validations = _validation_curves(results.get("validations", ()))
+    seed = last.get("seed_everything")
+    return Run(
+        path=path,
+        label=label,
+        seed=seed if isinstance(seed, int) else None,
+        settings=method_of(last),
+        results=results,
+        curves={**curves, **validations},
+        planned=int(last["model"]["rollout_steps"]),
+        notes=notes,
+    )
+
+
+def _validation_curves(validations: Sequence[Mapping[str, float]]) -> Curves:
+    """The same as TensorBoard has them, but not rounded to 32 bits."""
+    curves: Curves = {}
+    for row in validations:
+        for name, value in row.items():
+            if name != "step":
+                curves.setdefault(f"val/{name}", {})[int(row["step"])] = float(value)
+    return curves
+
+
+def _read_foreign(path: Path, label: str, names: Mapping[str, str]) -> Run:
+    read = read_curves(path)
+    curves = rename(read, names) if names else {tag: read[tag] for tag in read if _is_known(tag)}
+    if not curves:
+        tags = ", ".join(sorted(read)[:12]) + (", ..." if len(read) > 12 else "")
+        reason = "tags of the name map" if names else "curves; map its tags with --names"
+        raise UserError(f"run '{path}' is not ours, and has none of our {reason}. It has: {tags or 'no scalars'}")
+    missing = [f"{ours} ({theirs})" for ours, theirs in names.items() if ours not in curves]
+    notes = [f"{label}: without {', '.join(missing)}, which the name map names"] if missing else []
+    notes += _not_finite(curves, label)
+    found = _SEED.search(path.name)
+    return Run(path, label, int(found[1]) if found else None, None, {}, curves, None, notes)
+
+
+def _not_finite(curves: Curves, label: str) -> list[str]:
+    counts = {tag: sum(not math.isfinite(value) for value in curve.values()) for tag, curve in curves.items()}
+    found = [f"{tag} ({count} steps)" for tag, count in counts.items() if count]
+    return [f"{label}: not finite, and so not drawn: {', '.join(found)}"] if found else []
+
+
+def _is_known(tag: str) -> bool:
+    return any(pattern.fullmatch(tag) for pattern in known_tags())
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"'{path}' is no YAML ({reason}); copy it again, or leave its run out") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"'{path}' is no config of a run; copy it again, or leave its run out")
+    return content

@@ -1,0 +1,109 @@
+"""The stability panel: which curves stand where, and the bands of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from calibadv.analysis.compare.arms import Arm
+from calibadv.analysis.compare.charts import Chart
+from calibadv.analysis.compare.curves import band, windows
+
+# In this order; each holds the curves of a prefix, the last one all that is left.
+_GROUPS = {
+    "val": "Validation",
+    "stability": "Stability",
+    "reward": "Reward",
+    "advantage": "Advantage",
+    "credit": "Credit",
+    "filter": "Filter",
+    "rollout": "Rollouts",
+    "update": "Updates",
+}
+_BY_SOURCE, _OTHER = "Validation by data source", "Other"
+# What people look for first.
+_FIRST = ("val/f1", "val/em", "val/format_valid", "val/searches")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """The charts of a group of curves.
+
+    Attributes:
+        title: of the group.
+        charts: in the order of the runs' curves.
+        constant: curves that are the same number everywhere, with it.
+        single: curves that have one step only.
+    """
+
+    title: str
+    charts: Sequence[Chart]
+    constant: Sequence[tuple[str, float]]
+    single: Sequence[str]
+
+
+def panel(arms: Sequence[Arm]) -> list[Section]:
+    """Sort the curves of all arms into sections.
+
+    Args:
+        arms: all.
+
+    Returns:
+        Sections that hold something.
+    """
+    tags = list(dict.fromkeys(tag for arm in arms for run in arm.runs for tag in run.curves))
+    ordered = [tag for tag in _FIRST if tag in tags] + [tag for tag in tags if tag not in _FIRST]
+    titles: dict[str, list[str]] = {title: [] for title in (*_GROUPS.values(), _BY_SOURCE, _OTHER)}
+    for tag in ordered:
+        titles[_title(tag)].append(tag)
+    sections = (_section(title, members, arms) for title, members in titles.items())
+    return [section for section in sections if section.charts or section.constant or section.single]
+
+
+def _title(tag: str) -> str:
+    prefix = tag.partition("/")[0]
+    return _BY_SOURCE if prefix == "val" and tag.count("/") > 1 else _GROUPS.get(prefix, _OTHER)
+
+
+def _section(title: str, tags: Sequence[str], arms: Sequence[Arm]) -> Section:
+    charts, constant, single = [], [], []
+    for tag in tags:
+        curves = [run.curves[tag] for arm in arms for run in arm.runs if tag in run.curves]
+        values = {value for curve in curves for value in curve.values()}
+        if len(values) == 1:
+            constant.append((tag, values.pop()))
+        elif len({step for curve in curves for step in curve}) == 1:
+            single.append(tag)
+        else:
+            found = chart(tag, arms)
+            charts += [found] if found.bands else []
+    return Section(title, charts, constant, single)
+
+
+def chart(tag: str, arms: Sequence[Arm]) -> Chart:
+    """Sum up one curve over the seeds of each arm.
+
+    Args:
+        tag: its name.
+        arms: all.
+
+    Returns:
+        The bands of those arms that have it.
+    """
+    members = {place: [run.curves[tag] for run in arm.runs if tag in run.curves] for place, arm in enumerate(arms)}
+    grid = windows(curve for curves in members.values() for curve in curves)
+    bands = {place: band(curves, grid) for place, curves in members.items() if curves}
+    return Chart(tag, {place: found for place, found in bands.items() if len(found.steps)})
+
+
+def step_window(arms: Sequence[Arm]) -> int:
+    """Over how many neighbouring steps the longest curves are averaged.
+
+    Args:
+        arms: all.
+
+    Returns:
+        1 where every step is drawn.
+    """
+    curves = [curve for arm in arms for run in arm.runs for curve in run.curves.values()]
+    return max((len(window) for window in windows(curves)), default=1)

@@ -1,0 +1,105 @@
+"""The methods that one call of ``calibadv replay`` applies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from calibadv.analysis.replay.method import Method, Outcome, apply_method, decides_advantages, load_method
+from calibadv.config.files import CALLBACKS, ConfigFile, configs_folder, read_config, resolve_config
+from calibadv.config.overlays import is_calibration, scan_settings
+from calibadv.config.user_errors import message_for_users
+from calibadv.errors import UserError
+from calibadv.types import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayArm:
+    """A method and what it is called.
+
+    Attributes:
+        name: unique among the arms of a call.
+        method: reward, estimator and calibrators.
+        without_effect: what its own overlays set that does not decide the advantages of given rollouts.
+    """
+
+    name: str
+    method: Method
+    without_effect: tuple[str, ...] = ()
+
+    def apply(self, rollouts: Sequence[Rollout]) -> Outcome:
+        """Apply the method.
+
+        Args:
+            rollouts: B rollouts of one step, as recorded.
+
+        Returns:
+            The batch and its advantages.
+
+        Raises:
+            UserError: the estimator needs the model; the message names the arm.
+        """
+        with _said_of(self.name):
+            return apply_method(rollouts, self.method)
+
+
+def load_arms(words: Sequence[str], common: Sequence[str]) -> list[ReplayArm]:
+    """Read and instantiate the methods.
+
+    Args:
+        words: ``NAME`` or ``NAME=OVERLAY[+OVERLAY...]``, as of a study. Without any there is one arm, with nothing but
+            what is common.
+        common: config files of all arms, which apply before their overlays.
+
+    Returns:
+        The arms, in this order.
+
+    Raises:
+        UserError: an arm or an overlay cannot be used.
+    """
+    shared = [read_config(resolve_config(name)) for name in common]
+    if not words:
+        name = "+".join(config.name for config in shared) or "grpo"
+        return [ReplayArm(name, _load(shared))]
+    from calibadv.study.arms import read_arms
+
+    arms = []
+    for arm in read_arms(words):
+        with _said_of(arm.name):
+            method = _load([*shared, *arm.overlays])
+        arms.append(ReplayArm(arm.name, method, tuple(_without_effect(arm.overlays))))
+    return arms
+
+
+def _load(configs: Sequence[ConfigFile]) -> Method:
+    scan_settings(configs)
+    return load_method([configs_folder() / "base.yaml", *(config.path for config in configs)])
+
+
+def _without_effect(overlays: Iterable[ConfigFile]) -> list[str]:
+    """The settings that replay does not look at, such as ``model.loss``."""
+    keys = [
+        ".".join(key.removesuffix("+").split(".")[:2])
+        for overlay in overlays
+        for key, value in overlay.values.items()
+        if not (decides_advantages(key) or _only_calibrates(key, value))
+    ]
+    return list(dict.fromkeys(keys))
+
+
+def _only_calibrates(key: str, value: object) -> bool:
+    entries = value if isinstance(value, list) else [value]
+    return key.removesuffix("+") == CALLBACKS and all(is_calibration(entry) for entry in entries)
+
+
+@contextmanager
+def _said_of(arm: str) -> Iterator[None]:
+    """Put the arm's name before what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        message = message_for_users(error)
+        if message is None:
+            raise
+        raise UserError(f"arm '{arm}': {message}") from error

@@ -1,0 +1,151 @@
+"""What decides the advantages of given rollouts, and what it makes of them."""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+from calibadv import calibrators, estimators, rewards  # noqa: F401  (only imported classes have short names)
+from calibadv.batch import RolloutBatch, collate, turn_values
+from calibadv.calibrators import check_combination
+from calibadv.callbacks.calibration import AdvantageCalibration
+from calibadv.config.errors import explain
+from calibadv.config.files import CALLBACKS, read_config
+from calibadv.config.overlays import calibrations
+from calibadv.errors import UserError
+from calibadv.interfaces import AdvantageEstimator, Calibrator, Reward
+from calibadv.rewards.evidence import credit_rollouts
+from calibadv.rewards.scoring import score_rollouts
+from calibadv.runs.rollouts import Record
+from calibadv.training.advantages import compute_advantages
+from calibadv.types import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What decides the advantages of given rollouts."""
+
+    reward: Reward
+    estimator: AdvantageEstimator
+    calibrators: Sequence[Calibrator]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a method makes of one batch.
+
+    Attributes:
+        batch: B rollouts, scored and credited.
+        estimated: [B, T] advantages of the estimator.
+        calibrated: [B, T] advantages after the calibrators.
+    """
+
+    batch: RolloutBatch
+    estimated: Tensor
+    calibrated: Tensor
+
+    def records(self, recorded: Sequence[Record]) -> list[Record]:
+        """Fill in what was computed.
+
+        Args:
+            recorded: JSON objects of the B rollouts.
+
+        Returns:
+            New records in the same order: those given, with ``format_valid``, ``score``, ``step_correctness`` and
+            ``advantages`` set, and ``status`` and ``answer_score`` brought up to date where they are recorded.
+        """
+        columns = zip(
+            recorded,
+            self.batch.rollouts,
+            turn_values(self.batch, self.estimated),
+            turn_values(self.batch, self.calibrated),
+            strict=True,
+        )
+        return [_fill(record, rollout, before, after) for record, rollout, before, after in columns]
+
+
+def _fill(record: Record, rollout: Rollout, estimated: list[float] | None, calibrated: list[float] | None) -> Record:
+    computed = {
+        "status": str(rollout.status),
+        "format_valid": rollout.format_valid,
+        "score": rollout.score,
+        "answer_score": rollout.answer_score,
+        "step_correctness": list(rollout.step_correctness),
+        "advantages": {"estimated": estimated, "calibrated": calibrated},
+    }
+    absent = {"status", "answer_score"} - record.keys()
+    return record | {key: value for key, value in computed.items() if key not in absent}
+
+
+def apply_method(rollouts: Sequence[Rollout], method: Method) -> Outcome:
+    """Score rollouts, credit their searches, and compute their advantages.
+
+    Args:
+        rollouts: B rollouts of one step, as recorded.
+        method: reward, estimator and calibrators.
+
+    Returns:
+        The batch and its advantages.
+
+    Raises:
+        UserError: the estimator needs the model, or a part returned what it must not.
+    """
+    batch = collate(credit_rollouts(score_rollouts(rollouts, method.reward)))
+    estimated, calibrated, _ = compute_advantages(batch, method.estimator, method.calibrators)
+    return Outcome(batch, estimated, calibrated)
+
+
+def load_method(paths: Sequence[Path]) -> Method:
+    """Instantiate the parts of merged configs that decide advantages, and nothing else of them.
+
+    Args:
+        paths: config files in the order in which they apply; together they name a reward and an estimator.
+
+    Returns:
+        The reward, the estimator, and the calibrators of the AdvantageCalibration callback if there is one.
+
+    Raises:
+        UserError: a config names a part that there is not, gives one what it does not take, or combines what does not
+            go together.
+    """
+    configs = [read_config(path) for path in paths]
+    installed = [entry for _, entry in calibrations(configs)]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--model.reward", type=Reward, required=True)
+    parser.add_argument("--model.estimator", type=AdvantageEstimator, required=True)
+    if installed:
+        parser.add_argument(f"--{CALLBACKS}", type=AdvantageCalibration)
+    merged = None
+    try:
+        for config in configs:
+            part = {key: value for key, value in config.values.items() if decides_advantages(key)}
+            merged = parser.parse_object(part, namespace=merged)
+        if installed:
+            merged = parser.parse_object({CALLBACKS: installed[-1]}, namespace=merged)
+        parts = parser.instantiate(merged)
+    except ArgumentError as error:
+        raise UserError(explain(str(error))) from error
+    method = Method(
+        reward=parts.model.reward,
+        estimator=parts.model.estimator,
+        calibrators=parts[CALLBACKS].calibrators if installed else [],
+    )
+    check_combination(method.estimator, method.calibrators)
+    return method
+
+
+def decides_advantages(key: str) -> bool:
+    """Whether a setting decides the advantages of given rollouts, calibrators not considered.
+
+    Args:
+        key: dotted name of the setting.
+
+    Returns:
+        True for the reward, the estimator, and what is set of them.
+    """
+    return f"{key}.".startswith(("model.reward.", "model.estimator."))

@@ -1,0 +1,97 @@
+"""Recorded rollouts of one or more files, in the batches that they were trained in."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from calibadv.errors import UserError
+from calibadv.io.jsonl import read_jsonl
+from calibadv.runs.rollouts import Record, rollout_from_json
+from calibadv.types import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """B rollouts as they were recorded.
+
+    Attributes:
+        files: [B] where each stands.
+        records: [B] JSON objects.
+        rollouts: [B] what they describe.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    rollouts: list[Rollout] = field(default_factory=list)
+
+    def batches(self) -> list[list[int]]:
+        """The rollouts of one step of one file are a batch, as in training.
+
+        Returns:
+            Row numbers of each batch; together they are a permutation of ``range(B)``.
+        """
+        rows_of: dict[tuple[Path, int], list[int]] = defaultdict(list)
+        for row, (file, rollout) in enumerate(zip(self.files, self.rollouts, strict=True)):
+            rows_of[file, rollout.step].append(row)
+        return list(rows_of.values())
+
+    def refuse_to_join(self) -> None:
+        """Refuse to write the rollouts into one file where that would change their batches.
+
+        Raises:
+            UserError: two files hold the same step.
+        """
+        owners: dict[int, Path] = {}
+        for file, rollout in zip(self.files, self.rollouts, strict=True):
+            owner = owners.setdefault(rollout.step, file)
+            if owner != file:
+                raise UserError(
+                    f"'{owner}' and '{file}' both hold step {rollout.step}, which would become one batch in the file "
+                    "to be written; replay them one at a time, or without --out"
+                )
+
+
+def read_recorded(files: Sequence[Path]) -> Recorded:
+    """Read rollout files.
+
+    Args:
+        files: JSON lines.
+
+    Returns:
+        Their rollouts, in order.
+
+    Raises:
+        UserError: a file is empty, or has a line that is not a rollout or holds a number that is not finite.
+    """
+    recorded = Recorded()
+    for file in files:
+        before = len(recorded.records)
+        for number, record in read_jsonl(file, "rollout file"):
+            try:
+                _refuse_not_finite(record, f"line {number}: ")
+                rollout = rollout_from_json(record, number)
+            except ValueError as error:
+                raise UserError(f"{file}, {error}") from error
+            recorded.files.append(file)
+            recorded.records.append(record)
+            recorded.rollouts.append(rollout)
+        if len(recorded.records) == before:
+            raise UserError(f"rollout file '{file}' is empty; it needs at least one rollout")
+    return recorded
+
+
+def _refuse_not_finite(value: Any, name: str) -> None:
+    """Refuse NaN and Infinity, which Python reads and JSON does not know; ours would not write them again."""
+    if isinstance(value, dict):
+        for key, member in value.items():
+            _refuse_not_finite(member, f"{name}.{key}" if name[-1] != " " else f"{name}{key}")
+    elif isinstance(value, list):
+        for place, member in enumerate(value):
+            _refuse_not_finite(member, f"{name}[{place}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}; write a finite number, or null where there is none")

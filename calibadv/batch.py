@@ -1,0 +1,238 @@
+"""From rollouts to tensors, and back to one number per turn.
+
+A rollout with the prompt ``P0 P1``, a search ``A0 A1``, its observation ``E0`` and the answer ``B0``, beside a shorter
+one, becomes::
+
+    token_ids        P0 P1 A0 A1 E0 B0      attention_mask    1  1  1  1  1  1
+    turn_ids         -1 -1  0  0 -1  1      loss_mask         0  0  1  1  0  1
+    sampled_logprobs  0  0 a0 a1  0 b0      answer_turn       1
+
+The shorter one is padded on the right with token 0, attention 0 and turn -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from calibadv.numerics.masked import turn_means
+from calibadv.types import Rollout
+
+
+def collate(rollouts: Sequence[Rollout]) -> RolloutBatch:
+    """Pack rollouts into tensors.
+
+    Rollouts read from a file have no token ids: theirs are 0, the counts of tokens are kept. A group that lost members
+    to failed searches and has fewer than two left is left out whole.
+
+    Args:
+        rollouts: B scored and credited rollouts, at least one.
+
+    Returns:
+        A batch on the CPU, its rows in the order of ``rollouts``.
+    """
+    groups = group_rollouts(rollouts)
+    lengths = np.array([_num_tokens(rollout) for rollout in rollouts])
+    shape = (len(rollouts), int(lengths.max()))
+    token_ids, turn_ids = np.zeros(shape, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
+    logprobs = np.zeros(shape, dtype=np.float32)
+    for row, rollout in enumerate(rollouts):
+        _fill_row(rollout, token_ids[row], turn_ids[row], logprobs[row])
+    group_ids = np.zeros(len(rollouts), dtype=np.int64)
+    for number, rows in enumerate(groups):
+        group_ids[rows] = number
+    included = _included(rollouts, groups)
+    answer_turn = np.array([len(rollout.policy_segments) - 1 for rollout in rollouts])
+    num_turns = int(answer_turn.max()) + 1
+    return RolloutBatch(
+        rollouts=tuple(rollouts),
+        token_ids=torch.from_numpy(token_ids),
+        attention_mask=torch.from_numpy(np.arange(shape[1]) < lengths[:, None]),
+        loss_mask=torch.from_numpy((turn_ids >= 0) & included[:, None]),
+        turn_ids=torch.from_numpy(turn_ids),
+        answer_turn=torch.from_numpy(answer_turn),
+        group_ids=torch.from_numpy(group_ids),
+        rewards=torch.tensor([rollout.score for rollout in rollouts], dtype=torch.float32),
+        included=torch.from_numpy(included),
+        step_correctness=torch.from_numpy(_step_correctness(rollouts, num_turns)),
+        anchor_ids=torch.from_numpy(_anchor_ids(rollouts, groups, included, num_turns)),
+        sampled_logprobs=torch.from_numpy(logprobs),
+    )
+
+
+def _num_tokens(rollout: Rollout) -> int:
+    return len(rollout.prompt_ids) + sum(segment.num_tokens for segment in rollout.segments)
+
+
+def _fill_row(
+    rollout: Rollout, token_ids: NDArray[np.int64], turn_ids: NDArray[np.int64], logprobs: NDArray[np.float32]
+) -> None:
+    position = len(rollout.prompt_ids)
+    token_ids[:position] = rollout.prompt_ids
+    turn = -1
+    for segment in rollout.segments:
+        place = slice(position, position + segment.num_tokens)
+        position = place.stop
+        assert len(segment.token_ids) in (0, segment.num_tokens), "num_tokens counts token_ids"
+        if segment.token_ids:
+            token_ids[place] = segment.token_ids
+        if segment.source == "policy":
+            turn += 1
+            turn_ids[place] = turn
+            assert len(segment.logprobs) in (0, segment.num_tokens), "one log-probability per token"
+            if segment.logprobs:
+                logprobs[place] = segment.logprobs
+
+
+def _included(rollouts: Sequence[Rollout], groups: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
+    included = np.zeros(len(rollouts), dtype=np.bool_)
+    for rows in groups:
+        left = [row for row in rows if rollouts[row].included]
+        if len(left) >= min(2, len(rows)):
+            included[left] = True
+    return included
+
+
+def _step_correctness(rollouts: Sequence[Rollout], num_turns: int) -> NDArray[np.float32]:
+    correctness = np.zeros((len(rollouts), num_turns), dtype=np.float32)
+    for row, rollout in enumerate(rollouts):
+        correctness[row, : len(rollout.step_correctness)] = rollout.step_correctness
+    return correctness
+
+
+def _anchor_ids(
+    rollouts: Sequence[Rollout], groups: Sequence[Sequence[int]], included: NDArray[np.bool_], num_turns: int
+) -> NDArray[np.int64]:
+    """The state before a turn is the set of documents of the last observation; before the first turn it is None."""
+    anchors = np.full((len(rollouts), num_turns), -1, dtype=np.int64)
+    for rows in groups:
+        numbers: dict[frozenset[str] | None, int] = {}
+        for row in rows:
+            if not included[row]:
+                continue
+            observed = [frozenset(document.id for document in turn) for turn in rollouts[row].turn_documents]
+            for turn, state in enumerate([None, *observed]):
+                anchors[row, turn] = numbers.setdefault(state, len(numbers))
+    return anchors
+
+
+def answer_mask(batch: RolloutBatch) -> Tensor:
+    """The trained tokens of the answer turns.
+
+    Args:
+        batch: B rollouts.
+
+    Returns:
+        [B, T] bool.
+    """
+    return batch.loss_mask & (batch.turn_ids == batch.answer_turn[:, None])
+
+
+def turn_values(batch: RolloutBatch, per_token: Tensor) -> list[list[float] | None]:
+    """One number per policy segment: the mean over its tokens.
+
+    Args:
+        batch: B rollouts.
+        per_token: [B, T], such as advantages.
+
+    Returns:
+        B lists, 0.0 for a segment without tokens; None for a rollout that is not included.
+    """
+    means = turn_means(per_token, batch.turn_ids, batch.step_correctness.shape[1]).tolist()
+    turns, included = batch.answer_turn.tolist(), batch.included.tolist()
+    return [
+        row[: last + 1] if is_included else None for row, last, is_included in zip(means, turns, included, strict=True)
+    ]
+
+
+def to_device(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
+    """Move the tensors of a batch.
+
+    Args:
+        batch: B rollouts.
+        device: where to.
+
+    Returns:
+        The same batch there.
+    """
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    tensors: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(batch, **tensors)
+
+
+def group_rollouts(rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """Rows of each group, in order of first appearance: the rollouts of one question in one step.
+
+    Args:
+        rollouts: B rollouts, in any order.
+
+    Returns:
+        One list of row numbers per group; together they are a permutation of ``range(B)``.
+    """
+    order = {key: place for place, key in reversed(list(enumerate((r.step, r.question.id) for r in rollouts)))}
+    rows = sorted(range(len(rollouts)), key=lambda row: order[rollouts[row].step, rollouts[row].question.id])
+    return [list(group) for _, group in groupby(rows, lambda row: (rollouts[row].step, rollouts[row].question.id))]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch:
+    """B rollouts as tensors, padded on the right. Frozen: a stage that changes one makes another.
+
+    Attributes:
+        rollouts: the B records behind the tensors.
+        token_ids: [B, T] prompt, policy and environment tokens as sampled and shown; 0 where padded.
+        attention_mask: [B, T] bool, False where padded.
+        loss_mask: [B, T] bool, True at the policy tokens of included rollouts: the tokens that are trained.
+        turn_ids: [B, T] turn of each policy token, -1 at prompt, environment and padding.
+        answer_turn: [B] index of the answer turn.
+        group_ids: [B] group of each rollout, numbered from 0 in order of first appearance.
+        rewards: [B] score, gated by validity.
+        included: [B] bool, False for rollouts that are left out of training and of the group statistics.
+        step_correctness: [B, K] share of silver documents that each search turn newly found; 0 elsewhere.
+        anchor_ids: [B, K] equal within a group where two turns started from the same set of documents; -1 for none.
+        sampled_logprobs: [B, T] log-probabilities of the engine at policy tokens, 0 elsewhere.
+        turn_gains: [B, K] how much likelier each search turn made the golden answer, 0 elsewhere; None unless the
+            estimator needs it.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    token_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+    turn_ids: Tensor
+    answer_turn: Tensor
+    group_ids: Tensor
+    rewards: Tensor
+    included: Tensor
+    step_correctness: Tensor
+    anchor_ids: Tensor
+    sampled_logprobs: Tensor
+    turn_gains: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a training step hands to callbacks.
+
+    Attributes:
+        step: the rollout step, from 1.
+        batch: its B rollouts.
+        estimated: [B, T] advantages of the estimator.
+        calibrated: [B, T] advantages after the calibrators.
+        metrics: all curves of this step.
+        seconds: wall time of each stage.
+    """
+
+    step: int
+    batch: RolloutBatch
+    estimated: Tensor
+    calibrated: Tensor
+    metrics: dict[str, float]
+    seconds: dict[str, float]

@@ -1,0 +1,63 @@
+"""What SoftPenalty and its controls share: which searches are punished, and softening them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibadv.batch import RolloutBatch
+from calibadv.numerics.credit import punished_tokens, soften
+from calibadv.types import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Punished:
+    """The tokens and search turns of a batch with a negative advantage.
+
+    Attributes:
+        places: [N] tokens in the flattened [B, T], those of answer turns included.
+        turns: [N] their turns in the flattened [B, K].
+        searches: [B, K] bool, True at search turns among them.
+    """
+
+    places: Tensor
+    turns: Tensor
+    searches: Tensor
+
+
+def find_punished(batch: RolloutBatch, advantages: Tensor) -> Punished:
+    """Find what has a negative advantage.
+
+    Args:
+        batch: B rollouts.
+        advantages: [B, T], 0 outside ``batch.loss_mask``.
+
+    Returns:
+        Tokens and search turns.
+    """
+    num_turns = batch.step_correctness.shape[1]
+    places, turns = punished_tokens(advantages, batch.turn_ids, num_turns)
+    punished = torch.bincount(turns, minlength=batch.step_correctness.numel()).view(-1, num_turns) > 0
+    is_search = torch.arange(num_turns, device=advantages.device) < batch.answer_turn[:, None]
+    return Punished(places, turns, punished & is_search)
+
+
+def soften_searches(advantages: Tensor, correctness: Tensor, punished: Punished) -> tuple[Tensor, Metrics]:
+    """Multiply the advantages of punished searches by (1 - correctness).
+
+    Args:
+        advantages: [B, T].
+        correctness: [B, K] in [0, 1], 0 for answer turns.
+        punished: of ``find_punished``.
+
+    Returns:
+        [B, T]; and ``credit/softened``, the share of the punished search turns whose penalty shrank (left out where no
+        search turn is punished).
+    """
+    softened = soften(advantages, correctness, punished.places, punished.turns)
+    count = int(punished.searches.sum())
+    if count == 0:
+        return softened, {}
+    return softened, {"credit/softened": int((punished.searches & (correctness > 0)).sum()) / count}

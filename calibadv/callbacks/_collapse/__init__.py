@@ -1,0 +1,1 @@
+"""Detecting a collapse from training curves."""

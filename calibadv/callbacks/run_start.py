@@ -1,0 +1,55 @@
+"""The first callback of a run: makes or opens its folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import lightning.pytorch as pl
+import yaml
+
+from calibadv.io.files import write_atomically
+from calibadv.runs.logger import RunCurves
+from calibadv.runs.settings import changed_settings
+from calibadv.runs.setup import Start
+
+log = logging.getLogger(__name__)
+
+
+class RunStart(pl.Callback):
+    """Write the first files of a run, after everything that can be refused has been.
+
+    Args:
+        start: the run folder, and what the run starts from.
+        config: the resolved config of the run, as YAML.
+    """
+
+    def __init__(self, start: Start, config: str) -> None:
+        self.start = start
+        self.config = config
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the config; when resuming, drop what the run will write again."""
+        start = self.start
+        if trainer.is_global_zero:
+            if start.starts_over:
+                start.folder.clear()
+            if start.checkpoint is not None and start.resumed_from is not None:
+                _warn_of_changes(start.folder.newest_config(), self.config)
+                start.folder.drop_beyond(start.resumed_from)
+                start.folder.point_last_at(start.checkpoint)
+            if start.resumed_from is None:
+                start.folder.claim(self.config)
+            else:
+                write_atomically(start.folder.config(start.resumed_from), self.config)
+        for logger in trainer.loggers:
+            if isinstance(logger, RunCurves):
+                logger.open()
+
+
+def _warn_of_changes(before: Path, config: str) -> None:
+    """Say what a resume makes different, which may be meant, and may be a forgotten overlay."""
+    if not before.exists():  # resumed from a checkpoint of another run
+        return
+    if changed := changed_settings(yaml.safe_load(before.read_text("utf-8")), yaml.safe_load(config)):
+        log.warning("this run goes on with other settings than before: %s", ", ".join(changed))

@@ -1,0 +1,1 @@
+"""Configs: reading them, building a run from them, and errors in them."""

@@ -1,0 +1,171 @@
+"""The parser's errors, of up to some 70 lines, reduced to one: the innermost cause, and what would be accepted."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterable
+from importlib import import_module
+
+from calibadv import interfaces
+from calibadv.config.overlays import options_of
+
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_CLASS = re.compile(r"class_path '([^']+)'")
+# --trainer.callbacks.NAME is tried on the last callback of the list, and then on a single one.
+_LAST_CALLBACK = re.compile(
+    r"""Parser key "trainer\.callbacks":.*?class_path '([\w.]+)':(.+?)\n    - .*NestedArg\(key='([\w.+]+)'""", re.DOTALL
+)
+_SEAMS = {
+    "engine": interfaces.Engine,
+    "retriever": interfaces.Retriever,
+    "reward": interfaces.Reward,
+    "estimator": interfaces.AdvantageEstimator,
+    "calibrators": interfaces.Calibrator,
+    "group_filter": interfaces.GroupFilter,
+    "loss": interfaces.PolicyLoss,
+    "regularizers": interfaces.Regularizer,
+}
+
+
+def explain(message: str, options: Collection[str] = (), verb: str = "") -> str:
+    """Reduce a parser's error to its innermost cause.
+
+    Args:
+        message: of jsonargparse.
+        options: those that the parser accepts, for a suggestion.
+        verb: the subcommand, which jsonargparse puts before names.
+
+    Returns:
+        One line.
+    """
+    nested = _LAST_CALLBACK.search(message)
+    if nested:
+        return _option_of_last_callback(*nested.groups())
+    unknown = re.search(r"unrecognized arguments: (\S+)", message)
+    if unknown:
+        return _unknown_option(unknown[1].partition("=")[0], options)
+    in_file = re.search(r"does not accept option '([^']+)'", message)
+    if in_file:
+        return _unknown_option(f"--{in_file[1].rstrip('+')}", options)
+    missing = re.search(r"arguments are required: (.+)", message)
+    keys = list(dict.fromkeys(_KEY.findall(message)))
+    if missing:
+        names = [name.removeprefix(f"{verb}.") for name in missing[1].strip().split(", ")]
+        return _missing_options([".".join([*keys, name]) for name in names], has_configs="--config" in options)
+    where = f"{'.'.join(keys)}: " if keys else ""
+    for pattern, describe in _CAUSES:
+        found = re.search(pattern, message)
+        if found:
+            return where + describe(found, message[: found.start()])
+    return where + " ".join(line.strip() for line in _KEY.sub("", message).splitlines() if line.strip(" :"))
+
+
+def _option_of_last_callback(class_path: str, cause: str, option: str) -> str:
+    name = class_path.rpartition(".")[2]
+    if name == "Callback":
+        return (
+            f"--trainer.callbacks.{option} sets an option of the last callback, and there is none; put the overlay of "
+            "one before it, such as --config callbacks/collapse_guard"
+        )
+    if option.partition(".")[0].rstrip("+") in options_of(class_path):
+        return f"trainer.callbacks.{explain(cause)}"
+    return (
+        f"--trainer.callbacks.{option} sets an option of the last callback, which is {name} and takes "
+        f"{_listed(options_of(class_path))}; put the overlay of the one that is meant last, or set it in a config file"
+    )
+
+
+def _unknown_option(name: str, options: Collection[str]) -> str:
+    if not name.startswith("-"):
+        return f"'{name}' belongs to no option; a config needs --config before it"
+    close = sorted((option for option in options if option.startswith(name)), key=len)
+    close = close or difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"option {name} is not accepted; {hint}--help lists the options, which cannot be abbreviated"
+
+
+def _missing_options(names: list[str], has_configs: bool) -> str:
+    given = " and ".join(f"--{name} VALUE" for name in names)
+    remedy = f"; give {'it' if len(names) == 1 else 'them'}, or a --config that does" if has_configs else ""
+    return f"{given} {'is' if len(names) == 1 else 'are'} missing{remedy}"
+
+
+def _no_attribute(found: re.Match[str], before: str) -> str:
+    module, name = found[1], found[2]
+    return f"'{name}' is not in {module}; it has {_listed(getattr(import_module(module), '__all__', ()))}"
+
+
+def _no_module(found: re.Match[str], before: str) -> str:
+    return f"'{found[1]}' cannot be imported ({found[2]}); install it, or correct the path package.module.Class"
+
+
+def _no_option(found: re.Match[str], before: str) -> str:
+    class_path = _CLASS.findall(before)[-1] if _CLASS.search(before) else ""
+    name, accepted = class_path.rpartition(".")[2], options_of(class_path) if class_path else ()
+    return f"option '{found[1].rstrip('+')}' is not accepted by {name or 'this class'}; it takes {_listed(accepted)}"
+
+
+def _no_class(found: re.Match[str], before: str) -> str:
+    keys = _KEY.findall(before)
+    seam = _SEAMS.get(keys[-1].rpartition(".")[2]) if keys else None
+    known = f" ({_listed(_subclasses(seam))})" if seam else ""
+    return f"no class is called '{found[1]}'; give a known name{known} or a dotted path such as package.module.Class"
+
+
+def _not_a_choice(found: re.Match[str], before: str) -> str:
+    return f"'{found[2]}' is not accepted; choose one of {found[1]}"
+
+
+def _not_a_type(found: re.Match[str], before: str) -> str:
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    return f"'{found[2]}' is not accepted; it must be {kinds.get(found[1], found[1])}"
+
+
+def _linked(found: re.Match[str], before: str) -> str:
+    return f"{found[1]} is set by --{found[2]}, and by nothing else; give that"
+
+
+def _no_command(found: re.Match[str], before: str) -> str:
+    return f"say what to do: {' or '.join(found[1].split(','))}"
+
+
+def _wrong_command(found: re.Match[str], before: str) -> str:
+    return f"there is no command '{found[1]}'; choose one of {found[2]}"
+
+
+def _no_value(found: re.Match[str], before: str) -> str:
+    return f"{found[1]} has no value; give it one"
+
+
+def _none_of_types(found: re.Match[str], before: str) -> str:
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
+    expected = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.+)\])", found[1])
+    accepted = [kinds.get(kind, kind) if kind else choices.replace(", ", " or ") for kind, choices in expected]
+    return f"'{found[2]}' is not accepted; it must be {' or '.join(accepted)}"
+
+
+_CAUSES: list[tuple[str, Callable[[re.Match[str], str], str]]] = [
+    (r"module '([\w.]+)' has no attribute '(\w+)'", _no_attribute),
+    (r"class_path '([\w.]+)':\s+(No module named '[\w.]+')", _no_module),
+    (r"Expected a dot import path string: (\S+)", _no_class),
+    (r"Option '([^']+)' is not accepted", _no_option),
+    (r"Expected a typing\.Literal\[([^\]]+)\]\. Got value: (.+)", _not_a_choice),
+    (r"Expected a <class '(\w+)'>\. Got value: (.+)", _not_a_type),
+    (r'Linked "([^"]+)" must be given via "([^"]+)"', _linked),
+    (r'expected "subcommand" to be one of \{(.+)\}', _no_command),
+    (r"subcommand: invalid choice: '(.+)' \(choose from (.+)\)", _wrong_command),
+    (r"argument (--[\w.+]+)(?:(?:, |/)--[\w.+]+)*: expected (?:one|at least one) argument", _no_value),
+    (r"Errors:\s+((?:- Expected a [^\n]+\s+){2,})Given value type: [^\n]+\s+Given value: ([^\n]+)", _none_of_types),
+]
+
+
+def _subclasses(seam: type) -> list[str]:
+    classes: list[type] = seam.__subclasses__()
+    found = [cls for cls in classes if cls.__module__.startswith("calibadv.")]
+    return sorted(cls.__name__ for cls in found if not inspect.isabstract(cls))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "nothing"

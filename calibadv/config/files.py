@@ -1,0 +1,171 @@
+"""Config files by name, and mistakes in their order that the parser would accept silently."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from calibadv.errors import UserError
+
+CALLBACKS = "trainer.callbacks"
+_OPTION = re.compile(r"--?[A-Za-z]")  # and not -1
+
+
+def configs_folder() -> Path:
+    """The packaged configs.
+
+    Returns:
+        ``configs/`` of the checkout, or of the installed package.
+    """
+    package = Path(str(files("calibadv")))
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def resolve_config(name: str) -> Path:
+    """Find a config file.
+
+    Args:
+        name: ``quickstart`` or ``calibrators/calibadv`` for a packaged file, a path for any other.
+
+    Returns:
+        An existing file.
+
+    Raises:
+        UserError: there is none; the message names packaged ones.
+    """
+    folder = configs_folder()
+    for candidate in (folder / f"{name}.yaml", Path(name)):
+        if candidate.is_file():
+            return candidate
+    names = sorted(config_name(path) for path in folder.rglob("*.yaml"))
+    last_parts = {known.rpartition("/")[2] for known in names}
+    meant = difflib.get_close_matches(Path(name).stem, last_parts, n=1, cutoff=0.8)
+    close = [known for known in names if known.startswith(name) or known.rpartition("/")[2] in meant]
+    known = f"did you mean {' or '.join(close)}?" if close else f"the packaged ones are {', '.join(names)}"
+    raise UserError(f"config '{name}' is neither a file nor a packaged config; {known}")
+
+
+def config_name(path: Path) -> str:
+    """What a user calls a config file.
+
+    Args:
+        path: a config file.
+
+    Returns:
+        ``calibrators/calibadv`` for a packaged file, the path for any other.
+    """
+    folder = configs_folder().resolve()
+    if path.resolve().is_relative_to(folder):
+        return path.resolve().relative_to(folder).with_suffix("").as_posix()
+    return str(path)
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """One config file, flat: ``values`` maps dotted keys such as ``trainer.callbacks+`` to what is not a mapping."""
+
+    name: str
+    path: Path
+    values: dict[str, Any]
+
+
+def read_words(arguments: Sequence[str]) -> list[ConfigFile | Option]:
+    """Read the words of a command line: the config files that they name, and their options.
+
+    Args:
+        arguments: behind the verb. ``--config`` takes one name or several.
+
+    Returns:
+        In the order of the command line.
+
+    Raises:
+        UserError: ``--config`` names nothing, or what is no config.
+    """
+    settings: list[ConfigFile | Option] = []
+    for words in _options(arguments):
+        name, equals, value = words[0].partition("=")
+        given = [value] if equals else words[1:]
+        if name in ("--config", "-c"):
+            if not any(given):
+                raise UserError("--config has no value; name a packaged config such as quickstart, or a file")
+            settings += [read_config(resolve_config(config)) for config in given]
+        else:
+            settings.append(Option(name, tuple(words), {name.lstrip("-"): _parse(given)}))
+    return settings
+
+
+def _options(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """Each option with the words up to the next one."""
+    starts = [place for place, word in enumerate(arguments) if _OPTION.match(word)]
+    for start, end in zip([0, *starts], [*starts, len(arguments)], strict=True):
+        if arguments[start:end]:
+            yield list(arguments[start:end])
+
+
+def _parse(given: list[str]) -> Any:
+    try:
+        return yaml.safe_load(" ".join(given))
+    except yaml.YAMLError:
+        return None  # whatever it is, it names no callback; the parser will say what it thinks of it
+
+
+def read_config(path: Path) -> ConfigFile:
+    """Read a YAML config.
+
+    Args:
+        path: an existing file.
+
+    Returns:
+        Its name and its values under dotted keys.
+
+    Raises:
+        UserError: it is not YAML, or no mapping.
+    """
+    return ConfigFile(config_name(path), path, dict(_flatten(read_yaml(path), "")))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Args:
+        path: an existing file.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        UserError: it is not YAML, or no mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"config '{config_name(path)}' is not YAML: {reason}") from error
+    if not isinstance(content, dict | None):
+        raise UserError(f"config '{config_name(path)}' holds {type(content).__name__}; write 'key: value' lines")
+    return content or {}
+
+
+def _flatten(mapping: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option of the command line; ``words`` are those it was typed in, ``values`` is as in ``ConfigFile``."""
+
+    name: str
+    words: tuple[str, ...]
+    values: dict[str, Any]

@@ -1,0 +1,289 @@
+"""The verbs fit, validate, test and predict: LightningCLI with our run folders, defaults and manners."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from argparse import ArgumentError
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import calibadv.calibrators
+import calibadv.callbacks
+import calibadv.engines
+import calibadv.estimators
+import calibadv.filters
+import calibadv.losses
+import calibadv.regularizers
+import calibadv.retrieval
+import calibadv.rewards  # noqa: F401  # only imported subclasses are listed in --help and accepted by short name
+from calibadv.callbacks.checkpoint import RolloutCheckpoint
+from calibadv.callbacks.progress import Progress
+from calibadv.callbacks.results import Results
+from calibadv.callbacks.rollout_writer import RolloutWriter
+from calibadv.callbacks.run_start import RunStart
+from calibadv.callbacks.tensorboard import TensorBoardPages, swept_settings
+from calibadv.cli.threads import limit_threads
+from calibadv.config.errors import explain
+from calibadv.config.files import ConfigFile, Option, configs_folder
+from calibadv.config.help import HELP, VERBS, describe
+from calibadv.config.overlays import scan_settings
+from calibadv.config.run_setup import (
+    Run,
+    check_left_to_do,
+    locate,
+    plan_start,
+    refuse_in_study,
+    refuse_second_run,
+    refuse_untrained,
+    resume_command,
+)
+from calibadv.config.trainer_checks import check_checkpoint, check_trainer, is_first_process, moment
+from calibadv.data.datamodule import QuestionData
+from calibadv.errors import StopRequestedError, UserError
+from calibadv.module import SearchAgentModule
+from calibadv.policy.precision import check_rate
+from calibadv.runs.lock import RunLock
+from calibadv.runs.logger import RunCurves
+from calibadv.runs.setup import Start
+
+log = logging.getLogger(__name__)
+
+
+class CalibadvCLI(LightningCLI):
+    """LightningCLI, with a run folder decided before anything is built, and nothing written until all inputs are read.
+
+    Args:
+        verb: ``fit``, ``validate``, ``test`` or ``predict``.
+        settings: config files and options of the command line.
+        lock: of the run folder; without one everything is only built, and nothing is run.
+    """
+
+    start: Start
+    checkpoints: RolloutCheckpoint
+
+    def __init__(self, verb: str, settings: Sequence[ConfigFile | Option], lock: RunLock | None = None) -> None:
+        self.verb = verb
+        self.settings = settings
+        self._lock = lock
+        manners = {"exit_on_error": False, "allow_abbrev": False}
+        usage = f"calibadv {verb} [--config NAME_OR_FILE ...] [--option VALUE ...]"
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        super().__init__(
+            SearchAgentModule,
+            QuestionData,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={**manners, verb: {**manners, "usage": usage, "description": VERBS[verb]}},
+            args=[verb, *command_words(settings)],
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # the base has no instance to look at
+        """Give the one verb that is run: building the parsers of the other three takes a second.
+
+        Returns:
+            The verb, and the arguments of the trainer's method that are not options.
+        """
+        return {self.verb: LightningCLI.subcommands()[self.verb]}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the seed: a number, where LightningCLI would take ``True`` for a random one.
+
+        Args:
+            parser: of the verb.
+        """
+        parser.add_argument("--seed_everything", type=int, default=self.seed_everything_default, help=HELP["seed"])
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run folder, our callbacks, and the links that state a fact once.
+
+        Args:
+            parser: of the verb.
+        """
+        parser.add_class_arguments(Run, "run")
+        parser.add_lightning_class_args(RolloutCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RolloutWriter, "rollouts")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, with one line for a mistake.
+
+        Args:
+            parser: of the verb, as the only subcommand.
+            args: the words of the command line.
+
+        Raises:
+            UserError: the arguments are not accepted.
+        """
+        own = self._parser(self.verb)
+        describe(own)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            options = [option for action in own._actions for option in action.option_strings]
+            raise UserError(explain(str(error), options, self.verb)) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Skip LightningCLI's reading of hyperparameters from checkpoints: ours hold none, and may be large."""
+
+    def before_instantiate_classes(self) -> None:
+        """Decide on the run folder, and refuse what would mix two runs or two methods."""
+        config = self.config[self.verb]
+        check_trainer(config.trainer)
+        prefix = [] if self.verb == "fit" else [self.verb]
+        names = [setting.path.stem for setting in self.settings if isinstance(setting, ConfigFile)]
+        seed = f"seed{config.seed_everything}"
+        default_name = "-".join([*prefix, *names, seed, moment()])
+        if config.ckpt_path == "auto" and self.verb != "fit":
+            raise UserError("--ckpt_path auto is for fit, which may start anew; give last, or a checkpoint")
+        folder = locate(config.run.root, config.run.name, default_name, config.ckpt_path)
+        if self._lock is not None and is_first_process():
+            self._lock.take(folder)
+        self.start = plan_start(folder, config.ckpt_path)
+        check_checkpoint(self.start.checkpoint, config.trainer)
+        if self.verb == "predict":
+            config.return_predictions = False  # RolloutWriter writes them; Lightning would keep them all in memory
+        if self.verb == "fit":
+            refuse_in_study(self.start.folder)
+            refuse_second_run(self.start)
+            check_left_to_do(self.start, config.model.rollout_steps, config.ckpt_path)
+        else:
+            refuse_untrained(self.start, self.verb)
+        config.ckpt_path = self.start.checkpoint and str(self.start.checkpoint)
+
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on with this run, or to start it anew where it has no checkpoint yet."""
+        ckpt_path = "last" if self.start.folder.checkpoints_newest_first() else "auto"
+        return resume_command(self.verb, self.settings, self.start.folder, ckpt_path)
+
+    def resolved_config(self) -> str:
+        """Give the whole config of this run.
+
+        Returns:
+            YAML that ``--config`` reads. It does not name a checkpoint: a run from it starts from nothing.
+        """
+        config = self.config[self.verb].clone()
+        config.ckpt_path = None
+        config.run.name = None
+        return str(self._parser(self.verb).dump(config, skip_none=False))
+
+    def instantiate_classes(self) -> None:
+        """Build everything, and decide on the threads by the size of the policy."""
+        super().instantiate_classes()
+        limit_threads(self.model.model)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the trainer, with our logger and callbacks.
+
+        Args:
+            **kwargs: of the trainer.
+
+        Returns:
+            The trainer.
+
+        Raises:
+            UserError: Lightning does not accept its settings.
+        """
+        settings = dict(self._get(self.config_init, "trainer"))
+        if settings["logger"] in (None, True):
+            curves = RunCurves(self.start.folder.path, self.start.resumed_from)
+            settings["logger"] = curves if self.verb == "fit" else False
+        self.checkpoints = self._get(self.config_init, "checkpoint")
+        words = [word for setting in self.settings for word in words_of(setting)]
+        rollouts = self._get(self.config_init, "rollouts")
+        swept = swept_settings(yaml.safe_load(self.resolved_config()))
+        # The user's callbacks run once RolloutWriter has written out the step, which is finished then. Checkpoints hold
+        # the state of all callbacks, so they come last.
+        before = [
+            RunStart(self.start, self.resolved_config()),
+            Results(shlex.join(["calibadv", self.verb, *words])),
+            TensorBoardPages(swept, rollouts.every_n_rollout_steps),
+            rollouts,
+        ]
+        settings["callbacks"] = [*before, *(settings["callbacks"] or []), self.checkpoints, Progress()]
+        try:
+            return pl.Trainer(**{**settings, "default_root_dir": str(self.start.folder.path), **kwargs})
+        except (ValueError, ImportError, MisconfigurationException) as error:
+            raise UserError(f"trainer: {error}") from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self._lock is None:
+            return
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stop:
+            if stop.code == 1:  # what Lightning makes of a KeyboardInterrupt
+                raise KeyboardInterrupt from stop
+            raise
+        except StopRequestedError:
+            pass  # an orderly stop: the last finished step is saved
+        except Exception as error:
+            if isinstance(error, OSError) and error.filename is None:  # a write, where the system says no name
+                error.filename = str(self.start.folder.path)
+            if self.checkpoints.kept:
+                error.add_note(f"{self.checkpoints.kept}; to go on:\n  {self.resume_command}")
+            raise
+
+
+class ReadingCLI(CalibadvCLI):
+    """Reads what ``fit`` reads, by the same rules, and builds nothing of it.
+
+    Args:
+        settings: config files and options.
+    """
+
+    def __init__(self, settings: Sequence[ConfigFile | Option]) -> None:
+        scan_settings(settings)
+        super().__init__("fit", settings)
+
+    @property
+    def settings_of_fit(self) -> Namespace:
+        """What ``fit`` would be given."""
+        settings: Namespace = self.config["fit"]
+        return settings
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what ``fit`` would refuse of the trainer; there is no run folder to decide on."""
+        settings = self.settings_of_fit
+        check_trainer(settings.trainer)
+        check_rate(settings.trainer.precision, settings.model.lora is not None, settings.model.learning_rate)
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+
+def command_words(settings: Sequence[ConfigFile | Option]) -> list[str]:
+    """What LightningCLI parses: the packaged base, then what the user gave, with paths in the place of names.
+
+    Args:
+        settings: config files and options of the command line.
+
+    Returns:
+        Words, without the verb.
+    """
+    words = ["--config", str(configs_folder() / "base.yaml")]
+    for setting in settings:
+        words += ["--config", str(setting.path)] if isinstance(setting, ConfigFile) else setting.words
+    return words
+
+
+def words_of(setting: ConfigFile | Option) -> list[str]:
+    """How a setting is typed.
+
+    Args:
+        setting: a config file or an option.
+
+    Returns:
+        Words.
+    """
+    return ["--config", setting.name] if isinstance(setting, ConfigFile) else list(setting.words)

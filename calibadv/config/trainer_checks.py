@@ -1,0 +1,145 @@
+"""What the trainer's settings may be, and what its processes must agree on before they know of each other."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Timer
+
+from calibadv.config.help import STAYS
+from calibadv.errors import UserError
+from calibadv.policy.precision import check_precision
+
+# Lightning starts further processes with a copy of the first one's environment.
+_MOMENT = "CALIBADV_MOMENT"
+_JOB_IDS = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+# What launchers tell a process of its place; the first one has 0 in all of them that are set.
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK", "GROUP_RANK")
+
+
+def moment() -> str:
+    """Tell this run from others of the same configs, with one answer in all its processes.
+
+    Returns:
+        The job's id where a launcher gives one, else the time at which the first process asked.
+    """
+    return job_name() or os.environ.setdefault(_MOMENT, datetime.now().strftime("%Y%m%d-%H%M%S"))
+
+
+def job_name() -> str | None:
+    """Name the job that a launcher has started, which is the same when it is put into the queue again.
+
+    Returns:
+        ``job`` and its id, or None without a launcher that gives one.
+    """
+    ids = (os.environ.get(name, "none") for name in _JOB_IDS)  # "none" is torchrun's default id
+    return next((f"job{number}" for number in ids if number != "none"), None)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes the run's files, before the processes know of each other.
+
+    Returns:
+        True for a run of one process too.
+    """
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse settings of the trainer that contradict ours.
+
+    Args:
+        trainer: the parsed section ``trainer``.
+
+    Raises:
+        UserError: see the messages.
+    """
+    for name, (value, reason) in STAYS.items():
+        if trainer[name] not in (value, str(value)):
+            raise UserError(f"trainer.{name} is {trainer[name]}; it must stay {json.dumps(value)}: {reason}")
+    check_precision(trainer.precision)
+    _check_length(trainer)
+    interval = trainer.val_check_interval
+    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+        raise UserError(
+            f"trainer.val_check_interval is {interval}; it counts rollout steps, and must be a whole number from 1 on"
+        )
+    _check_strategy(trainer.strategy)
+    if _name(trainer.strategy) == "ModelParallelStrategy":
+        shards, processes = trainer.strategy.init_args.data_parallel_size, number_of_processes(trainer)
+        if shards != processes:
+            raise UserError(
+                f"trainer.strategy.data_parallel_size is {shards} and there are {processes} processes (devices x "
+                f"num_nodes); give --trainer.strategy.data_parallel_size {processes}"
+            )
+
+
+def _check_length(trainer: Any) -> None:
+    """Refuse what would end a run before it begins."""
+    limit, time = trainer.limit_train_batches, trainer.max_time
+    if limit is not None and (limit < 1 or limit % 1):  # the parser makes floats of whole numbers
+        raise UserError(
+            f"trainer.limit_train_batches is {limit}; the training questions have no end, so it must be a whole number "
+            "from 1 on, or null: set model.rollout_steps to train less"
+        )
+    if time is not None and not Timer(time).time_remaining():
+        raise UserError(f"trainer.max_time is {time}; it must be longer, or null: nothing would be trained")
+
+
+def number_of_processes(trainer: Any) -> int:
+    """Count the processes of a run by Lightning's rules; for devices that it would look for, those of this machine.
+
+    Args:
+        trainer: the parsed section ``trainer``.
+
+    Returns:
+        Devices of a machine x machines.
+    """
+    devices = trainer.devices
+    if devices in ("auto", -1, "-1"):
+        here = max(1, torch.cuda.device_count())
+    elif isinstance(devices, str) and "," in devices:
+        here = len([number for number in devices.split(",") if number.strip()])
+    else:
+        here = len(devices) if isinstance(devices, list) else int(devices)
+    return here * int(trainer.num_nodes)
+
+
+def check_checkpoint(checkpoint: Path | None, trainer: Any) -> None:
+    """Refuse a sharded checkpoint where parameters are not sharded.
+
+    Args:
+        checkpoint: to start from, or None.
+        trainer: the parsed section ``trainer``.
+
+    Raises:
+        UserError: only ModelParallelStrategy reads such a folder.
+    """
+    if checkpoint is not None and checkpoint.is_dir() and _name(trainer.strategy) != "ModelParallelStrategy":
+        raise UserError(
+            f"checkpoint {checkpoint} is sharded, and trainer.strategy is {_name(trainer.strategy)}; add --config "
+            "cluster/fsdp, with trainer.devices and trainer.strategy.data_parallel_size of any number, 1 included"
+        )
+
+
+def _name(strategy: Any) -> str:
+    return strategy if isinstance(strategy, str) else str(strategy.class_path.rpartition(".")[2])
+
+
+def _check_strategy(strategy: Any) -> None:
+    """Processes share the work of the passes, and expect gradients to be averaged and nothing else to be changed."""
+    if strategy in ("auto", "ddp"):
+        return
+    name = _name(strategy)
+    if isinstance(strategy, str) or name not in ("DDPStrategy", "SingleDeviceStrategy", "ModelParallelStrategy"):
+        raise UserError(f"trainer.strategy is {name}; give auto, ddp, or --config cluster/fsdp (FSDP2)")
+    if name == "ModelParallelStrategy" and strategy.init_args.tensor_parallel_size != 1:
+        raise UserError(
+            f"trainer.strategy.tensor_parallel_size is {strategy.init_args.tensor_parallel_size}; it must be 1, and "
+            "data_parallel_size the number of processes: parameters are sharded, layers are not split"
+        )

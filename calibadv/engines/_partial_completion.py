@@ -1,0 +1,52 @@
+"""A message while an engine that samples elsewhere sends its tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from calibadv.engines._stop import stop_reason
+from calibadv.errors import UserError
+from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.types import Completion, StopReason
+
+
+@dataclass(slots=True)
+class Draft:
+    """The tokens of one message so far. Where it ends is decided here, whatever the sampler thinks."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    reason: StopReason | None = None
+
+    def extend(self, token_ids: Sequence[int], logprobs: Sequence[float], tokenizer: AgentTokenizer) -> None:
+        """Append what was drawn, up to the token that ends the message.
+
+        Args:
+            token_ids: drawn next.
+            logprobs: of each.
+            tokenizer: the policy's.
+
+        Raises:
+            UserError: the model gave no distribution to draw from.
+        """
+        for token_id, logprob in zip(token_ids, logprobs, strict=True):
+            if not math.isfinite(logprob):
+                raise UserError(
+                    f"the sampler drew token {token_id} with log-probability {logprob}: training has diverged; "
+                    "resume from an earlier checkpoint with a lower model.learning_rate"
+                )
+            self.token_ids.append(token_id)
+            self.logprobs.append(logprob)
+            self.reason = stop_reason(tokenizer, self.token_ids)
+            if self.reason is not None:
+                return
+
+    def completion(self) -> Completion:
+        """Give the message as it is; one that nothing has ended met the limit.
+
+        Returns:
+            Tokens, log-probabilities and the reason.
+        """
+        return Completion(tuple(self.token_ids), tuple(self.logprobs), self.reason or StopReason.LENGTH)

@@ -1,0 +1,67 @@
+"""When a message ends, for engines that see each token as it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from calibadv.protocol.search import STOP_TAGS
+from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.types import StopReason
+
+# No tokenizer spreads a tag of nine bytes over more tokens than this.
+_WINDOW = 16
+
+
+def stop_reason(tokenizer: AgentTokenizer, token_ids: Sequence[int]) -> StopReason | None:
+    """Whether the token drawn last ends the message.
+
+    The tag is looked for in decoded text, since a tag may be one token, several, or share its last token with the
+    white space behind it.
+
+    Args:
+        tokenizer: the policy's.
+        token_ids: all tokens of this message so far, at least one; no earlier one ended it.
+
+    Returns:
+        ``StopReason.END`` or ``StopReason.TAG``, or None to go on.
+    """
+    last = token_ids[-1]
+    if last in tokenizer.end_ids:
+        return StopReason.END
+    if tokenizer.may_close_tag(last) and any(tag in _tail(tokenizer, token_ids) for tag in STOP_TAGS):
+        return StopReason.TAG
+    return None
+
+
+def ends_with_search(tokenizer: AgentTokenizer, token_ids: Sequence[int]) -> bool:
+    """Whether a message that a tag has ended searches, so that another turn may follow.
+
+    Args:
+        tokenizer: the policy's.
+        token_ids: all tokens of the message.
+
+    Returns:
+        False if it answers.
+    """
+    return STOP_TAGS[0] in _tail(tokenizer, token_ids)
+
+
+def may_stop(tokenizer: AgentTokenizer, vocabulary: int) -> Tensor:
+    """Mark the tokens after which ``stop_reason`` is worth asking, so that a batch asks for few of its rows.
+
+    Args:
+        tokenizer: the policy's.
+        vocabulary: V, the tokens that the model can draw.
+
+    Returns:
+        [V] bool, False where ``stop_reason`` is None whatever came before.
+    """
+    ends = tokenizer.end_ids
+    return torch.tensor([token in ends or tokenizer.may_close_tag(token) for token in range(vocabulary)])
+
+
+def _tail(tokenizer: AgentTokenizer, token_ids: Sequence[int]) -> str:
+    return tokenizer.decode(tokenizer.visible(token_ids)[-_WINDOW:])

@@ -1,0 +1,141 @@
+"""How likely the policy is to give the golden answer, if it had to answer before a turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibadv.batch import RolloutBatch
+from calibadv.distributed import ALONE, Processes
+from calibadv.numerics.masked import check_shapes
+from calibadv.protocol.search import disarm
+from calibadv.training.logprobs import compute_logprobs
+from calibadv.types import Rollout
+
+if TYPE_CHECKING:
+    from calibadv.policy.policy import Policy
+    from calibadv.protocol.tokenizer import AgentTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenAnswer:
+    """The first golden answer as the policy would write it at once.
+
+    Attributes:
+        frame: token ids of an empty think and of the tag that opens the answer.
+        answer: token ids of the answer itself, which are judged.
+    """
+
+    frame: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+def golden_answer(rollout: Rollout, tokenizer: AgentTokenizer) -> GoldenAnswer:
+    """Encode ``<think> </think> <answer> golden``, the white space being that of the protocol's examples.
+
+    What the environment has already written of it, the ``<think>``, is left out. Frame and answer are encoded apart, so
+    that it is plain which tokens are the answer's.
+
+    Args:
+        rollout: its question's first golden answer is taken: one pass per turn, and in most data sets the usual form.
+        tokenizer: of the policy.
+
+    Returns:
+        Token ids.
+    """
+    opened = "" if rollout.prepend_think else "<think>"
+    text = disarm(rollout.question.golden_answers[0], tokenizer.special_strings)
+    return GoldenAnswer(
+        frame=tuple(tokenizer.encode(f"{opened} </think> <answer>")), answer=tuple(tokenizer.encode(f" {text}"))
+    )
+
+
+def golden_probabilities(
+    batch: RolloutBatch, policy: Policy, token_budget: int, processes: Processes = ALONE
+) -> Tensor:
+    """exp(mean log-probability of the golden answer's tokens), after what stands before each turn.
+
+    Args:
+        batch: B rollouts with token ids.
+        policy: model and tokenizer.
+        token_budget: the most tokens, padding included, of one forward pass.
+        processes: share the work.
+
+    Returns:
+        [B, K], where the batch is; 0 for turns that do not exist or are not trained.
+    """
+    answers = [golden_answer(rollout, policy.tokenizer) for rollout in batch.rollouts]
+    starts = [list(_turn_starts(rollout)) for rollout in batch.rollouts]
+    included = batch.included.tolist()
+    probabilities = torch.zeros_like(batch.step_correctness)
+    for turn in range(batch.step_correctness.shape[1]):
+        rows = [row for row, places in enumerate(starts) if included[row] and turn < len(places)]
+        if not rows:
+            continue
+        asked = _ask(batch, rows, [starts[row][turn] for row in rows], [answers[row] for row in rows])
+        logprobs = compute_logprobs(policy.model, asked, token_budget, temperature=1.0, processes=processes).policy
+        means = logprobs.sum(dim=1) / asked.loss_mask.sum(dim=1).clamp(min=1)
+        probabilities[rows, turn] = means.exp()
+    return probabilities
+
+
+def turn_gains(probabilities: Tensor, answer_turn: Tensor) -> Tensor:
+    """What each search adds to the probability of the golden answer.
+
+    Args:
+        probabilities: [B, K] before each turn.
+        answer_turn: [B] index of the answer turn.
+
+    Returns:
+        [B, K] probability before the next turn minus that before this one; 0 for what is no search turn.
+    """
+    check_shapes("B K, B", probabilities, answer_turn)
+    after = torch.cat([probabilities[:, 1:], torch.zeros_like(probabilities[:, :1])], dim=1)
+    turns = torch.arange(probabilities.shape[1], device=answer_turn.device)
+    return torch.where(turns < answer_turn[:, None], after - probabilities, 0.0)
+
+
+def _turn_starts(rollout: Rollout) -> Iterator[int]:
+    """How many tokens stand before each turn."""
+    position = len(rollout.prompt_ids)
+    for segment in rollout.segments:
+        if segment.source == "policy":
+            yield position
+        position += segment.num_tokens
+
+
+def _ask(
+    batch: RolloutBatch, rows: Sequence[int], starts: Sequence[int], answers: Sequence[GoldenAnswer]
+) -> RolloutBatch:
+    """The histories of some rollouts up to a turn, each continued by its golden answer; the answers are "trained"."""
+    history = batch.token_ids.numpy(force=True)
+    opened = [start + len(answer.frame) for start, answer in zip(starts, answers, strict=True)]
+    ends = np.array([place + len(answer.answer) for place, answer in zip(opened, answers, strict=True)])
+    token_ids = np.zeros((len(rows), int(ends.max())), dtype=np.int64)
+    for place, (row, start, answer) in enumerate(zip(rows, starts, answers, strict=True)):
+        token_ids[place, :start] = history[row, :start]
+        token_ids[place, start : ends[place]] = answer.frame + answer.answer
+    columns = np.arange(token_ids.shape[1])
+    known = columns < ends[:, None]
+    judged = known & (columns >= np.array(opened)[:, None])
+    device = batch.token_ids.device
+    mask = torch.from_numpy(judged).to(device)
+    return RolloutBatch(
+        rollouts=tuple(batch.rollouts[row] for row in rows),
+        token_ids=torch.from_numpy(token_ids).to(device),
+        attention_mask=torch.from_numpy(known).to(device),
+        loss_mask=mask,
+        turn_ids=mask.long() - 1,
+        answer_turn=torch.zeros_like(batch.answer_turn[rows]),
+        group_ids=batch.group_ids[rows],
+        rewards=batch.rewards[rows],
+        included=batch.included[rows],
+        step_correctness=torch.zeros_like(batch.step_correctness[rows, :1]),
+        anchor_ids=torch.zeros_like(batch.anchor_ids[rows, :1]),
+        sampled_logprobs=torch.zeros(mask.shape, dtype=batch.sampled_logprobs.dtype, device=device),
+    )

@@ -1,1 +1,0 @@
-"""What a healthy run looks like, and noticing when one no longer does; the CollapseGuard callback acts on it."""

@@ -1,0 +1,225 @@
+"""Group-relative advantages: one number per rollout, from its reward and those of its group.
+
+A group of a single rollout has nothing to be compared with: its mean counts as 0 and its std as 1. A group that had
+more, but of which fewer than two are included, is left out whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calibadv.numerics.masked import check_shapes, group_sum
+
+EPSILON = 1e-6
+
+
+def group_normalise(rewards: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
+    """A_i = (R_i - mean) / (std + 1e-6) over the included rollouts of the group, std with n - 1.
+
+    GRPO (arXiv 2402.03300). In a group of a single rollout A = R / (1 + 1e-6).
+
+    Args:
+        rewards: [B] score, gated by validity.
+        group_ids: [B] group of each rollout, from 0.
+        included: [B] bool, False for rollouts that are in no statistic.
+
+    Returns:
+        [B], exactly 0 for rollouts that are not included and for groups whose rewards are all equal.
+    """
+    return _or_alone(relative(rewards, group_ids, included), rewards / (1 + EPSILON), group_ids, included)
+
+
+def group_centre(rewards: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
+    """A_i = R_i - mean over the included rollouts of the group.
+
+    Dr.GRPO (arXiv 2503.20783). In a group of a single rollout A = R.
+
+    Args:
+        rewards: [B] score, gated by validity.
+        group_ids: [B] group of each rollout, from 0.
+        included: [B] bool, False for rollouts that are in no statistic.
+
+    Returns:
+        [B], exactly 0 for rollouts that are not included and for groups whose rewards are all equal.
+    """
+    return _or_alone(relative(rewards, group_ids, included, by_std=False), rewards, group_ids, included)
+
+
+def leave_one_out(rewards: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
+    """A_i = R_i - mean of the other included rollouts of the group = n / (n - 1) x (R_i - mean of all n).
+
+    RLOO (arXiv 2402.14740). In a group of a single rollout A = R.
+
+    Args:
+        rewards: [B] score, gated by validity.
+        group_ids: [B] group of each rollout, from 0.
+        included: [B] bool, False for rollouts that are in no statistic.
+
+    Returns:
+        [B], exactly 0 for rollouts that are not included and for groups whose rewards are all equal.
+    """
+    centred = relative(rewards, group_ids, included, by_std=False)
+    left = group_sum(included, group_ids)[group_ids.cpu()]
+    return _or_alone(centred * left / (left - 1).clamp(min=1), rewards, group_ids, included)
+
+
+def relative(values: Tensor, set_ids: Tensor, counted: Tensor, by_std: bool = True) -> Tensor:
+    """(value - mean) / (std + 1e-6) over the counted members of each set, std with n - 1; or value - mean alone.
+
+    Args:
+        values: [N].
+        set_ids: [N] set of each value, from 0; not looked at where a value is not counted.
+        counted: [N] bool.
+        by_std: whether to divide.
+
+    Returns:
+        [N] float64, on the CPU; exactly 0 where a value is not counted, and in sets with fewer than two counted values
+        or equal ones.
+    """
+    check_shapes("N, N, N", values, set_ids, counted)
+    # float64: in float32 the mean of equal rewards can miss them by one bit, which the tiny epsilon blows up to 0.05.
+    counts = counted.cpu()
+    ids, numbers = torch.where(counts, set_ids.cpu(), 0), torch.where(counts, values.cpu().double(), 0.0)
+    size = group_sum(counts, ids)
+    mean = (group_sum(numbers, ids) / size.clamp(min=1))[ids]
+    centred = torch.where(counts, numbers - mean, 0.0)
+    if by_std:
+        std = (group_sum(centred.square(), ids) / (size - 1).clamp(min=1)).sqrt()[ids]
+        centred = centred / (std + EPSILON)
+    return torch.where(counts & (size >= 2)[ids] & ~_tied(numbers, ids, counts), centred, 0.0)
+
+
+def alone(group_ids: Tensor) -> Tensor:
+    """Which rollouts are the only one of their group, not counting in which are included.
+
+    Args:
+        group_ids: [B] group of each rollout, from 0.
+
+    Returns:
+        [B] bool, on the CPU.
+    """
+    ids = group_ids.cpu()
+    return (torch.bincount(ids) == 1)[ids]
+
+
+def _or_alone(compared: Tensor, lone: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
+    """What a comparison gives, or, for an included rollout of a group of one, what stands for it; as ``lone`` is."""
+    check_shapes("B, B, B, B", compared, lone, group_ids, included)
+    return torch.where(alone(group_ids) & included.cpu(), lone.cpu().double(), compared).to(lone)
+
+
+def _tied(values: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
+    """[B] whether all included values of the row's group are equal."""
+    start = torch.zeros(int(group_ids.max()) + 1, dtype=values.dtype)
+    highest = start.scatter_reduce(0, group_ids[included], values[included], "amax", include_self=False)
+    lowest = start.scatter_reduce(0, group_ids[included], values[included], "amin", include_self=False)
+    return (highest == lowest)[group_ids]
+
+
+def turn_index_advantages(turn_rewards: Tensor, answer_turn: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
+    """Normalise the rewards of search turns over the group, per turn index: the turn part of MT-GRPO (2505.11821).
+
+    Args:
+        turn_rewards: [B, K] reward of each search turn.
+        answer_turn: [B] index of the answer turn.
+        group_ids: [B] group of each rollout, from 0.
+        included: [B] bool, False for rollouts that are in no statistic.
+
+    Returns:
+        [B, K]; 0 for what is no search turn, where all rewards are equal, and where no other rollout of the group has a
+        search turn of that index.
+    """
+    check_shapes("B K, B, B, B", turn_rewards, answer_turn, group_ids, included)
+    turns = torch.arange(turn_rewards.shape[1])
+    searches = (turns < answer_turn.cpu()[:, None]) & included.cpu()[:, None]
+    return _relative(turn_rewards, group_ids.cpu()[:, None] * len(turns) + turns, searches)
+
+
+def anchor_advantages(
+    rewards: Tensor, answer_turn: Tensor, group_ids: Tensor, anchor_ids: Tensor, gamma: float, by_std: bool
+) -> Tensor:
+    """Normalise gamma^(T - t) R over the turns that start from one state: the step part of GiGPO (2505.10978).
+
+    Args:
+        rewards: [B] score, gated by validity.
+        answer_turn: [B] index T of the answer turn.
+        group_ids: [B] group of each rollout, from 0.
+        anchor_ids: [B, K] equal within a group where two turns started from the same state; -1 for none.
+        gamma: discount per turn.
+        by_std: whether to divide by the std of the step group.
+
+    Returns:
+        [B, K]; 0 in step groups of one turn and where all returns are equal.
+    """
+    check_shapes("B, B, B, B K", rewards, answer_turn, group_ids, anchor_ids)
+    anchors = anchor_ids.cpu()
+    left = (answer_turn.cpu()[:, None] - torch.arange(anchors.shape[1])).clamp(min=0)
+    returns = rewards.cpu().double()[:, None] * gamma ** left.double()
+    step_groups = group_ids.cpu()[:, None] * (int(anchors.max()) + 1) + anchors
+    return _relative(returns, step_groups, anchors >= 0, by_std)
+
+
+def gain_rewards(
+    turn_gains: Tensor, rewards: Tensor, answer_turn: Tensor, group_ids: Tensor, included: Tensor, joint: bool
+) -> Tensor:
+    """Normalise the gains of the search turns and the rewards of the answers over the group, as IGPO (2510.14967) does.
+
+    In a group of a single rollout the mean counts as 0 and the std as 1, as in GRPO.
+
+    Args:
+        turn_gains: [B, K] gain of each search turn.
+        rewards: [B] score, gated by validity: the reward of the answer turn.
+        answer_turn: [B] index of the answer turn.
+        group_ids: [B] group of each rollout, from 0.
+        included: [B] bool, False for rollouts that are in no statistic.
+        joint: gains and scores have one mean and one std; otherwise each kind has its own.
+
+    Returns:
+        [B, K]; 0 for turns that do not exist or are not included, and where all that is compared is equal.
+    """
+    check_shapes("B K, B, B, B, B", turn_gains, rewards, answer_turn, group_ids, included)
+    turns, last = torch.arange(turn_gains.shape[1]), answer_turn.cpu()[:, None]
+    values = torch.where(turns == last, rewards.cpu().double()[:, None], turn_gains.cpu().double())
+    exists = (turns <= last) & included.cpu()[:, None]
+    kinds = torch.zeros_like(last) if joint else (turns == last).long()
+    normalised = _relative(values, group_ids.cpu()[:, None] * 2 + kinds, exists)
+    lone = alone(group_ids)[:, None] & exists
+    return torch.where(lone, values / (1 + EPSILON), normalised)
+
+
+def discounted_sums(turn_rewards: Tensor, gamma: float) -> Tensor:
+    """A_t = sum over k >= t of gamma^(k - t) r_k.
+
+    Args:
+        turn_rewards: [B, K], 0 for turns that do not exist.
+        gamma: discount per turn.
+
+    Returns:
+        [B, K].
+    """
+    check_shapes("B K", turn_rewards)
+    sums = turn_rewards.clone()
+    for turn in range(turn_rewards.shape[1] - 2, -1, -1):
+        sums[:, turn] += gamma * sums[:, turn + 1]
+    return sums
+
+
+def spread_over_tokens(turn_advantages: Tensor, turn_ids: Tensor) -> Tensor:
+    """Give each token the advantage of its turn.
+
+    Args:
+        turn_advantages: [B, K].
+        turn_ids: [B, T] turn of each policy token, -1 elsewhere.
+
+    Returns:
+        [B, T], 0 where the token belongs to no turn; as exact as ``turn_advantages``, where ``turn_ids`` is.
+    """
+    check_shapes("B K, B T", turn_advantages, turn_ids)
+    per_token = turn_advantages.to(turn_ids.device).gather(1, turn_ids.clamp(min=0))
+    return torch.where(turn_ids >= 0, per_token, 0.0)
+
+
+def _relative(values: Tensor, set_ids: Tensor, counted: Tensor, by_std: bool = True) -> Tensor:
+    sets = set_ids.expand_as(values).flatten()
+    return relative(values.flatten(), sets, counted.flatten(), by_std).view_as(values)

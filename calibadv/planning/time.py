@@ -1,0 +1,164 @@
+"""Seconds of a rollout step, from peak rates and assumed shares of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+from calibadv.data.datamodule import EVALUATION_BATCH
+from calibadv.planning.job import Job
+from calibadv.planning.memory import engine_weights, kv_bytes, rows_at_once
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Seconds of one stage of a rollout step, and which part of the run's stopwatch they belong to."""
+
+    name: str
+    stage: str
+    seconds: float
+
+
+def forward_flops(job: Job, tokens: float, context: float) -> float:
+    """Operations of a forward pass through the layers, without the output layer.
+
+    2 per parameter and token, and for causal attention 2 x layers x query width x context per token: half of the full
+    score matrix, twice, for scores and values (PaLM's appendix B, arXiv 2204.02311, without its factor for the
+    backward pass).
+
+    Args:
+        job: the run.
+        tokens: how many.
+        context: length of the sequences that they are in.
+
+    Returns:
+        Floating-point operations.
+    """
+    shape = job.shape
+    return tokens * (2 * shape.body_parameters + 2 * shape.layers * shape.query_width * context)
+
+
+def pass_flops(job: Job, backward: bool) -> float:
+    """Operations of one pass over all rollouts, whatever the number of processes.
+
+    The output layer is applied to the policy's tokens only. A backward pass costs two forward passes, of which one is
+    for the gradients of the weights; with adapters that one is all but free. Checkpointing adds a forward pass, and the
+    output layer has one more in any case.
+
+    Args:
+        job: the run.
+        backward: whether gradients are computed.
+
+    Returns:
+        Floating-point operations.
+    """
+    body = forward_flops(job, job.rollouts * job.tokens, job.tokens)
+    head = 2.0 * job.rollouts * job.policy_tokens * job.shape.head_parameters
+    if not backward:
+        return body + head
+    gradients = 1 if job.lora else 2
+    return body * (1 + gradients + job.checkpointing) + head * (2 + gradients)
+
+
+def decode_seconds(job: Job, rollouts: int, rows: int) -> float:
+    """Seconds in which one process decodes the policy's tokens of some rollouts.
+
+    A decoded token of each of ``rows`` reads all weights once and the keys and values of each row; or, with many rows,
+    takes 2 operations per parameter and row (Pope et al., arXiv 2211.05102).
+
+    Args:
+        job: the run.
+        rollouts: of the process.
+        rows: decoded together.
+
+    Returns:
+        Seconds.
+    """
+    read = engine_weights(job) + rows * job.tokens / 2 * kv_bytes(job)
+    by_memory = read / (job.gpu.bandwidth * job.assumed.bandwidth_share)
+    rate = 1e12 * job.gpu.tflops if job.sampler.kind == "vllm" else job.peak_flops
+    operations = 2 * rows * (job.shape.body_parameters + job.shape.head_parameters) / job.sampler.tensor_parallel
+    one = max(by_memory, operations / (rate * job.assumed.mfu))
+    if job.sampler.kind == "transformers":  # the next rollouts wait for all of these
+        return (one + job.assumed.launch_seconds * job.shape.layers) * ceil(rollouts / rows) * job.policy_tokens
+    return one * rollouts / rows * job.policy_tokens
+
+
+def read_seconds(job: Job, rollouts: int, rows: int) -> float:
+    """Seconds in which one process reads prompts and observations of some rollouts.
+
+    Args:
+        job: the run.
+        rollouts: of the process.
+        rows: decoded together. Where the transformers engine has more rollouts than rows, it reads all again each turn.
+
+    Returns:
+        Seconds.
+    """
+    again = job.sampler.kind == "transformers" and rollouts > rows
+    tokens = job.turns * job.tokens / 2 if again else job.tokens - job.policy_tokens
+    rate = 1e12 * job.gpu.tflops if job.sampler.kind == "vllm" else job.peak_flops
+    flops = forward_flops(job, rollouts * tokens, job.tokens) / job.sampler.tensor_parallel
+    return flops / (rate * job.assumed.mfu)
+
+
+def seconds(job: Job) -> list[Span]:
+    """Estimate a rollout step.
+
+    Args:
+        job: a run that fits.
+
+    Returns:
+        Its stages; what engines elsewhere and searches take is not among them.
+    """
+    rate = job.peak_flops * job.assumed.mfu * job.processes
+    spans = list(_sampling(job, job.own_rollouts))
+    spans.append(Span("log-probabilities of the policy", "logprobs", pass_flops(job, backward=False) / rate))
+    if job.compared:
+        spans.append(Span("log-probabilities of the reference", "logprobs", pass_flops(job, backward=False) / rate))
+    spans.append(Span("gradients", "update", pass_flops(job, backward=True) / rate))
+    # AdamW reads weight, gradient and two averages, and writes all but the gradient.
+    touched = 7 * job.precision.weights * job.trained / job.shards * job.mini_batches
+    spans.append(Span("optimizer", "update", touched / (job.gpu.bandwidth * job.assumed.bandwidth_share)))
+    spans.append(Span("talk between processes", "update", _talk(job)))
+    return [span for span in spans if span.seconds]
+
+
+def validation_seconds(job: Job) -> float:
+    """Estimate one validation: 64 questions at a time, greedily, over all processes.
+
+    Args:
+        job: the run.
+
+    Returns:
+        Seconds.
+    """
+    blocks = ceil(job.validation_questions / EVALUATION_BATCH)
+    rollouts = ceil(min(EVALUATION_BATCH, job.validation_questions) / job.processes)
+    return blocks * sum(span.seconds for span in _sampling(job, rollouts))
+
+
+def _sampling(job: Job, rollouts: int) -> Iterator[Span]:
+    rows = min(rows_at_once(job, job.tokens), rollouts)
+    if job.sampler.kind != "elsewhere" and rows:
+        yield Span("decoding", "rollout", decode_seconds(job, rollouts, rows))
+        yield Span("reading prompts and observations", "rollout", read_seconds(job, rollouts, rows))
+
+
+def _talk(job: Job) -> float:
+    """As if nothing of it were hidden behind computing.
+
+    FSDP2 gathers all parameters for each pass of each micro-batch, once more on the way back, and spreads the
+    gradients; the copy of the engine gathers them once. DDP sends gradients twice round the ring per mini-batch.
+    """
+    if job.processes == 1:
+        return 0.0
+    size, share = job.precision.weights, (job.processes - 1) / job.processes
+    if job.sharded:
+        passes = max(1.0, job.rollouts * job.tokens / job.micro_tokens / job.processes)
+        trained = 1 + job.compared + 2
+        sent = passes * trained * job.shape.parameters + passes * job.trained + job.shape.parameters
+    else:
+        sent = 2.0 * job.mini_batches * job.trained
+    return size * share * sent / (job.link * job.assumed.link_share)

@@ -1,0 +1,1 @@
+"""The model in training, its reference, and log-probabilities."""

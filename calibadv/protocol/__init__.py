@@ -1,0 +1,1 @@
+"""The tags of messages, prompts, and token ids."""

@@ -1,1 +1,0 @@
-"""Pages for people: runs compared, and rollouts to read."""

@@ -1,0 +1,1 @@
+"""Corpora: documents in files, in memory and in Arrow tables."""

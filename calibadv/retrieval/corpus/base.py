@@ -1,0 +1,180 @@
+"""The documents that a retriever searches: by row, by id, or one after the other."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from typing import overload
+
+from typing_extensions import override
+
+from calibadv.errors import UserError
+from calibadv.types import Document
+
+# Up to this size a file is read into memory, in about a second; larger ones are converted once and memory-mapped.
+IN_MEMORY_BYTES = 32_000_000
+
+
+class Corpus(Sequence[Document]):
+    """Documents with unique ids. A slice is a list; iterating reads one after the other and keeps none.
+
+    ``open_corpus`` and ``Corpus.from_documents`` make one.
+    """
+
+    @staticmethod
+    def from_documents(documents: Iterable[Document]) -> Corpus:
+        """Hold documents in memory.
+
+        Args:
+            documents: in the order of the rows.
+
+        Returns:
+            The corpus.
+
+        Raises:
+            UserError: there is no document, or an id occurs twice.
+        """
+        return MemoryCorpus(enumerate(documents, 1), "documents")
+
+    @overload
+    def __getitem__(self, row: int) -> Document: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Document]: ...
+    def __getitem__(self, row: int | slice) -> Document | list[Document]:
+        if isinstance(row, slice):
+            return self._read(range(len(self))[row])
+        wanted = range(len(self))[row]
+        return self._read(range(wanted, wanted + 1))[0]
+
+    @abstractmethod
+    def _read(self, rows: range) -> list[Document]:
+        """Documents of rows that exist."""
+
+    @abstractmethod
+    def row(self, doc_id: str) -> int:
+        """Find a document.
+
+        Args:
+            doc_id: its id.
+
+        Returns:
+            Its row.
+
+        Raises:
+            UserError: no document has this id.
+        """
+
+    @property
+    @abstractmethod
+    def checksum(self) -> str:
+        """Of all ids, titles and texts in order, the same whatever file they came from: 32 hexadecimal digits."""
+
+
+class MemoryCorpus(Corpus):
+    """A corpus in memory, of documents with their numbers in the source."""
+
+    def __init__(self, numbered: Iterable[tuple[int, Document]], name: str) -> None:
+        self._documents: list[Document] = []
+        self._rows: dict[str, int] = {}
+        self._checksum = ""
+        numbers: list[int] = []
+        for number, document in numbered:
+            first = self._rows.setdefault(document.id, len(numbers))
+            if first != len(numbers):
+                raise repeated_id(f"{name}:{number}", document.id, numbers[first])
+            self._documents.append(document)
+            numbers.append(number)
+        if not self._documents:
+            raise empty_corpus(name)
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __iter__(self) -> Iterator[Document]:
+        return iter(self._documents)
+
+    def _read(self, rows: range) -> list[Document]:
+        return [self._documents[row] for row in rows]
+
+    @override
+    def row(self, doc_id: str) -> int:
+        if doc_id not in self._rows:
+            raise unknown_id(doc_id, len(self))
+        return self._rows[doc_id]
+
+    @property
+    @override
+    def checksum(self) -> str:
+        if not self._checksum:
+            state = b""
+            for document in self._documents:
+                state = extend_checksum(state, document)
+            self._checksum = state.hex()
+        return self._checksum
+
+
+def searched_text(document: Document) -> str:
+    """What is searched of a document, but by an encoder, which has a form of its own.
+
+    Args:
+        document: the document.
+
+    Returns:
+        Title and text, in two lines.
+    """
+    return f"{document.title}\n{document.text}"
+
+
+def extend_checksum(state: bytes, document: Document) -> bytes:
+    """Chain one more document to the checksum of those before it.
+
+    Args:
+        state: checksum so far; empty at the start.
+        document: the next.
+
+    Returns:
+        16 bytes.
+    """
+    # With the lengths of the first two texts, no other three texts give the same bytes.
+    lengths = f"{len(document.id)} {len(document.title)} "
+    return blake2b(state + f"{lengths}{document.id}{document.title}{document.text}".encode(), digest_size=16).digest()
+
+
+def empty_corpus(name: str) -> UserError:
+    """The error for a corpus without a document.
+
+    Args:
+        name: of the corpus.
+
+    Returns:
+        What to raise.
+    """
+    return UserError(f"corpus '{name}' is empty; it must hold at least one document")
+
+
+def repeated_id(place: str, doc_id: str, first: int) -> UserError:
+    """The error for an id that occurs twice.
+
+    Args:
+        place: file and line of the second.
+        doc_id: the id.
+        first: line of the first.
+
+    Returns:
+        What to raise.
+    """
+    return UserError(f"{place} repeats the id '{doc_id}' of line {first}; ids must be unique")
+
+
+def unknown_id(doc_id: str, documents: int) -> UserError:
+    """The error for an id that no document has.
+
+    Args:
+        doc_id: the id.
+        documents: size of the corpus.
+
+    Returns:
+        What to raise.
+    """
+    return UserError(f"none of the {documents} documents has the id '{doc_id}'; give an id of this corpus")

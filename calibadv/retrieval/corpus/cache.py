@@ -1,0 +1,94 @@
+"""Large corpus files, converted once and kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from hashlib import blake2b
+from pathlib import Path
+
+from rich.console import Console
+
+from calibadv.errors import UserError, one_line
+from calibadv.io.files import replace_durably, write_atomically
+from calibadv.io.jsonl import UnreadableError
+from calibadv.retrieval._metadata import read_record
+from calibadv.retrieval.corpus.arrow import FORMAT, LAYOUT, ArrowCorpus
+from calibadv.retrieval.corpus.convert import convert, file_source
+from calibadv.retrieval.corpus.digests import cache_folder, check_digests, remember, seal
+from calibadv.retrieval.corpus.size import check_disk, free_disk, sample_file
+
+# The digests of the converted files; copies of earlier releases have none.
+_DIGESTS = "digests.json"
+
+
+def cached_corpus(path: Path) -> ArrowCorpus:
+    """Open the converted form of a corpus file, converting it at the first call.
+
+    It lies in ``corpora`` below the folder that CALIBADV_CACHE names, or else ~/.cache/calibadv, under a name that
+    follows the absolute path, the size and the time of the file. Of several processes that ask at once, one converts.
+
+    Args:
+        path: JSON-lines file, plain or gzip.
+
+    Returns:
+        The corpus.
+
+    Raises:
+        UserError: the file holds a mistake, its converted form is damaged, or the folder cannot be written or is on a
+            disk that is too small.
+    """
+    root = cache_folder() / "corpora"
+    key = blake2b(f"{FORMAT} {file_source(path).identity}".encode(), digest_size=8).hexdigest()
+    folder = root / f"{path.name.partition('.')[0]}-{key}"
+    try:
+        if not folder.exists():
+            root.mkdir(parents=True, exist_ok=True)
+            _convert_once(path, folder)
+    except OSError as error:
+        raise UserError(
+            f"corpus '{path}' cannot be converted into '{root}' ({one_line(error)}); set CALIBADV_CACHE to another "
+            "folder"
+        ) from error
+    corpus = ArrowCorpus(folder)
+    if (folder / _DIGESTS).exists():
+        remedy = f"remove '{folder}', and it is made again"
+        names = _files(folder)
+        digests = read_record(folder / _DIGESTS, dict.fromkeys(names, str), remedy)
+        check_digests(folder / _DIGESTS, {name: digests[name] for name in names}, remedy)
+    return corpus
+
+
+def _files(folder: Path) -> list[str]:
+    return [LAYOUT, *read_record(folder / LAYOUT, {"files": dict}, "")["files"]]
+
+
+def _convert_once(path: Path, folder: Path) -> None:
+    from filelock import FileLock, Timeout
+
+    unfinished = folder.with_suffix(".unfinished")
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"waiting for another process, which converts '{path}' into '{folder}'", markup=False)
+        lock.acquire()
+    try:
+        if folder.exists():  # another process has just done it
+            return
+        console.print(f"converting '{path}' once, into '{folder}'", markup=False)
+        check_disk(sample_file(path).corpus_bytes, free_disk(unfinished), unfinished)
+        try:
+            convert(file_source(path), unfinished)
+        except UnreadableError:  # as a share that is away for a moment: what was converted stays
+            raise
+        except ValueError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        digests, stamps = seal(unfinished, _files(unfinished))
+        write_atomically(unfinished / _DIGESTS, json.dumps(digests, indent=1) + "\n")
+        remember(unfinished / _DIGESTS, stamps)
+        replace_durably(unfinished, folder)
+    finally:
+        lock.release()

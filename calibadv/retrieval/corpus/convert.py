@@ -1,0 +1,209 @@
+"""Converting a corpus to Arrow files, in shards, so that a kill costs little.
+
+While a folder is unfinished, ``progress.json`` in it says how far it is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from calibadv.io.files import replace_durably, save_array, write_atomically
+from calibadv.retrieval._metadata import read_record
+from calibadv.retrieval.corpus.arrow import FORMAT, IDS, LAYOUT, TEXTS, ArrowCorpus, id_hash, open_shard, shard_name
+from calibadv.retrieval.corpus.base import empty_corpus, extend_checksum, repeated_id
+from calibadv.retrieval.corpus.files import read_documents
+from calibadv.types import Document
+
+SHARD_ROWS = 1 << 18
+BATCH_ROWS = 1 << 12
+_PROGRESS = "progress.json"
+# From this many documents on, sorting takes longer than about two seconds.
+_LARGE_CORPUS = 5_000_000
+
+Numbered = Generator[tuple[int, Document], None, None]
+"""Documents with their numbers in the source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where documents come from.
+
+    Attributes:
+        name: of the corpus, for messages.
+        identity: what is equal as long as the documents are: path, size and time of a file.
+        read: the documents whose number is above the given one, with their numbers, which ascend from 1.
+    """
+
+    name: str
+    identity: dict[str, Any]
+    read: Callable[[int], Numbered]
+
+
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """What is whole: so many shards and documents, the last of which has this number in the source."""
+
+    shards: int = 0
+    documents: int = 0
+    number: int = 0
+    checksum: str = ""
+
+
+def file_source(path: Path) -> Source:
+    """Documents of a JSON-lines file.
+
+    Args:
+        path: the file, which must exist.
+
+    Returns:
+        The source; numbers are lines.
+    """
+    status = path.stat()
+    identity = {"path": str(path.resolve()), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return Source(str(path), identity, partial(read_documents, path))
+
+
+def convert(source: Source, folder: Path, shard_rows: int = SHARD_ROWS) -> ArrowCorpus:
+    """Write a corpus into a folder, going on behind the last whole shard of a run that was killed.
+
+    Args:
+        source: the documents.
+        folder: where to; made if it is not there. What a run on another source left in it is removed.
+        shard_rows: rows of a file; up to 4096, or a multiple of it.
+
+    Returns:
+        The corpus.
+
+    Raises:
+        UserError: the source holds a mistake, an id occurs twice, or there is no document.
+    """
+    if not (folder / LAYOUT).exists():
+        layout = {"format": FORMAT, "shard_rows": shard_rows, "batch_rows": min(BATCH_ROWS, shard_rows)}
+        progress = _write_shards(source, folder, layout)
+        if not progress.documents:
+            raise empty_corpus(source.name)
+        _write_ids(source, folder, layout, progress)
+        files = {name: (folder / name).stat().st_size for name in [*map(shard_name, range(progress.shards)), IDS]}
+        content = {**layout, "documents": progress.documents, "checksum": progress.checksum, "files": files}
+        write_atomically(folder / LAYOUT, json.dumps(content, indent=2) + "\n")
+    (folder / _PROGRESS).unlink(missing_ok=True)
+    return ArrowCorpus(folder)
+
+
+def _write_shards(source: Source, folder: Path, layout: dict[str, Any]) -> _Progress:
+    header = {"source": source.identity, "layout": layout}
+    progress = _read_progress(folder, header)
+    if progress is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        progress = _Progress()
+    with closing(source.read(progress.number)) as numbered:
+        while progress.documents == progress.shards * layout["shard_rows"]:
+            grown = _write_shard(folder, numbered, layout, progress)
+            if grown == progress:
+                break
+            progress = grown
+            write_atomically(folder / _PROGRESS, json.dumps({**header, "progress": asdict(progress)}))
+    return progress
+
+
+def _read_progress(folder: Path, header: dict[str, Any]) -> _Progress | None:
+    """How far a run of the same source and layout came, None if there was none or it does not say."""
+    try:
+        content = read_record(folder / _PROGRESS, {"progress": dict}, "")
+        progress = _Progress(**content.pop("progress"))
+    except (ValueError, TypeError):  # there is none, or it is damaged: nothing is lost but time
+        return None
+    return progress if content == header else None
+
+
+def _write_shard(folder: Path, numbered: Numbered, layout: dict[str, Any], progress: _Progress) -> _Progress:
+    """Write the next shard, if there are documents left. It appears whole or not at all."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    schema = pa.schema([*((name, pa.large_string()) for name in TEXTS), ("hash", pa.uint64())])
+    path = folder / shard_name(progress.shards)
+    partial = path.with_suffix(".partial")
+    documents, number, state = progress.documents, progress.number, bytes.fromhex(progress.checksum)
+    try:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for _ in range(layout["shard_rows"] // layout["batch_rows"]):
+                rows = list(islice(numbered, layout["batch_rows"]))
+                if not rows:
+                    break
+                for number, document in rows:  # noqa: B007 - the last number is kept
+                    state = extend_checksum(state, document)
+                columns: list[list[Any]] = [[getattr(document, name) for _, document in rows] for name in TEXTS]
+                columns.append([id_hash(document.id) for _, document in rows])
+                arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+                writer.write_batch(pa.record_batch(arrays, schema=schema))
+                documents += len(rows)
+        if documents == progress.documents:
+            return progress
+        replace_durably(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return _Progress(progress.shards + 1, documents, number, state.hex())
+
+
+def _write_ids(source: Source, folder: Path, layout: dict[str, Any], progress: _Progress) -> None:
+    total, per_shard, batch_rows = progress.documents, layout["shard_rows"], layout["batch_rows"]
+    shards = [
+        open_shard(folder, shard, min(per_shard, total - shard * per_shard), batch_rows)
+        for shard in range(progress.shards)
+    ]
+    ids = np.empty((2, total), np.uint64)
+    ids[0] = np.concatenate([batch.column("hash").to_numpy() for batches in shards for batch in batches])
+    with Console(stderr=True, quiet=total < _LARGE_CORPUS).status("Sorting the ids"):
+        ids[1] = np.argsort(ids[0], kind="stable")
+        ids[0] = ids[0][ids[1]]
+
+    def id_of(row: int) -> str:
+        shard, within = divmod(row, per_shard)
+        return str(shards[shard][within // batch_rows].column("id")[within % batch_rows].as_py())
+
+    repeated = first_repeated(ids[0], ids[1], id_of)
+    if repeated:
+        first, second = (_number_of(source, row) for row in repeated)
+        raise repeated_id(f"{source.name}:{second}", id_of(repeated[1]), first)
+    save_array(folder / IDS, ids)
+
+
+def first_repeated(
+    hashes: NDArray[np.uint64], rows: NDArray[np.uint64], id_of: Callable[[int], str]
+) -> tuple[int, int] | None:
+    """Find the first row whose id an earlier row has. Equal hashes are not enough: the ids are compared.
+
+    Args:
+        hashes: [N] of the ids, in ascending order.
+        rows: [N] the row of each, ascending among equal hashes.
+        id_of: id of a row.
+
+    Returns:
+        The earlier row and the row, or None.
+    """
+    places = np.flatnonzero(hashes[1:] == hashes[:-1]) + 1
+    for place in places[np.argsort(rows[places])]:
+        row = int(rows[place])
+        for earlier in rows[np.searchsorted(hashes, hashes[place]) : place]:
+            if id_of(int(earlier)) == id_of(row):
+                return int(earlier), row
+    return None
+
+
+def _number_of(source: Source, row: int) -> int:
+    with closing(source.read(0)) as numbered:
+        number, _ = next(islice(numbered, row, None))
+    return number

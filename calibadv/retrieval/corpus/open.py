@@ -1,0 +1,3 @@
+"""Open a corpus file, folder or index."""
+
+from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Encoders of text for dense retrieval and reranking."""

@@ -1,0 +1,124 @@
+"""Loading the models of sentence-transformers: from a folder or the hub, safetensors only, without noise."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibadv.errors import UserError, one_line
+
+# What a sentence-transformers model is made of. Weights come as safetensors only: nothing is unpickled.
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+# Hub names are 'model' or 'owner/model'.
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelKind:
+    """What is loaded, and how messages speak of it.
+
+    Attributes:
+        what: the option that names it.
+        remedy: what to give.
+        owner: who keeps models of this kind on the hub that are called by their name alone.
+    """
+
+    what: str
+    remedy: str
+    owner: str
+
+
+def load_model(
+    kind: ModelKind, name: str, device: str | None, make: Callable[..., Any], folder: Path | None = None
+) -> Any:
+    """Load a model. The code of its folder is never run.
+
+    Args:
+        kind: what it is.
+        name: folder, or name on the Hugging Face hub.
+        device: where to, such as ``cpu`` or ``cuda:1``; by default an accelerator if there is one.
+        make: class of sentence-transformers.
+        folder: where it is, if it is not ``name`` that says so.
+
+    Returns:
+        What ``make`` makes of the folder.
+
+    Raises:
+        UserError: there is no such model, it does not load, or it has no safetensors or no words.
+    """
+    called = f"{kind.what} '{name}'"
+    folder = folder or _find_folder(kind, name, called)
+    _check_files(called, folder)
+    try:
+        with _quiet():
+            model = make(
+                str(folder),
+                device=device,
+                trust_remote_code=False,
+                local_files_only=True,
+                model_kwargs={"use_safetensors": True},
+            )
+    # Whatever a damaged folder makes of itself: missing files and keys, other JSON, weights of other shapes; or a
+    # device that is not there.
+    except Exception as error:
+        where = "" if device is None else f" on device '{device}'"
+        raise UserError(f"{called} does not load{where} ({one_line(error)}); give {kind.remedy}") from error
+    # transformers makes an empty tokenizer up where the files of one are missing.
+    specials = getattr(model.tokenizer, "all_special_ids", None)
+    if specials is not None and len(model.tokenizer) <= len(specials):
+        raise UserError(f"{called} has a tokenizer without words; save the model's own tokenizer beside it")
+    return model
+
+
+def _find_folder(kind: ModelKind, name: str, called: str) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not _HUB_NAME.fullmatch(name):
+        raise UserError(f"{called} is not a folder; give {kind.remedy}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name if "/" in name else f"{kind.owner}/{name}", allow_patterns=_HUB_FILES))
+    # The hub's errors, those of the connection, and of the disk.
+    except Exception as error:
+        raise UserError(
+            f"{called} is neither a folder nor can it be fetched from the Hugging Face hub ({one_line(error)}); check "
+            "the name and the connection, or give a folder"
+        ) from error
+
+
+def _check_files(called: str, folder: Path) -> None:
+    if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
+        raise UserError(f"{called} has no modules.json or config.json; give a folder with a saved model")
+    for weights in folder.rglob("pytorch_model*.bin"):
+        if not any(weights.parent.glob("*.safetensors")):
+            raise UserError(
+                f"{called} has its weights in {weights.relative_to(folder)}, a pickle, which is not loaded because it "
+                "may run code; save the model again with safe_serialization=True, or give one with model.safetensors"
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Load without progress bars and reports on unused weights, and leave the loggers as they were."""
+    from transformers.utils import logging as transformers_logging
+
+    logger = logging.getLogger("sentence_transformers")
+    level, verbosity = logger.level, transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,1 @@
+"""The retrieval service: server, batching and the format of messages."""

@@ -1,0 +1,168 @@
+"""Micro-batching: requests that arrive together become one search."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import SimpleQueue
+from types import TracebackType
+
+from calibadv.interfaces import RetrievalError, Retriever
+from calibadv.retrieval.asking import Outcome, ask, unwrap
+from calibadv.retrieval.http.schema import Results
+
+# Seconds to wait for others after a request has arrived: too short to notice, long enough for clients that were
+# answered together to ask again.
+_WAIT = 0.002
+
+
+class BusyError(RuntimeError):
+    """More queries wait than may."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    queries: Sequence[str]
+    top_k: int
+    answer: asyncio.Future[Results]
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    queries: list[str]
+    top_k: int
+    found: Future[list[Outcome]]
+
+
+class Batcher:
+    """Searches for many requests at once, in one thread, so that the retriever need not be thread-safe.
+
+    Used as an asynchronous context: the thread works inside it, and leaving it drops what still waits. A search that
+    runs then does not keep the process alive.
+
+    Args:
+        retriever: what searches.
+        max_batch: the most queries per search, but for a single request that has more.
+        max_pending: the most queries that may wait or be searched for, but for a single request that has more.
+    """
+
+    def __init__(self, retriever: Retriever, max_batch: int, max_pending: int) -> None:
+        self._retriever = retriever
+        self._max_batch = max_batch
+        self._max_pending = max_pending
+        self._pending = 0
+        self._waiting: deque[_Request] = deque()
+        self._arrived = asyncio.Event()
+        self._searches: SimpleQueue[_Search | None] = SimpleQueue()
+
+    async def __aenter__(self) -> Batcher:
+        # Not a ThreadPoolExecutor: the interpreter waits for its threads, however long they search.
+        threading.Thread(target=self._search_in_turn, name="retriever", daemon=True).start()
+        self._loop = asyncio.create_task(self._work())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.cancel()
+        self._searches.put(None)
+
+    async def search(self, queries: Sequence[str], top_k: int) -> Results:
+        """Search together with whoever asks at the same time.
+
+        Args:
+            queries: texts to search for.
+            top_k: the most documents per query.
+
+        Returns:
+            One list per query, in the same order: what ``Retriever.search`` finds.
+
+        Raises:
+            BusyError: too many queries wait.
+            RetrievalError: the search of one of the queries failed.
+        """
+        if self._pending and self._pending + len(queries) > self._max_pending:
+            raise BusyError(f"{self._pending} queries wait already, of {self._max_pending} at most; try again later")
+        request = _Request(queries, top_k, asyncio.get_running_loop().create_future())
+        self._pending += len(queries)
+        self._waiting.append(request)
+        self._arrived.set()
+        try:
+            return await request.answer
+        finally:
+            self._pending -= len(queries)
+
+    async def _work(self) -> None:
+        while True:
+            await self._arrived.wait()
+            await asyncio.sleep(_WAIT)
+            # A search for more documents may rank them otherwise (fusion, reranking), so it cannot be cut for those
+            # who want fewer.
+            by_top_k: defaultdict[int, list[_Request]] = defaultdict(list)
+            for request in self._take():
+                by_top_k[request.top_k].append(request)
+            for requests in by_top_k.values():
+                await self._answer(requests)
+
+    def _take(self) -> list[_Request]:
+        """The first requests that wait, as many as fit into one search."""
+        taken = [self._waiting.popleft()]
+        size = len(taken[0].queries)
+        while self._waiting and size + len(self._waiting[0].queries) <= self._max_batch:
+            taken.append(self._waiting.popleft())
+            size += len(taken[-1].queries)
+        if not self._waiting:
+            self._arrived.clear()
+        return taken
+
+    async def _answer(self, requests: list[_Request]) -> None:
+        queries = [query for request in requests for query in request.queries]
+        search = _Search(queries, requests[0].top_k, Future())
+        self._searches.put(search)
+        try:
+            found = await asyncio.wrap_future(search.found)
+        except Exception as error:
+            if len(requests) == 1:
+                _fail(requests[0], error)
+            else:
+                # One request may be at fault: it alone shall fail.
+                for request in requests:
+                    await self._answer([request])
+        else:
+            # What failed is not asked for again: that would multiply the wait for what is out of order.
+            for request in requests:
+                _answer(request, found[: len(request.queries)])
+                del found[: len(request.queries)]
+
+    def _search_in_turn(self) -> None:
+        """What the thread does, until it gets None."""
+        while search := self._searches.get():
+            if not search.found.set_running_or_notify_cancel():
+                continue
+            try:
+                found = ask(self._retriever, search.queries, search.top_k)
+            except BaseException as error:
+                search.found.set_exception(error)
+            else:
+                search.found.set_result(found)
+
+
+def _answer(request: _Request, outcomes: list[Outcome]) -> None:
+    """Answer a request; it fails if one of its queries did."""
+    try:
+        results = unwrap(outcomes)
+    except RetrievalError as error:
+        _fail(request, error)
+    else:
+        # An answer is done already where the one who waited was cancelled.
+        if not request.answer.done():
+            request.answer.set_result(results)
+
+
+def _fail(request: _Request, error: Exception) -> None:
+    if not request.answer.done():
+        request.answer.set_exception(error)

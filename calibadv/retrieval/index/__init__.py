@@ -1,0 +1,1 @@
+"""Indexes of a corpus: building, checking and opening them."""

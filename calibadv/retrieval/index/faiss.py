@@ -1,0 +1,341 @@
+"""FAISS indexes over inner products: building, reading, and searching with ties in the order of the rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibadv.errors import UserError, one_line
+from calibadv.io.progress_bar import progress_bar
+
+# From this many vectors on, filling an index may take longer than about two seconds.
+_LARGE_INDEX = 100_000
+# FAISS itself asks for 39 training vectors per centroid and uses 256 at most; quantizers have up to 256 centroids.
+_VECTORS_PER_CENTROID = 64
+_QUANTIZER_SAMPLE = 1 << 16
+# Where FAISS's errors come from, which they begin with: a C++ function, a file and line, and a condition.
+_PLACE = re.compile(r"^Error in .*? at \S+:\d+: (Error: )?('.*' failed: ?)?")
+# Candidates beyond top_k, among which ties and rounding are settled.
+_SPARE = 8
+# FAISS crashes where a memory-mapped file ends within a number, as one that is cut off in its header does; files below
+# this size are read instead.
+_MAPPED_BYTES = 1 << 20
+_FACTORIES = "Flat, IVF4096,Flat, HNSW32 or another string of faiss.index_factory"
+
+
+def build_faiss(shards: Sequence[NDArray[np.float32]], count: int, dimension: int, factory: str) -> Any:
+    """Build an index in memory: ``make_index``, ``check_count`` and ``fill_index`` at once.
+
+    Args:
+        shards: arrays [n, D] that together are [N, D], such as memory-mapped files.
+        count: N.
+        dimension: D.
+        factory: as ``faiss.index_factory`` reads it; the metric is the inner product.
+
+    Returns:
+        A ``faiss.Index``.
+
+    Raises:
+        UserError: faiss does not make it, N is too small for it, or faiss cannot train or fill it.
+    """
+    index = make_index(factory, dimension)
+    check_count(index, factory, count)
+    fill_index(index, factory, shards, count)
+    return index
+
+
+def make_index(factory: str, dimension: int) -> Any:
+    """Make an index without vectors, which shows what it will be like.
+
+    Args:
+        factory: as ``faiss.index_factory`` reads it; the metric is the inner product.
+        dimension: D of the vectors.
+
+    Returns:
+        A ``faiss.Index``.
+
+    Raises:
+        UserError: faiss does not make it for inner products, or it numbers its vectors itself.
+    """
+    import faiss
+
+    try:
+        index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise UserError(
+            f"factory '{factory}' is not one that faiss makes for inner products of {dimension} dimensions "
+            f"({_reason(error)}); give {_FACTORIES}"
+        ) from error
+    if has_numbers(index):
+        raise UserError(f"factory '{factory}' has numbers of its own for vectors; leave out IDMap")
+    return index
+
+
+def check_count(index: Any, factory: str, count: int) -> None:
+    """Refuse to train an index on too few vectors, before they are made.
+
+    Args:
+        index: of ``make_index``.
+        factory: what it was made of.
+        count: N, how many there will be.
+
+    Raises:
+        UserError: training it needs more.
+    """
+    centroids = most_centroids(index)
+    if centroids > count:
+        raise UserError(
+            f"factory '{factory}' needs at least {centroids} vectors to train, and the corpus has {count} documents; "
+            "give Flat, or fewer lists"
+        )
+
+
+def fill_index(index: Any, factory: str, shards: Sequence[NDArray[np.float32]], count: int) -> None:
+    """Put vectors into an index. Where its type needs training, this takes vectors spread evenly over all.
+
+    Args:
+        index: of ``make_index``; changed in place.
+        factory: what it was made of.
+        shards: arrays [n, D] that together are [N, D]. They are read once, and once more for training.
+        count: N.
+
+    Raises:
+        UserError: faiss cannot train or fill it.
+    """
+    train_plainly(index)
+    try:
+        if not index.is_trained:
+            index.train(_training_sample(index, shards, count))
+        if hasattr(index, "codes"):
+            # Reserves memory; grown step by step, it would need up to twice as much.
+            index.codes.resize(count * index.code_size)
+        with progress_bar("Filling the index", count, hidden=count < _LARGE_INDEX) as advance:
+            for shard in shards:
+                index.add(np.ascontiguousarray(shard, np.float32))
+                advance(len(shard))
+    except RuntimeError as error:
+        raise UserError(
+            f"factory '{factory}' does not work for {count} vectors of {index.d} dimensions ({_reason(error)}); give "
+            f"{_FACTORIES}"
+        ) from error
+
+
+def save_faiss(index: Any, path: Path) -> None:
+    """Write an index.
+
+    Args:
+        index: of ``build_faiss``.
+        path: file to write.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    import faiss
+
+    # FAISS's own writer does not notice where the last bytes find no space.
+    with path.open("wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
+
+
+def load_faiss(path: Path, count: int) -> Any:
+    """Open an index. A large one is memory-mapped: vectors and codes stay on disk, graphs and centroids are read.
+
+    Args:
+        path: file that FAISS wrote; it exists.
+        count: documents of the corpus.
+
+    Returns:
+        A ``faiss.Index``.
+
+    Raises:
+        UserError: the file is damaged, compares by another metric than the inner product, numbers its vectors itself,
+            or has another size.
+    """
+    import faiss
+
+    try:
+        mapped = path.stat().st_size >= _MAPPED_BYTES
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(
+            f"index file '{path}' does not load ({_reason(error)}); it may be cut off: copy it again, or build it anew"
+        ) from error
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise UserError(
+            f"index file '{path}' does not compare by the inner product (FAISS metric {index.metric_type}); "
+            "build it with faiss.METRIC_INNER_PRODUCT"
+        )
+    if has_numbers(index):
+        raise UserError(
+            f"index file '{path}' has numbers of its own for vectors, which need not be rows of the corpus; build it "
+            "without IDMap"
+        )
+    if index.ntotal != count:
+        raise UserError(
+            f"index file '{path}' holds {index.ntotal} vectors, and the corpus has {count} documents; give the corpus "
+            "that it was built of"
+        )
+    return index
+
+
+def set_effort(index: Any, nprobe: int | None, ef_search: int | None) -> None:
+    """Say how much of an index a search looks at.
+
+    Args:
+        index: a ``faiss.Index``; changed in place.
+        nprobe: lists that an inverted file looks through; None leaves the index as it is.
+        ef_search: candidates that an HNSW graph keeps; None leaves the index as it is.
+
+    Raises:
+        UserError: a value is below 1, or the index has no such parameter.
+    """
+    import faiss
+
+    for name, key, kind, value in (("nprobe", "nprobe", "IVF", nprobe), ("ef_search", "efSearch", "HNSW", ef_search)):
+        if value is None:
+            continue
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+        try:
+            faiss.ParameterSpace().set_index_parameter(index, key, value)
+        except RuntimeError as error:
+            kinds = type(faiss.downcast_index(index)).__name__
+            raise UserError(f"{name} is {value}, but {kinds} has no such parameter; only {kind} indexes do") from error
+
+
+def nearest_rows(index: Any, vectors: NDArray[np.float32], top_k: int) -> list[list[tuple[int, float]]]:
+    """Find the rows with the largest inner products, ties in the order of the rows.
+
+    For Flat this is exact, and does not depend on which queries are searched together: FAISS multiplies in blocks, so
+    that its sums, and with them the order of equal vectors, depend on the position in a block. Other types are searched
+    as FAISS does, and only what it finds is ordered.
+
+    Args:
+        index: a ``faiss.Index`` of N vectors.
+        vectors: [Q, D] float32.
+        top_k: the most rows of each.
+
+    Returns:
+        Rows and inner products of each vector, best first; fewer than ``top_k`` where N is smaller, or where the index
+        looks at fewer.
+    """
+    import faiss
+
+    flat = faiss.downcast_index(index)
+    if isinstance(flat, faiss.IndexFlat):
+        return _exact_rows(flat, vectors, min(top_k, flat.ntotal))
+    scores, rows = index.search(vectors, min(top_k, index.ntotal))
+    found = []
+    for row_scores, row_numbers in zip(scores, rows, strict=True):
+        kept = row_numbers >= 0  # FAISS fills up with -1
+        found.append(_ranked(row_numbers[kept], row_scores[kept], top_k))
+    return found
+
+
+def _exact_rows(index: Any, vectors: NDArray[np.float32], top_k: int) -> list[list[tuple[int, float]]]:
+    import faiss
+
+    stored = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
+    fetched = min(top_k + _SPARE, index.ntotal)
+    found = []
+    for vector, scores, rows in zip(vectors, *index.search(vectors, fetched), strict=True):
+        while True:
+            candidates = stored[rows].astype(np.float64)
+            # Summed over the last axis, each row by itself: the same for any number of rows.
+            exact = (candidates * vector).sum(axis=1)
+            ranked = _ranked(rows, exact.astype(np.float32), top_k)
+            # What was not fetched has at most the last score that FAISS gave, but for its rounding.
+            norm = np.linalg.norm(candidates, axis=1).max() * np.linalg.norm(vector)
+            if len(rows) == index.ntotal or ranked[-1][1] > scores[-1] + index.d * 2.0**-24 * norm:
+                break
+            more = index.search(vector[None], min(4 * len(rows), index.ntotal))
+            scores, rows = more[0][0], more[1][0]
+        found.append(ranked)
+    return found
+
+
+def _ranked(rows: NDArray[np.int64], scores: NDArray[np.float32], top_k: int) -> list[tuple[int, float]]:
+    order = np.lexsort((rows, -scores))[:top_k]
+    return list(zip(rows[order].tolist(), scores[order].tolist(), strict=True))
+
+
+def _training_sample(index: Any, shards: Sequence[NDArray[np.float32]], count: int) -> NDArray[np.float32]:
+    wanted = max(_QUANTIZER_SAMPLE, _VECTORS_PER_CENTROID * most_centroids(index))
+    rows = np.linspace(0, count - 1, min(count, wanted)).astype(np.int64)
+    sample = np.empty((len(rows), index.d), np.float32)
+    start = 0
+    for shard in shards:
+        here = (start <= rows) & (rows < start + len(shard))
+        sample[here] = shard[rows[here] - start]
+        start += len(shard)
+    return sample
+
+
+def _reason(error: Exception) -> str:
+    """What FAISS says after the name of a C++ function and a place in its source."""
+    return _PLACE.sub("", one_line(error))
+
+
+def has_numbers(index: Any) -> bool:
+    """Whether an index, or a part of it, stores a number with each vector in the place of its row.
+
+    Args:
+        index: a ``faiss.Index``.
+
+    Returns:
+        True for IDMap, wherever it stands.
+    """
+    import faiss
+
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return has_numbers(index.index)
+    if isinstance(index, faiss.IndexRefine):
+        return has_numbers(index.base_index)
+    return isinstance(index, faiss.IndexIDMap)
+
+
+def most_centroids(index: Any) -> int:
+    """The largest number of centroids that one part of an index is trained for.
+
+    Args:
+        index: a ``faiss.Index``.
+
+    Returns:
+        The number; 0 where there are none.
+    """
+    import faiss
+
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return most_centroids(index.index)
+    if isinstance(index, faiss.IndexHNSW):
+        return most_centroids(index.storage)
+    if isinstance(index, faiss.IndexRefine):
+        return most_centroids(index.base_index)
+    quantizer = getattr(index, "pq", None)
+    return max(getattr(index, "nlist", 0), 0 if quantizer is None else quantizer.ksub)
+
+
+def train_plainly(index: Any) -> None:
+    """Leave out polysemous training (arXiv 1609.01882), which factory strings ask for where a part is called PQ.
+
+    It numbers the centroids anew for a filter that no search of ours uses, and takes many times as long as the rest.
+
+    Args:
+        index: a ``faiss.Index``; changed in place.
+    """
+    import faiss
+
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        train_plainly(index.index)
+    elif isinstance(index, faiss.IndexRefine):
+        train_plainly(index.base_index)
+    elif hasattr(index, "do_polysemous_training"):
+        index.do_polysemous_training = False

@@ -1,0 +1,173 @@
+"""What a folder of ``calibadv index`` says of itself: ``manifest.json``, which is written last.
+
+Beside it lie ``corpus/`` (Arrow files) and ``bm25/`` or ``faiss.index``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal
+
+from calibadv.errors import UserError
+from calibadv.io.files import write_atomically
+from calibadv.retrieval._metadata import Kinds, check_record, read_record
+from calibadv.retrieval.corpus.arrow import IDS, LAYOUT, ArrowCorpus, check_names, check_sizes
+from calibadv.retrieval.corpus.base import Corpus
+from calibadv.retrieval.corpus.digests import check_digests, remember, seal, verify_digests
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"
+"""There as long as the folder is to be finished by the command that began it."""
+
+Backend = Literal["bm25", "faiss"]
+CORPUS_FOLDER = "corpus"
+INDEX_NAMES: dict[Backend, str] = {"bm25": "bm25", "faiss": "faiss.index"}
+_REMEDY = "copy the folder again, or build the index anew with 'calibadv index'"
+_KINDS: Kinds = {"backend": str, "documents": int, "corpus_checksum": str, "settings": dict, "files": dict}
+_SETTINGS: dict[str, Kinds] = {
+    "bm25": {"stopwords": str | list, "stemmer": str | NoneType},
+    "faiss": {"encoder": str, "query_prompt": str, "passage_prompt": str, "factory": str, "dimension": int},
+}
+_FILES = {
+    "bm25": [f"bm25/{part}.csc.index.npy" for part in ("data", "indices", "indptr")]
+    + ["bm25/params.index.json", "bm25/vocab.index.json"],
+    "faiss": ["faiss.index"],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an index was built of, and how.
+
+    Attributes:
+        backend: which kind of index.
+        documents: size of the corpus.
+        corpus_checksum: of the corpus.
+        settings: of the backend.
+        files: bytes of every file, by its path within the folder.
+        digests: BLAKE2b of every file, as 32 hexadecimal digits; none in an index of an earlier release.
+    """
+
+    backend: Backend
+    documents: int
+    corpus_checksum: str
+    settings: dict[str, Any]
+    files: dict[str, int]
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+def write_manifest(folder: Path, backend: Backend, corpus: Corpus, settings: dict[str, Any]) -> Manifest:
+    """Write the manifest of a folder that holds everything else, which is read once more for its digests.
+
+    Args:
+        folder: the index.
+        backend: its kind.
+        corpus: what it was built of.
+        settings: how it was built.
+
+    Returns:
+        The manifest.
+    """
+    index = folder / INDEX_NAMES[backend]
+    paths = [*(folder / CORPUS_FOLDER).iterdir(), *(index.iterdir() if index.is_dir() else [index])]
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(paths)}
+    digests, stamps = seal(folder, files)
+    manifest = Manifest(backend, len(corpus), corpus.checksum, settings, files, digests)
+    write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2) + "\n")
+    remember(folder / MANIFEST, stamps)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of an index. What it says of the folder is for ``open_index`` to check.
+
+    Args:
+        folder: the index.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: the folder is not a finished index of this format, or its manifest is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"index '{folder}' is not a folder; give a folder that 'calibadv index' wrote")
+    path = folder / MANIFEST
+    if not path.exists():
+        if (folder / UNFINISHED).exists():
+            raise UserError(f"index '{folder}' is unfinished; run the same 'calibadv index' command again to go on")
+        raise UserError(
+            f"'{folder}' is a folder without {MANIFEST}, and so not an index; give a folder that 'calibadv index' wrote"
+        )
+    content = read_record(path, {}, _REMEDY)
+    if content.pop("format", None) != FORMAT:
+        raise UserError(f"'{path}' is not a manifest of format {FORMAT}, which this release reads; {_REMEDY}")
+    check_record(path, content, {**_KINDS, "digests": dict} if "digests" in content else _KINDS, _REMEDY)
+    try:
+        manifest = Manifest(**content)
+    except TypeError as error:
+        raise UserError(f"'{path}' is damaged ({error}); {_REMEDY}") from error
+    if manifest.backend not in _SETTINGS:
+        raise UserError(f"'{path}' has the backend {manifest.backend!r}; {_REMEDY}")
+    check_record(path, manifest.settings, _SETTINGS[manifest.backend], _REMEDY)
+    names = [f"{CORPUS_FOLDER}/{name}" for name in (LAYOUT, IDS)] + _FILES[manifest.backend]
+    check_names(path, manifest.files, names, _REMEDY)
+    if "digests" in content and set(manifest.digests) != set(manifest.files):
+        raise UserError(f"'{path}' is damaged (its digests are not those of its files); {_REMEDY}")
+    return manifest
+
+
+def open_index(folder: Path) -> tuple[Manifest, Corpus]:
+    """Open the corpus of an index, and check that the folder is whole.
+
+    Files that were copied or changed since they were last compared with their digests are read for that.
+
+    Args:
+        folder: the index.
+
+    Returns:
+        The manifest, and the documents, memory-mapped.
+
+    Raises:
+        UserError: the folder is not a finished index of this format, a file is missing, has another size or holds
+            something else, or its corpus is another than the index was built of.
+    """
+    manifest = read_manifest(folder)
+    check_sizes(folder, manifest.files, _REMEDY)
+    check_digests(folder / MANIFEST, manifest.digests, _REMEDY)
+    corpus = ArrowCorpus(folder / CORPUS_FOLDER)
+    found, built = (len(corpus), corpus.checksum), (manifest.documents, manifest.corpus_checksum)
+    if found != built:
+        raise UserError(
+            f"the corpus in '{folder}' has {found[0]} documents with checksum {found[1]}, and the index was built of "
+            f"{built[0]} with {built[1]}; {_REMEDY}"
+        )
+    return manifest, corpus
+
+
+def verify_index(folder: Path) -> Manifest:
+    """Compare every byte of an index with the digests of its build.
+
+    Args:
+        folder: the index.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: the folder is not a finished index of this format, its manifest has no digests, or a file is missing
+            or holds something else.
+    """
+    manifest = read_manifest(folder)
+    if not manifest.digests:
+        raise UserError(
+            f"index '{folder}' has no digests to compare with, since an earlier release built it; build it anew with "
+            "'calibadv index', which makes them"
+        )
+    check_sizes(folder, manifest.files, _REMEDY)
+    verify_digests(folder / MANIFEST, manifest.digests, _REMEDY)
+    return manifest

@@ -1,0 +1,93 @@
+"""Open a corpus: a file, the folder of an index, or the embedded world's."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+from calibadv.retrieval.corpus.base import (
+    IN_MEMORY_BYTES,
+    Corpus,
+    MemoryCorpus,
+)
+from calibadv.retrieval.corpus.convert import BATCH_ROWS, Numbered, Source, file_source
+from calibadv.retrieval.corpus.files import read_documents
+from calibadv.retrieval.corpus.size import Sample, read_sample, sample_file, sample_step
+
+
+def open_corpus(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Corpus:
+    """Open a corpus.
+
+    A large file is converted once to memory-mapped Arrow files, in the folder that the environment variable
+    CALIBADV_CACHE names, or else in ~/.cache/calibadv.
+
+    Args:
+        path: JSON-lines file, plain or gzip (``read_documents`` has the formats); a folder of ``calibadv index``; or
+            ``embedded``, the passages of the embedded world.
+        in_memory_bytes: files above this size are converted, others are held in memory.
+
+    Returns:
+        The documents, in the order of the file.
+
+    Raises:
+        UserError: the file is missing or empty, a line is not a document, an id occurs twice, or the folder is not a
+            whole index.
+    """
+    if str(path) == "embedded":
+        from calibadv.world import embedded_world
+
+        return Corpus.from_documents(embedded_world().documents)
+    path = Path(path)
+    if path.is_dir():
+        from calibadv.retrieval.index.manifest import open_index
+
+        return open_index(path)[1]
+    if path.is_file() and path.stat().st_size > in_memory_bytes:
+        from calibadv.retrieval.corpus.cache import cached_corpus
+
+        return cached_corpus(path)
+    with closing(read_documents(path)) as numbered:
+        return MemoryCorpus(numbered, str(path))
+
+
+def open_source(path: str) -> Source:
+    """Open whatever ``open_corpus`` opens, without reading a file of documents yet.
+
+    Args:
+        path: JSON-lines file, folder of ``calibadv index``, or ``embedded``.
+
+    Returns:
+        The source. The numbers of a file are its lines, those of others count the documents.
+
+    Raises:
+        UserError: there is no such file, or the folder is not a whole index.
+    """
+    if Path(path).is_file():
+        return file_source(Path(path))
+    corpus = open_corpus(path)  # of what is neither a folder nor a file, it says so
+
+    def read(after: int) -> Numbered:
+        for start in range(after, len(corpus), BATCH_ROWS):
+            yield from enumerate(corpus[start : start + BATCH_ROWS], start + 1)
+
+    return Source(path, {"checksum": corpus.checksum}, read)
+
+
+def sample_corpus(path: str) -> Sample:
+    """Look at a part of a corpus.
+
+    Args:
+        path: whatever ``open_corpus`` opens. Of a file, megabytes are read and not more.
+
+    Returns:
+        The sample.
+
+    Raises:
+        UserError: there is no document in it, or no such corpus.
+    """
+    if Path(path).is_file():
+        return sample_file(Path(path))
+    corpus = open_corpus(path)
+    rows = range(0, len(corpus), sample_step(len(corpus)))
+    documents, seconds = read_sample(corpus[row] for row in rows)
+    return Sample(documents, len(corpus), exact=True, seconds=seconds * len(corpus) / len(documents))

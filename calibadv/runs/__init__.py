@@ -1,0 +1,1 @@
+"""Run folders: files of rollouts, checkpoints, settings and results."""

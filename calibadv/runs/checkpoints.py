@@ -1,0 +1,212 @@
+"""Checkpoint files: written whole, and checked before anything is resumed from them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from hashlib import blake2b, file_digest
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from calibadv.distributed import Processes
+from calibadv.io.files import write_atomically
+from calibadv.io.progress_bar import progress_bar
+from calibadv.runs.folder import step_of
+
+_META = "meta.pt"  # what Lightning writes of a sharded checkpoint beside the shards
+_DIGESTS = "digests.json"
+# What a checkpoint of a run holds; in a sharded one, weights and optimizer lie in the shards.
+_Kinds = Mapping[str, type | UnionType]
+_KINDS: _Kinds = {
+    "pytorch-lightning_version": str,
+    "rollout_step": int,
+    "validated_step": int,
+    "seed": int,
+    "protocol": dict,
+    "callbacks": dict,
+    "loops": dict,
+}
+_TENSOR_KINDS: _Kinds = {"state_dict": dict, "optimizer_states": list}
+# What callbacks and Lightning's loops go on from.
+_RESULTS_KINDS: _Kinds = {"validations": list, "statuses": dict, "wall_seconds": int | float}
+_GUARD_KINDS: _Kinds = {"watch": dict, "events": list}
+_LOOP_KINDS: _Kinds = {"epoch_loop.batch_progress": dict, "epoch_progress": dict}
+_BLOCK = 1 << 24
+_LARGE = 2_000_000_000  # bytes, which take some seconds
+_NOT_READABLE = (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError)
+
+
+class CheckpointFile(TorchCheckpointIO):
+    """Writes a checkpoint straight to its file; Lightning's own makes copies in memory and in the temporary folder.
+
+    Processes wait for the one that writes, so its error is kept until they can be told.
+
+    Attributes:
+        failure: why the last checkpoint could not be written, or None.
+    """
+
+    def __init__(self) -> None:
+        self.failure: str | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint, and keep the reason if that is not possible.
+
+        Args:
+            checkpoint: what to write.
+            path: file; its folder is made.
+            storage_options: not used.
+        """
+        self.failure = None
+        try:
+            Path(path).parent.mkdir(exist_ok=True)
+            with Path(path).open("wb") as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            self.failure = _system_reason(error)
+
+
+def _system_reason(error: BaseException) -> str:
+    """What the system said; torch hides it behind an error of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return str((cause and cause.strerror) or error)
+
+
+def write_digests(folder: Path, processes: Processes) -> None:
+    """Write the digests of a sharded checkpoint's files; every process reads those that it has written.
+
+    Args:
+        folder: the checkpoint.
+        processes: those that have written it.
+    """
+    own = [file for file in sorted(folder.iterdir()) if _shard_owner(file) == processes.rank]
+    found = processes.gather({file.name: _digest(file) for file in own})
+    if processes.rank == 0:
+        write_atomically(folder / _DIGESTS, json.dumps({k: v for part in found for k, v in part.items()}, indent=2))
+
+
+def _shard_owner(file: Path) -> int:
+    """The rank that has written a file: ``__1_0.distcp`` is of rank 1, all else of rank 0."""
+    rank = file.name.removeprefix("__").partition("_")[0]
+    return int(rank) if file.suffix == ".distcp" and rank.isdecimal() else 0
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Read all of a checkpoint, and look for what is wrong with it.
+
+    The records of a checkpoint file carry their checksums (CRC-32), since it is a zip file; the files of a sharded one
+    have digests beside them, unless it is from before these were written.
+
+    Args:
+        checkpoint: a file, or the folder of a sharded one; it exists.
+
+    Returns:
+        What is wrong, or None.
+    """
+    changed = _changed_shard(checkpoint) if checkpoint.is_dir() else _changed_record(checkpoint)
+    if changed is not None:
+        return changed
+    try:
+        content = read_content(checkpoint)
+    except _NOT_READABLE as error:
+        return f"it does not load: {next(iter(str(error).splitlines()), type(error).__name__)}"
+    return _wrong_content(content, checkpoint)
+
+
+def read_content(checkpoint: Path) -> Any:
+    """Read what a checkpoint says of its run, and its tensors, which stay on disk.
+
+    Args:
+        checkpoint: a file, or the folder of a sharded one, whose shards are not read.
+
+    Returns:
+        What was saved.
+    """
+    file = checkpoint / _META if checkpoint.is_dir() else checkpoint
+    return torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+
+
+def _changed_record(file: Path) -> str | None:
+    name, size = "", file.stat().st_size
+    try:
+        with zipfile.ZipFile(file) as archive, _progress(size) as advance:
+            for name in archive.namelist():
+                with archive.open(name) as record:  # which compares the checksum at its end
+                    while block := record.read(_BLOCK):
+                        advance(len(block))
+    # zipfile meets changed bytes with errors of many kinds, a wrong method of compression and encryption among them.
+    except Exception as error:
+        return f"bytes of its record {name} have changed" if name else f"it is no whole file: {error}"
+    return None
+
+
+def _changed_shard(folder: Path) -> str | None:
+    if not (folder / _META).is_file():
+        return f"it has no {_META}"
+    try:
+        recorded: Any = json.loads((folder / _DIGESTS).read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        return f"its {_DIGESTS} is damaged ({error})"
+    missing = next((name for name in recorded if not (folder / name).is_file()), None)
+    if missing is not None:
+        return f"its file {missing} is missing"
+    sizes = {name: (folder / name).stat().st_size for name in recorded}
+    with _progress(sum(sizes.values())) as advance:
+        for name, digest in recorded.items():
+            if _digest(folder / name) != digest:
+                return f"its file {name} is damaged"
+            advance(sizes[name])
+    return None
+
+
+def _progress(size: int) -> AbstractContextManager[Callable[[int], None]]:
+    return progress_bar("Checking the checkpoint", size, hidden=size < _LARGE)
+
+
+def _wrong_kind(content: Any, kinds: _Kinds) -> str | None:
+    if not isinstance(content, Mapping):
+        return f"it holds {type(content).__name__}, and not the parts of a checkpoint"
+    for key, kind in kinds.items():
+        if key not in content:
+            return f"it has no '{key}'"
+        if not isinstance(content[key], kind) or isinstance(content[key], bool):
+            return f"it has {content[key]!r:.40} as '{key}'"
+    return None
+
+
+def _wrong_content(content: Any, checkpoint: Path) -> str | None:
+    kinds = _KINDS if checkpoint.is_dir() else {**_KINDS, **_TENSOR_KINDS}
+    if wrong := _wrong_kind(content, kinds):
+        return wrong
+    for part, key, inner in (
+        (content["callbacks"], "Results", _RESULTS_KINDS),
+        (content["callbacks"], "CollapseGuard", _GUARD_KINDS),
+        (content["loops"], "fit_loop", _LOOP_KINDS),
+    ):
+        if key in part and (wrong := _wrong_kind(part[key], inner)):
+            return f"in '{key}', {wrong}"
+    step, named = content["rollout_step"], step_of(checkpoint)
+    if step < 0:
+        return f"it has {step} as 'rollout_step'"
+    if named not in (-1, step):
+        return f"it holds rollout step {step}, which its name contradicts"
+    for name, tensor in content.get("state_dict", {}).items():
+        if not isinstance(tensor, Tensor) or (tensor.is_floating_point() and not tensor.isfinite().all()):
+            return f"its weight {name} is not finite"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()

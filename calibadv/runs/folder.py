@@ -1,0 +1,227 @@
+"""The run folder: where a run's config, curves, checkpoints, rollouts and results lie, and how it is resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibadv.errors import UserError
+from calibadv.io.files import _create, remove, replace_durably
+
+STUDY_FILE = "study.json"  # in the folder of a study; run folders lie below it
+_STEP = re.compile(r"step[-=](\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """One run's folder; a method per thing that lies in it."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of ``rollout-step=000060.ckpt`` and ``last.ckpt``."""
+        return self.path / "checkpoints"
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint once more, under a name that does not change."""
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def rollouts(self) -> Path:
+        """Folder of ``train-step-000010.jsonl`` and the like."""
+        return self.path / "rollouts"
+
+    @property
+    def results(self) -> Path:
+        """File of the figures of every validation, and what they were made with."""
+        return self.path / "results.json"
+
+    @property
+    def holds_study(self) -> bool:
+        """Whether this is the folder of a study, and so of no run."""
+        return (self.path / STUDY_FILE).exists()
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run has been started here."""
+        return any(self.path.glob("config*.yaml"))
+
+    def config(self, resumed_from: int | None) -> Path:
+        """Where the resolved config is saved.
+
+        Args:
+            resumed_from: rollout steps done at the checkpoint, None for a run that starts from nothing.
+
+        Returns:
+            ``config.yaml``, or ``config-resume-<step>.yaml``.
+        """
+        return self.path / ("config.yaml" if resumed_from is None else f"config-resume-{resumed_from:06d}.yaml")
+
+    def newest_config(self) -> Path:
+        """Where the config of the last part of this run is saved.
+
+        Returns:
+            That of the last resume, or of the start.
+        """
+        return max(self.path.glob("config-resume-*.yaml"), default=self.config(None))
+
+    def claim(self, config: str) -> None:
+        """Make this the folder of a run that starts from nothing, and of no other.
+
+        Args:
+            config: the resolved config, which is the first file of a run.
+
+        Raises:
+            UserError: another run has been started here, perhaps a moment ago; or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _create(self.config(None), config)
+        except FileExistsError as error:
+            raise UserError(f"{self.path} holds a run already; choose another --run.name") from error
+        except OSError as error:
+            raise UserError(
+                f"run folder '{self.path}' cannot be written to ({error.strerror}); choose another --run.root"
+            ) from error
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a rollout step is saved.
+
+        Args:
+            step: rollout steps done.
+
+        Returns:
+            A path under ``checkpoints``.
+        """
+        return self.checkpoints / f"rollout-step={step:06d}.ckpt"
+
+    def rollout_file(self, split: str, step: int) -> Path:
+        """Where rollouts are written.
+
+        Args:
+            split: ``train``, ``val``, ``test`` or ``predict``.
+            step: rollout step.
+
+        Returns:
+            A path under ``rollouts``.
+        """
+        return self.rollouts / f"{split}-step-{step:06d}.jsonl"
+
+    def nonfinite_step(self, step: int) -> Path:
+        """Where the mini-batch is written that stopped a run because its gradient was not finite.
+
+        Args:
+            step: rollout step.
+
+        Returns:
+            ``nonfinite-step-000012.pt`` and the like. A resume leaves it, as it is about what went wrong.
+        """
+        return self.path / f"nonfinite-step-{step:06d}.pt"
+
+    def checkpoints_newest_first(self) -> list[Path]:
+        """The checkpoints that a run can go on from.
+
+        Returns:
+            ``rollout-step=`` files from the highest step down. ``last.ckpt`` follows the first of them, but for the
+            usual case that it is the same file as one of them. Empty where there is none.
+        """
+        found = self.step_checkpoints()[::-1]
+        if self.last.exists() and not any(self.last.samefile(path) for path in found):
+            found.insert(1, self.last)
+        return found
+
+    def step_checkpoints(self) -> list[Path]:
+        """The checkpoints that are named by their rollout step.
+
+        Returns:
+            Complete ones, in the order of their steps.
+        """
+        return sorted(self.checkpoints.glob("rollout-step=*.ckpt"))
+
+    def point_last_at(self, checkpoint: Path) -> None:
+        """Make ``last.ckpt`` the same as another checkpoint, at no cost where the file system can.
+
+        Args:
+            checkpoint: a complete checkpoint; sharded ones are folders, and get a symbolic link.
+        """
+        if self.last.exists() and self.last.samefile(checkpoint):
+            return
+        partial = self.last.with_suffix(".partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        try:
+            if checkpoint.is_dir():
+                partial.symlink_to(checkpoint.name)
+            else:
+                try:
+                    os.link(checkpoint, partial)
+                except OSError:  # no hard links here
+                    shutil.copyfile(checkpoint, partial)
+            replace_durably(partial, self.last)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has come to its end, with everything written."""
+        return bool(self.read_results().get("finished", False))
+
+    def clear(self) -> None:
+        """Remove what an attempt has left that ended before its first checkpoint; files that are not ours stay."""
+        for pattern in ("config*.yaml", "events.*", "results.json", "guard.json", "*.partial"):
+            for path in self.path.glob(pattern):
+                remove(path)
+        for folder in (self.rollouts, self.checkpoints):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def read_results(self) -> dict[str, Any]:
+        """Read what earlier parts of this run recorded.
+
+        Returns:
+            The content of ``results.json``, or an empty dictionary.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            content: Any = json.loads(self.results.read_text("utf-8")) if self.results.exists() else {}
+            return dict(content)
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"'{self.results}' is damaged ({error}); remove it: a resumed run writes it again"
+            ) from error
+
+    def drop_beyond(self, step: int) -> None:
+        """Remove rollout files and checkpoints that a resumed run will write again, and what an earlier one left over.
+
+        Args:
+            step: rollout steps done at the checkpoint.
+        """
+        written = [*self.rollouts.glob("train-*.jsonl"), *self.rollouts.glob("val-*.jsonl"), *self.step_checkpoints()]
+        written += self.path.glob("config-resume-*.yaml")  # of an attempt of which nothing remains
+        for path in written:
+            if step_of(path) > step:
+                remove(path)
+        for folder in (self.path, self.rollouts, self.checkpoints):
+            for path in folder.glob("*.partial"):
+                remove(path)
+
+
+def step_of(path: Path) -> int:
+    """Read a rollout step off a file's name.
+
+    Args:
+        path: such as ``rollout-step=000060.ckpt`` or ``train-step-000010.jsonl``.
+
+    Returns:
+        Rollout steps done; -1 where the name does not say.
+    """
+    found = _STEP.search(path.name)
+    return int(found[1]) if found else -1

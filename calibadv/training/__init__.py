@@ -1,0 +1,1 @@
+"""One rollout step: from sampled rollouts to optimizer steps."""

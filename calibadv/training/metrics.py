@@ -1,0 +1,286 @@
+"""The curves that rollouts and advantages give: pure functions from records and tensors to named numbers.
+
+A curve without anything to average over in a batch is left out for that step, never logged as 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from calibadv.batch import RolloutBatch, answer_mask, group_rollouts
+from calibadv.numerics.credit import negative_search_turns
+from calibadv.numerics.logprobs import message_perplexities
+from calibadv.numerics.masked import turn_means
+from calibadv.rewards.answer import f1
+from calibadv.rewards.evidence import silver_documents, true_step_correctness
+from calibadv.training.logprobs import BatchLogprobs
+from calibadv.types import Metrics, Rollout, RolloutStatus
+
+_UNFINISHED = (
+    RolloutStatus.TRUNCATED,
+    RolloutStatus.INVALID,
+    RolloutStatus.OUT_OF_TURNS,
+    RolloutStatus.SEARCH_FAILED,
+)
+
+
+def rollout_metrics(batch: RolloutBatch, estimated: Tensor, calibrated: Tensor) -> Metrics:
+    """All curves of one rollout batch: ``reward/*``, ``rollout/*``, ``advantage/*`` and ``credit/*``.
+
+    Args:
+        batch: B scored and credited rollouts.
+        estimated: [B, T] advantages of the estimator.
+        calibrated: [B, T] the same after the calibrators.
+
+    Returns:
+        Names and numbers.
+    """
+    return {
+        **reward_metrics(batch.rollouts),
+        **shape_metrics(batch.rollouts),
+        **advantage_metrics(batch, estimated, "estimated"),
+        **advantage_metrics(batch, calibrated, "calibrated"),
+        **group_metrics(batch),
+        **credit_metrics(batch, estimated),
+    }
+
+
+def reward_metrics(rollouts: Sequence[Rollout]) -> Metrics:
+    """Means over the rollouts that have a reward, which those with a failed search have not.
+
+    Args:
+        rollouts: scored rollouts.
+
+    Returns:
+        ``reward/{score, f1, em}`` (0 unless valid), ``reward/answer_f1`` (whatever the format) and
+        ``reward/format_valid``.
+    """
+    scored = [rollout for rollout in rollouts if rollout.included]
+    return _without_empty(
+        {
+            "reward/score": [rollout.score for rollout in scored],
+            "reward/f1": [rollout.f1 for rollout in scored],
+            "reward/em": [rollout.em for rollout in scored],
+            "reward/answer_f1": [_answer_f1(rollout) for rollout in scored],
+            "reward/format_valid": [rollout.format_valid for rollout in scored],
+        }
+    )
+
+
+def _answer_f1(rollout: Rollout) -> float:
+    return 0.0 if rollout.answer is None else f1(rollout.answer, rollout.question.golden_answers)
+
+
+def shape_metrics(rollouts: Sequence[Rollout]) -> Metrics:
+    """How long rollouts are and how they end.
+
+    Args:
+        rollouts: finished rollouts.
+
+    Returns:
+        ``rollout/{turns, searches, policy_tokens}`` per rollout, and the share of all rollouts that ended as
+        ``rollout/{truncated, invalid, out_of_turns, search_failed}``.
+    """
+    lengths = {
+        "rollout/turns": [len(rollout.policy_segments) for rollout in rollouts],
+        "rollout/searches": [rollout.num_searches for rollout in rollouts],
+        "rollout/policy_tokens": [sum(s.num_tokens for s in rollout.policy_segments) for rollout in rollouts],
+    }
+    shares = {f"rollout/{status}": [rollout.status is status for rollout in rollouts] for status in _UNFINISHED}
+    return _without_empty({**lengths, **shares})
+
+
+def advantage_metrics(batch: RolloutBatch, advantages: Tensor, stage: str) -> Metrics:
+    """How much weight the policy's tokens get on each side.
+
+    Args:
+        batch: B rollouts.
+        advantages: [B, T], 0 outside ``batch.loss_mask``.
+        stage: ``estimated`` or ``calibrated``.
+
+    Returns:
+        ``advantage/<stage>/{search, answer}/{positive_mass, negative_mass, ratio}``: the sum of the
+        absolute advantages of that sign per rollout of the batch; and positive over negative mass, left out where the
+        latter is 0.
+    """
+    answers = answer_mask(batch)
+    metrics: Metrics = {}
+    for part, mask in (("search", batch.loss_mask & ~answers), ("answer", answers)):
+        chosen = advantages[mask].cpu().double()
+        positive = chosen.clamp(min=0).sum().item() / len(batch.rollouts)
+        negative = -chosen.clamp(max=0).sum().item() / len(batch.rollouts)
+        prefix = f"advantage/{stage}/{part}"
+        metrics |= {f"{prefix}/positive_mass": positive, f"{prefix}/negative_mass": negative}
+        if negative:
+            metrics[f"{prefix}/ratio"] = positive / negative
+    return metrics
+
+
+def group_metrics(batch: RolloutBatch) -> Metrics:
+    """What the groups offer to learn from, over the groups that are trained.
+
+    Args:
+        batch: B scored rollouts.
+
+    Returns:
+        ``credit/silver_size`` (silver documents per group), ``credit/empty_silver`` (share of groups without any) and
+        ``credit/tied_groups`` (share of groups of at least two whose rewards are all equal, so that GRPO gives 0).
+    """
+    included = batch.included.tolist()
+    groups = [
+        [batch.rollouts[row] for row in rows if included[row]]
+        for rows in group_rollouts(batch.rollouts)
+        if any(included[row] for row in rows)
+    ]
+    sizes = [len(silver_documents(group)) for group in groups]
+    return _without_empty(
+        {
+            "credit/silver_size": sizes,
+            "credit/empty_silver": [size == 0 for size in sizes],
+            "credit/tied_groups": [len({r.score for r in group}) == 1 for group in groups if len(group) > 1],
+        }
+    )
+
+
+def credit_metrics(batch: RolloutBatch, estimated: Tensor) -> Metrics:
+    """How often searches find evidence, and are punished nevertheless.
+
+    Args:
+        batch: B credited rollouts.
+        estimated: [B, T] advantages before calibration.
+
+    Returns:
+        ``credit/step_correctness``, the mean over the search turns that are trained; ``credit/mispenalised``, the share
+        of those with correctness above 0 among the punished ones; ``credit/true_mispenalised``, the same by the gold
+        documents, over the questions that name them; and ``credit/turn_gain``, the mean gain of the trained search
+        turns where an estimator has computed it.
+    """
+    per_turn = turn_means(estimated, batch.turn_ids, batch.step_correctness.shape[1])
+    punished = negative_search_turns(per_turn, batch.answer_turn.cpu()).numpy()
+    trained: list[float] = []
+    silver: list[bool] = []
+    gold: list[bool] = []
+    gains: list[float] = []
+    turn_gains = None if batch.turn_gains is None else batch.turn_gains.tolist()
+    for row in np.flatnonzero(batch.included.numpy(force=True)):
+        rollout = batch.rollouts[row]
+        mask = punished[row, : len(rollout.step_correctness)]
+        trained.extend(rollout.step_correctness)
+        if turn_gains is not None:
+            gains.extend(turn_gains[row][: len(rollout.step_correctness)])
+        silver.extend(np.asarray(rollout.step_correctness)[mask] > 0)
+        truth = true_step_correctness(rollout) if mask.any() else None
+        if truth is not None:
+            gold.extend(np.asarray(truth)[mask] > 0)
+    return _without_empty(
+        {
+            "credit/step_correctness": trained,
+            "credit/mispenalised": silver,
+            "credit/true_mispenalised": gold,
+            "credit/turn_gain": gains,
+        }
+    )
+
+
+def evaluation_metrics(rollouts: Sequence[Rollout]) -> Metrics:
+    """What a validation or test prints: means over the questions, overall and per data source.
+
+    Questions whose search failed have no result: they are in none of the means, and counted apart.
+
+    Args:
+        rollouts: scored rollouts, one per question.
+
+    Returns:
+        ``score, f1, em, cover_em, format_valid, searches, count``, each also as ``<source>/...``; and
+        ``search_failed``, the number of questions without a result.
+    """
+    scored = [rollout for rollout in rollouts if rollout.included]
+    metrics = _evaluate(scored, "")
+    for source in sorted({rollout.question.data_source for rollout in scored} - {""}):
+        metrics |= _evaluate([rollout for rollout in scored if rollout.question.data_source == source], f"{source}/")
+    return {**metrics, "search_failed": float(len(rollouts) - len(scored))}
+
+
+def without_result(metrics: Metrics) -> str:
+    """Say that an evaluation's means are over fewer questions than were asked.
+
+    Args:
+        metrics: of ``evaluation_metrics``.
+
+    Returns:
+        Such as ``2 of 100 questions have no result``; empty where all have one.
+    """
+    failed = metrics.get("search_failed", 0.0)
+    return f"{failed:.0f} of {metrics['count'] + failed:.0f} questions have no result" if failed else ""
+
+
+def _evaluate(rollouts: Sequence[Rollout], prefix: str) -> Metrics:
+    means = _without_empty(
+        {
+            f"{prefix}score": [rollout.score for rollout in rollouts],
+            f"{prefix}f1": [rollout.f1 for rollout in rollouts],
+            f"{prefix}em": [rollout.em for rollout in rollouts],
+            f"{prefix}cover_em": [rollout.cover_em for rollout in rollouts],
+            f"{prefix}format_valid": [rollout.format_valid for rollout in rollouts],
+            f"{prefix}searches": [rollout.num_searches for rollout in rollouts],
+        }
+    )
+    return {**means, f"{prefix}count": float(len(rollouts))}
+
+
+def _without_empty(columns: dict[str, Iterable[float]]) -> Metrics:
+    """The mean of each column that has entries."""
+    values = {name: list(column) for name, column in columns.items()}
+    return {name: float(sum(column)) / len(column) for name, column in values.items() if column}
+
+
+def speed_metrics(batch: RolloutBatch, seconds: dict[str, float]) -> Metrics:
+    """How long the two large stages of a step took.
+
+    Args:
+        batch: B rollouts.
+        seconds: wall time by stage, ``rollout`` and ``update`` among them.
+
+    Returns:
+        ``rollout/seconds``, ``rollout/tokens_per_second`` (of the policy's tokens) and ``update/seconds``.
+    """
+    tokens = batch.loss_mask.sum().item()
+    return {
+        "rollout/seconds": seconds["rollout"],
+        "rollout/tokens_per_second": tokens / seconds["rollout"],
+        "update/seconds": seconds["update"],
+    }
+
+
+def stability_metrics(batch: RolloutBatch, before: BatchLogprobs, garbled_perplexity: float) -> Metrics:
+    """Curves that tell whether training is stable, read off the policy before the update.
+
+    Args:
+        batch: B rollouts.
+        before: log-probabilities and entropies of their tokens.
+        garbled_perplexity: a rollout counts as garbled if one of its messages is more perplexing than this.
+
+    Returns:
+        entropy and perplexity over all policy tokens, the largest perplexity of a message, the share of garbled
+        rollouts, and the drift between the engine's log-probabilities and the trainer's. Empty without a trained token.
+    """
+    mask = batch.loss_mask
+    if not mask.any():
+        return {}
+    logprobs = before.policy[mask]
+    drift = (batch.sampled_logprobs[mask] - logprobs).abs()
+    perplexities = message_perplexities(before.policy, batch.turn_ids, mask)
+    garbled = (perplexities > garbled_perplexity).any(dim=1)  # nan is not larger
+    judged = perplexities[~perplexities.isnan()]
+    metrics = {} if judged.numel() == 0 else {"stability/perplexity_max": judged.max().item()}
+    return {
+        **metrics,
+        "stability/entropy": before.entropy[mask].mean().item(),
+        "stability/perplexity": (-logprobs.mean()).exp().item(),
+        "stability/garbled": garbled[mask.any(dim=1)].float().mean().item(),
+        "stability/sampler_drift_mean": drift.mean().item(),
+        "stability/sampler_drift_max": drift.max().item(),
+    }

@@ -1,0 +1,81 @@
+"""From calibrated advantages to the gradient: micro-batches, log-probabilities, mini-batches, the loss.
+
+A *mini-batch* is one optimizer step: a block of whole questions. A *micro-batch* is what one forward pass holds:
+rollouts up to a budget of tokens. How a mini-batch is cut changes memory and speed, never the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from calibadv.batch import RolloutBatch
+from calibadv.distributed import Processes
+from calibadv.numerics.rng import uniforms
+from calibadv.types import DrawKey
+
+
+def micro_batches(batch: RolloutBatch, rows: Iterable[int], token_budget: int) -> list[list[int]]:
+    """Cut rows into micro-batches, the longest rollouts first, so that little is padded.
+
+    Args:
+        batch: B rollouts.
+        rows: those to cut; rollouts without a trained token are left out.
+        token_budget: the most tokens of a micro-batch, padding included; a longer rollout is one of its own.
+
+    Returns:
+        Lists of rows; a rollout is never split.
+    """
+    lengths = batch.attention_mask.sum(dim=1).tolist()
+    trained = batch.loss_mask.any(dim=1).tolist()
+    parts: list[list[int]] = []
+    for row in sorted((row for row in rows if trained[row]), key=lambda row: (-lengths[row], row)):
+        if parts and lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= token_budget:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
+
+
+def deal_micro_batches(
+    batch: RolloutBatch, rows: Iterable[int], token_budget: int, processes: Processes
+) -> list[tuple[list[int], bool]]:
+    """Cut rows into micro-batches and deal them out, smaller ones where there would be too few for all processes.
+
+    Args:
+        batch: B rollouts.
+        rows: those to cut.
+        token_budget: the most tokens of a micro-batch.
+        processes: share the work.
+
+    Returns:
+        Micro-batches of this process, and whether each counts (see ``Processes.deal``).
+    """
+    rows = list(rows)
+    if processes.size > 1:
+        tokens = int(batch.attention_mask[rows].sum().item())
+        token_budget = min(token_budget, -(-tokens // processes.size))
+    return processes.deal(micro_batches(batch, rows, token_budget))
+
+
+def mini_batches(batch: RolloutBatch, count: int, seed: int, step: int) -> list[list[int]]:
+    """Cut a rollout batch into blocks of whole groups, in an order drawn from (seed, step).
+
+    Args:
+        batch: B rollouts.
+        count: how many blocks; with fewer groups there are fewer blocks.
+        seed: of the run.
+        step: rollout step.
+
+    Returns:
+        Lists of rows; blocks without a trained token are left out.
+    """
+    groups = batch.group_ids.tolist()
+    order = np.argsort(uniforms(DrawKey(seed, step, "mini-batches", 0, 0), max(groups) + 1), kind="stable")
+    trained = batch.loss_mask.any(dim=1).tolist()
+    blocks = [
+        [row for row, group in enumerate(groups) if group in chosen]
+        for chosen in map(set, np.array_split(order, count))
+    ]
+    return [block for block in blocks if any(trained[row] for row in block)]
