@@ -36,15 +36,7 @@ _LONGEST = 300
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line.
-
-    Args:
-        error: as caught.
-
-    Returns:
-        The reason that the system gives, or else the message, at most 300 characters; the name of the class where
-        there is neither.
-    """
+    """What an error says, in one line."""
     reason = error.strerror if isinstance(error, OSError) else None
     return " ".join(str(reason or error).split())[:_LONGEST] or type(error).__name__
 
@@ -53,26 +45,12 @@ _SHOWN = 80
 
 
 def is_number(value: Any) -> bool:
-    """Whether something is a real number: Python's or numpy's, truth values included; a tensor is none.
-
-    Args:
-        value: anything.
-
-    Returns:
-        False for whatever else.
-    """
+    """Whether something is a real number: Python's or numpy's, truth values included; a tensor is none."""
     return isinstance(value, (int, float, np.integer, np.floating, np.bool_))
 
 
 def shown(value: Any) -> str:
-    """Show what a part returned in a message.
-
-    Args:
-        value: anything.
-
-    Returns:
-        One line that is not long.
-    """
+    """Show what a part returned in a message."""
     text = str(value) if is_number(value) else f"{type(value).__name__} {value!r}"
     text = "None" if value is None else " ".join(text.split())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
 from calibadv.errors import ServiceError
@@ -93,19 +94,10 @@ class StreamingEngine(Engine):
             The requests that ended meanwhile, by number; often none.
         """
 
+    @override
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]
     ) -> list[Completion]:
-        """Continue all prompts, and wait for them; no other request may be under way.
-
-        Args:
-            prompts: token ids of each prompt.
-            sampling: temperature and the most tokens to draw.
-            keys: what the draws of each prompt depend on.
-
-        Returns:
-            One completion per prompt, in the same order.
-        """
         numbers = self.submit(prompts, sampling, keys)
         done: dict[int, Completion] = {}
         while len(done) < len(numbers):

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.agent.episode import Agent
 from calibadv.agent.rollout import Draws, check_engine, check_prompt, check_searches, run_rollouts
@@ -186,16 +187,8 @@ class SearchAgentModule(pl.LightningModule):
         self._engine_is_stale = True
 
     @float32_by_default()
+    @override
     def training_step(self, questions: list[Question], batch_idx: int) -> dict[str, StepOutput]:
-        """Walk from questions to the gradient.
-
-        Args:
-            questions: of this rollout step.
-            batch_idx: Lightning's own counter, not used.
-
-        Returns:
-            ``{"output": StepOutput}`` for callbacks.
-        """
         clock = Stopwatch()
         groups, filter_metrics = self.collect(questions, clock)
         with clock.measure("evidence"):
@@ -224,18 +217,7 @@ class SearchAgentModule(pl.LightningModule):
         return {"output": StepOutput(self.rollout_step, batch, estimated, calibrated, metrics, clock.seconds)}
 
     def collect(self, questions: Sequence[Question], clock: Stopwatch) -> tuple[list[Group], Metrics]:
-        """Make the groups of a rollout step: sample, score and find evidence; ask others where the filter drops some.
-
-        Args:
-            questions: of this rollout step.
-            clock: measures ``rollout`` and ``evidence``.
-
-        Returns:
-            On every process, one group per question, in their order; and what the filter did.
-
-        Raises:
-            RetrievalError: more than half of the searches failed.
-        """
+        """Sample and score the groups of a rollout step; groups that the filter drops are replaced."""
         step, seen = self.rollout_step + 1, list[Group]()
 
         def make(asked: Sequence[Question]) -> list[Rollout]:
@@ -260,17 +242,7 @@ class SearchAgentModule(pl.LightningModule):
         return refill(groups, self.group_filter, data.spare_questions(self.rollout_step, questions), ask)
 
     def sample(self, questions: Sequence[Question], step: int, samples: int, temperature: float) -> list[Rollout]:
-        """Sample rollouts, each process those of its own questions.
-
-        Args:
-            questions: what to ask.
-            step: rollout step that the draws are keyed by.
-            samples: rollouts per question.
-            temperature: 0 is greedy.
-
-        Returns:
-            ``samples`` rollouts of each question of this process, neighbours in the list.
-        """
+        """Sample rollouts, each process those of its own questions."""
         if self._engine_is_stale:
             self.agent.engine.sync(self.policy)
             self._engine_is_stale = False
@@ -285,30 +257,14 @@ class SearchAgentModule(pl.LightningModule):
         return Waiting(cap, lambda: self.stop_requested)
 
     def share(self, questions: Sequence[Question], own: Attempt[list[Rollout]], samples: int) -> list[Group]:
-        """Put the rollouts of all processes together.
-
-        Args:
-            questions: that were asked.
-            own: ``samples`` rollouts of each question of this process.
-            samples: rollouts per question.
-
-        Returns:
-            On every process, one group of ``samples`` rollouts per question, in the order of the questions.
-        """
+        """Put the rollouts of all processes together."""
         rollouts = own.result or []
         groups = [rollouts[start : start + samples] for start in range(0, len(rollouts), samples)]
         owners = self.processes.owners([question.id for question in questions])
         return self.processes.interleave(Attempt(groups, own.error), owners)
 
     def logprobs_before(self, batch: RolloutBatch) -> BatchLogprobs:
-        """Compute what the ratio and the KL compare with: log-probabilities before the update.
-
-        Args:
-            batch: B rollouts.
-
-        Returns:
-            Old and, where the KL coefficient is set, reference log-probabilities.
-        """
+        """Compute what the ratio and the KL compare with: log-probabilities before the update."""
         settings = (batch, self.micro_batch_tokens, self.temperature, self.processes)
         before = compute_logprobs(self.model, *settings)
         if self.reference is None:
@@ -318,17 +274,7 @@ class SearchAgentModule(pl.LightningModule):
         return replace(before, reference=reference.policy)
 
     def update(self, ready: ReadyBatch) -> Metrics:
-        """Update the policy on a rollout batch.
-
-        Args:
-            ready: rollouts, calibrated advantages, and log-probabilities before the update.
-
-        Returns:
-            Metrics of the update.
-
-        Raises:
-            UserError: too many gradients in a row were not finite; the last mini-batch lies in the run folder.
-        """
+        """Update the policy on a rollout batch."""
         optimizer = cast("torch.optim.Optimizer", self.optimizers())
         trainee = Trainee(self.model, optimizer, self.descend, self.processes, self.skipped)
         step = self.rollout_step + 1
@@ -345,12 +291,7 @@ class SearchAgentModule(pl.LightningModule):
             ) from error
 
     def descend(self, loss: Tensor, last: bool) -> None:
-        """Compute gradients; after the last loss of a mini-batch, processes add theirs up.
-
-        Args:
-            loss: of one micro-batch.
-            last: whether it is the last one of its mini-batch.
-        """
+        """Compute gradients; after the last loss of a mini-batch, processes add theirs up."""
         wait = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         with nullcontext() if last else wait():
             self.manual_backward(loss)
@@ -360,24 +301,25 @@ class SearchAgentModule(pl.LightningModule):
         """Those that train together."""
         return Processes.current()
 
+    @override
     def configure_model(self) -> None:
-        """Shard the parameters, where the strategy asks for it."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._sharded:
             assert self.device_mesh is not None, "the strategy has made it"
             for model in [self.model, *(self.reference.frozen if self.reference else [])]:
                 shard(model, self.device_mesh)
             self._sharded = True
 
+    @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make the optimizer."""
         return self.learner.make_optimizer(self.model)
 
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(exactly(self.model, fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
+    @override
     def setup(self, stage: str) -> None:
-        """Check what can only be checked with everything at hand, before any file is written."""
         if stage == "fit" and (self.trainer.max_epochs, self.trainer.max_steps) != (-1, -1):
             raise UserError(
                 f"trainer.max_epochs is {self.trainer.max_epochs} and trainer.max_steps is {self.trainer.max_steps}; "
@@ -409,17 +351,17 @@ class SearchAgentModule(pl.LightningModule):
         elif stage == "fit" and self.group_filter is not None:
             raise UserError("model.group_filter asks further questions of QuestionData; give that to fit as datamodule")
 
+    @override
     def on_fit_start(self) -> None:
-        """Bring the reference to the device and the precision, in which the policy is by now."""
         if self.reference is not None:
             self.reference.to(self.device, next(self.model.parameters()).dtype)
 
+    @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note that the weights are between two rollout steps from here on."""
         self.mid_update = True
 
+    @override
     def on_train_start(self) -> None:
-        """Validate before training, as row 0 of every table; or after a stop that came before a validation was done."""
         self.finished_step = self.rollout_step
         due = self.rollout_step % self.trainer.val_check_interval == 0 and self.validated_step != self.rollout_step
         if due and self.trainer.enable_validation:
@@ -429,28 +371,21 @@ class SearchAgentModule(pl.LightningModule):
         if self.rollout_step >= self.rollout_steps:  # only what comes behind the last step may have been missing
             self.trainer.should_stop = True
 
+    @override
     def validation_step(self, questions: list[Question], batch_idx: int) -> dict[str, list[Rollout]]:
-        """Answer validation questions greedily, one rollout each."""
         return {"rollouts": self.evaluate(questions)}
 
+    @override
     def test_step(self, questions: list[Question], batch_idx: int) -> dict[str, list[Rollout]]:
-        """Answer test questions greedily, one rollout each."""
         return {"rollouts": self.evaluate(questions)}
 
+    @override
     def predict_step(self, questions: list[Question], batch_idx: int) -> dict[str, list[Rollout]]:
-        """Answer questions greedily, one rollout each."""
         return {"rollouts": self.evaluate(questions)}
 
     @float32_by_default()
     def evaluate(self, questions: Sequence[Question]) -> list[Rollout]:
-        """Answer questions greedily, one rollout each, and score them.
-
-        Args:
-            questions: what to ask.
-
-        Returns:
-            Scored rollouts, kept until the end of the epoch too.
-        """
+        """Answer questions greedily, one rollout each, and score them."""
 
         def make() -> list[Rollout]:
             own = self.sample(questions, self.rollout_step, samples=1, temperature=0.0)
@@ -463,13 +398,13 @@ class SearchAgentModule(pl.LightningModule):
         self._evaluated.extend(rollouts)
         return rollouts
 
+    @override
     def on_validation_epoch_end(self) -> None:
-        """Log the validation curves at the current rollout step."""
         self._log_evaluation("val")
         self.validated_step = self.rollout_step
 
+    @override
     def on_test_epoch_end(self) -> None:
-        """Log the test figures."""
         self._log_evaluation("test")
 
     def _log_evaluation(self, prefix: str) -> None:
@@ -488,20 +423,16 @@ class SearchAgentModule(pl.LightningModule):
         self.log_at_step(metrics)
 
     def log_at_step(self, metrics: Metrics) -> None:
-        """Plot metrics against the rollout step, through whatever loggers there are.
-
-        Args:
-            metrics: scalars by name.
-        """
+        """Plot metrics against the rollout step, through whatever loggers there are."""
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.rollout_step)
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put into a checkpoint what tells this run from another."""
         save_identity(checkpoint, self)
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from a checkpoint's rollout step."""
         check_identity(checkpoint, self, self.trainer.state.fn)
         self.rollout_step = checkpoint["rollout_step"]
         self.validated_step = checkpoint["validated_step"]

@@ -20,11 +20,7 @@ _ROUNDING = 1e-3
 
 
 def check_count(given: Collection[Any], engine: Engine, questions: Sequence[Question]) -> None:
-    """Refuse a number of answers, or of request numbers, that is not that of the prompts.
-
-    Raises:
-        UserError: there are more or fewer.
-    """
+    """Refuse a number of answers, or of request numbers, that is not that of the prompts."""
     if not isinstance(given, Collection) or len(given) != len(questions):
         what = f"{len(given)} answers" if isinstance(given, Collection) else shown(given)
         first = f", of question '{questions[0].id}' first" if questions else ""
@@ -32,15 +28,7 @@ def check_count(given: Collection[Any], engine: Engine, questions: Sequence[Ques
 
 
 def collect(engine: StreamingEngine, in_flight: Mapping[int, Question]) -> dict[int, Completion]:
-    """Collect the finished requests of an engine.
-
-    Args:
-        engine: with requests in flight.
-        in_flight: the question of each request.
-
-    Raises:
-        UserError: the engine names a request that is not in flight.
-    """
+    """Collect the finished requests of an engine."""
     done = engine.collect()
     unknown = done.keys() - in_flight.keys() if isinstance(done, dict) else {shown(done)}
     if unknown:

@@ -43,16 +43,7 @@ class Episode:
 
 
 def speak(episode: Episode, completion: Completion, agent: Agent) -> None:
-    """Append a message; the episode is over unless it searches.
-
-    Args:
-        episode: changed in place.
-        completion: what the engine drew.
-        agent: its protocol and tokenizer are used.
-
-    Raises:
-        UserError: the engine answered wrongly.
-    """
+    """Append a message; the episode is over unless it searches."""
     fault = fault_of(completion, agent.tokenizer, agent.protocol.max_turn_tokens)
     if fault:
         place = f"question '{episode.question.id}', sample {episode.sample}, message {len(episode.messages) + 1}"
@@ -76,25 +67,12 @@ def speak(episode: Episode, completion: Completion, agent: Agent) -> None:
 
 
 def query(episode: Episode) -> str:
-    """What an episode searches for.
-
-    Args:
-        episode: whose last message is a search.
-
-    Returns:
-        The text of the query.
-    """
+    """What an episode searches for."""
     return episode.messages[-1].content
 
 
 def observe(episodes: Sequence[Episode], outcomes: Sequence[Outcome], agent: Agent) -> None:
-    """Append what each episode's search found; a failed one ends its episode, and no other.
-
-    Args:
-        episodes: those that searched together; changed in place.
-        outcomes: the documents of each, or why there are none.
-        agent: its protocol and tokenizer are used.
-    """
+    """Append what each episode's search found; a failed one ends its episode, and no other."""
     errors = [outcome for outcome in outcomes if isinstance(outcome, RetrievalError)]
     if errors:
         log.warning("%d of %d searches failed, their rollouts are left out: %s", len(errors), len(outcomes), errors[0])
@@ -119,16 +97,7 @@ def _show(episode: Episode, documents: tuple[Document, ...], agent: Agent) -> No
 
 
 def finish(episode: Episode, step: int, prepend_think: bool) -> Rollout:
-    """Make the record of an episode that is over.
-
-    Args:
-        episode: with its status.
-        step: rollout step.
-        prepend_think: of the protocol.
-
-    Returns:
-        The rollout.
-    """
+    """Make the record of an episode that is over."""
     status = episode.status
     assert status is not None, "the loop ends every episode"
     badly_formatted = not all(message.well_formed for message in episode.messages)

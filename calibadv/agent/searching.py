@@ -47,19 +47,7 @@ class Searcher:
         self._closed = False
 
     def search(self, queries: Sequence[str]) -> list[Outcome]:
-        """Search for what an episode asks.
-
-        Args:
-            queries: texts to search for.
-
-        Returns:
-            One outcome per query.
-
-        Raises:
-            RetrievalError: the retriever was away for longer than it may be waited for.
-            StopRequestedError: the run is to stop, and the retriever is away.
-            UserError: the retriever is at fault.
-        """
+        """Search for what an episode asks."""
         outcomes = ask(self._retriever, queries, self._retriever.top_k)
         if self._waiting is not None and _away(outcomes):
             self._outlast(list(queries), outcomes, self._waiting)

@@ -33,14 +33,6 @@ def stream(
     While the engine samples, one search at a time runs beside it, for all episodes that have asked since the last one
     began. Nothing but the search, and waiting for a retriever that is away, leaves this thread: tokenizers do not bear
     being used by two.
-
-    Args:
-        episodes: with their prompts; changed in place.
-        engine: the agent's.
-        agent: its protocol and tokenizer are used.
-        searcher: of the agent's retriever.
-        sampling: temperature and the most tokens of a message.
-        key: what the draws of an episode's next message depend on.
     """
     writing: dict[int, Episode] = {}
     asking: list[Episode] = []  # have written a search that has not begun

@@ -45,20 +45,6 @@ def audit_coverage(
     """Measure how much of what questions need is in the corpus, and how much of that a retriever finds.
 
     Each question is searched for once, as it is asked. The corpus is read once, whatever its size.
-
-    Args:
-        questions: at least one. ``metadata.supporting_ids``, or else ``metadata.supporting_titles``, names what should
-            be found; questions with neither count for the coverage only.
-        corpus: the documents, or None where they are out of reach.
-        retriever: what searches.
-        top_k: the k of recall@k.
-
-    Returns:
-        Answer coverage, and recall by k in the order of ``top_k``.
-
-    Raises:
-        UserError: ``top_k`` is empty or holds a number below 1, or the labels of a question are no list.
-        RetrievalError: a search failed.
     """
     if not top_k or min(top_k) < 1:
         raise UserError(f"top_k is {list(top_k)}; give one or more numbers, each at least 1")
@@ -83,13 +69,6 @@ def answer_coverage(questions: Sequence[Question], corpus: Sequence[Document]) -
     Answer and document are normalised as answers are for scoring, and the answer must occur as whole words. An answer
     that normalises to nothing occurs nowhere. That an answer occurs does not make it known: ``yes`` and ``no`` occur
     almost surely, and so does a small number. One pass reads the corpus, and looks only for what was not found yet.
-
-    Args:
-        questions: at least one.
-        corpus: read from the first document on, up to the one in which the last answer is found.
-
-    Returns:
-        A value in [0, 1].
     """
     wanted = [
         {answer for golden in question.golden_answers if (answer := normalise_answer(golden))} for question in questions
@@ -124,17 +103,7 @@ def _take_found(missing: dict[str, set[str]], text: str) -> set[str]:
 
 
 def supporting_labels(question: Question) -> frozenset[tuple[str, str]]:
-    """What the documents that support a question are known by.
-
-    Args:
-        question: with ``supporting_ids``, or else ``supporting_titles``, in its metadata.
-
-    Returns:
-        Pairs of ``id`` or ``title`` and its value; empty where the question names neither.
-
-    Raises:
-        UserError: what names them is no list.
-    """
+    """What the documents that support a question are known by."""
     for kind in ("id", "title"):
         labels: Any = question.metadata.get(f"supporting_{kind}s")
         if labels and not isinstance(labels, list):

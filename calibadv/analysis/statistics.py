@@ -27,17 +27,6 @@ def bootstrap_interval(scores: Floats, resamples: int = RESAMPLES, level: float 
     Every seed answers the same questions, so each resample draws S seeds and Q questions with replacement and takes
     the mean over both (the pigeonhole bootstrap, Owen 2007, arXiv 0712.1111). Arrays of equal shape see the same draws:
     differences of paired scores are given as such.
-
-    Args:
-        scores: [M, S, Q], finite. With S = 1 the interval is over the questions only, with Q = 1 over the seeds only.
-        resamples: how many.
-        level: share of them that the interval holds.
-
-    Returns:
-        [M, 2] lower and upper ends.
-
-    Raises:
-        UserError: one score is no sample.
     """
     measures, seeds, questions = scores.shape
     if seeds * questions < 2:
@@ -56,14 +45,7 @@ def bootstrap_interval(scores: Floats, resamples: int = RESAMPLES, level: float 
 
 
 def interval_over_whole(scores: Floats) -> Floats:
-    """Intervals over the questions that every run has answered.
-
-    Args:
-        scores: [M, S, Q], nan where a question has no result.
-
-    Returns:
-        [M, 2]; nan where fewer than two scores are left, of which there is no interval.
-    """
+    """Intervals over the questions that every run has answered."""
     whole = scores[:, :, np.isfinite(scores).all((0, 1))]
     if whole.shape[1] * whole.shape[2] < 2:
         return np.full((len(scores), 2), np.nan)
@@ -80,12 +62,6 @@ def sign_flip_test(differences: Floats) -> float:
 
     Exact, over all 2^S sign patterns, up to 16 seeds; above, over 100,000 patterns, which are the one observed and
     otherwise drawn.
-
-    Args:
-        differences: [S] of paired runs.
-
-    Returns:
-        Two-sided p value. Exact ones are never below 2 / 2^S, see ``smallest_p``.
     """
     seeds = len(differences)
     if seeds <= _MOST_EXACT:
@@ -102,12 +78,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Correct p values for their number, so that one false alarm among all is no likelier than in a single test.
 
     Holm 1979: the k-th smallest of m is multiplied by m - k + 1, and is at least as large as those before it.
-
-    Args:
-        p_values: of m tests.
-
-    Returns:
-        The corrected ones in the same order, at most 1.
     """
     corrected = [0.0] * len(p_values)
     largest = 0.0
@@ -118,15 +88,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def share_interval(count: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share, by Wilson's score: of use for few trials and for shares of 0 and 1 too.
-
-    Args:
-        count: how many of them.
-        total: of how many, at least 1.
-
-    Returns:
-        Lower and upper end (Wilson 1927).
-    """
+    """The 95 % interval of a share, by Wilson's score: of use for few trials and for shares of 0 and 1 too."""
     z = 1.959964
     centre = (count + z * z / 2) / (total + z * z)
     half = z / (total + z * z) * np.sqrt(count * (total - count) / total + z * z / 4)
@@ -134,12 +96,5 @@ def share_interval(count: int, total: int) -> tuple[float, float]:
 
 
 def smallest_p(seeds: int) -> float:
-    """The smallest p value that ``sign_flip_test`` can give.
-
-    Args:
-        seeds: S, at least 1.
-
-    Returns:
-        2 / 2^S, or about one in 100,000 where patterns are drawn.
-    """
+    """The smallest p value that ``sign_flip_test`` can give."""
     return 2.0 / 2**seeds if seeds <= _MOST_EXACT else 1.0 / _SAMPLED_FLIPS

@@ -28,15 +28,7 @@ class Punished:
 
 
 def find_punished(batch: RolloutBatch, advantages: Tensor) -> Punished:
-    """Find what has a negative advantage.
-
-    Args:
-        batch: B rollouts.
-        advantages: [B, T], 0 outside ``batch.loss_mask``.
-
-    Returns:
-        Tokens and search turns.
-    """
+    """Find what has a negative advantage."""
     num_turns = batch.step_correctness.shape[1]
     places, turns = punished_tokens(advantages, batch.turn_ids, num_turns)
     punished = torch.bincount(turns, minlength=batch.step_correctness.numel()).view(-1, num_turns) > 0
@@ -45,17 +37,7 @@ def find_punished(batch: RolloutBatch, advantages: Tensor) -> Punished:
 
 
 def soften_searches(advantages: Tensor, correctness: Tensor, punished: Punished) -> tuple[Tensor, Metrics]:
-    """Multiply the advantages of punished searches by (1 - correctness).
-
-    Args:
-        advantages: [B, T].
-        correctness: [B, K] in [0, 1], 0 for answer turns.
-        punished: of ``find_punished``.
-
-    Returns:
-        [B, T]; and ``credit/softened``, the share of the punished search turns whose penalty shrank (left out where no
-        search turn is punished).
-    """
+    """Multiply the advantages of punished searches by (1 - correctness)."""
     softened = soften(advantages, correctness, punished.places, punished.turns)
     count = int(punished.searches.sum())
     if count == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.batch import RolloutBatch, answer_mask
 from calibadv.errors import UserError
@@ -28,17 +29,8 @@ class AnswerRebalance(Calibrator):
             raise UserError(f"target_ratio is {target_ratio}; it must be a number above 0 (1.0 balances both sides)")
         self.target_ratio = target_ratio
 
+    @override
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
-        """Balance; the formulas are ``rebalance_factors`` and ``scale_answers`` of ``calibadv.numerics.credit``.
-
-        Args:
-            batch: B rollouts.
-            advantages: [B, T], 0 outside ``batch.loss_mask``.
-
-        Returns:
-            [B, T]; and ``advantage/rebalance_factor``, the mean factor of the positive side over the groups that have
-            both sides (left out where none has).
-        """
         answers = answer_mask(batch)
         factors = rebalance_factors(advantages, answers, batch.group_ids, self.target_ratio)
         used = factors[factors > 0]

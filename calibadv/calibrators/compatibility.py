@@ -20,17 +20,7 @@ _PENALTIES = (SoftPenalty, ConstantPenalty, ShuffledPenalty)
 def check_combination(
     estimator: AdvantageEstimator, calibrators: Sequence[Calibrator], group_size: int | None = None
 ) -> None:
-    """Refuse an estimator and calibrators whose sum is no method.
-
-    Args:
-        estimator: turns rewards into advantages.
-        calibrators: applied to them, in this order.
-        group_size: rollouts per question; None where it is not known.
-
-    Raises:
-        UserError: a calibrator is there twice, two soften the same searches, one that takes CalibAdv's ratio stands
-            beside CalibAdv's parts, evidence would be counted twice, or groups have nothing to calibrate by.
-    """
+    """Refuse an estimator and calibrators whose sum is no method."""
     if group_size == 1 and calibrators:
         name = type(calibrators[0]).__name__
         raise UserError(f"model.group_size is 1, and {name} needs the other rollouts of a group; give at least 2")

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
 from calibadv.calibrators._penalty import find_punished, soften_searches
@@ -31,17 +32,8 @@ class ConstantPenalty(Calibrator):
             raise UserError(f"correctness is {correctness}; it must be a number from 0 to 1, or batch_mean")
         self.correctness = correctness
 
+    @override
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
-        """Soften the punished search turns.
-
-        Args:
-            batch: B rollouts with step correctness, those of all processes.
-            advantages: [B, T], 0 outside ``batch.loss_mask``.
-
-        Returns:
-            [B, T]; ``credit/softened``, and ``credit/constant_correctness``, the constant (both left out where no
-            search turn is punished).
-        """
         punished = find_punished(batch, advantages)
         if not punished.searches.any():
             return advantages, {}

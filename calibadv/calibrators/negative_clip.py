@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
 from calibadv.errors import UserError
@@ -29,17 +30,8 @@ class NegativeClip(Calibrator):
             raise UserError(f"bound is {bound}; it must be a number above 0, such as 1.0")
         self.bound = bound
 
+    @override
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
-        """Clip.
-
-        Args:
-            batch: B rollouts, those of all processes.
-            advantages: [B, T], 0 outside ``batch.loss_mask``.
-
-        Returns:
-            [B, T]; and ``advantage/clipped``, the share of the tokens with a negative advantage that were raised (left
-            out where one side is missing).
-        """
         floor = negative_floor(advantages, self.bound)
         negative = int((advantages < 0).sum())
         if floor is None or not negative:

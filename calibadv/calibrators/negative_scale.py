@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
 from calibadv.calibrators.answer_rebalance import AnswerRebalance
@@ -48,16 +49,8 @@ class NegativeScale(Calibrator):
         self.negative_weight = negative_weight
         self.match = match
 
+    @override
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
-        """Scale both sides.
-
-        Args:
-            batch: B rollouts with step correctness, those of all processes.
-            advantages: [B, T], 0 outside ``batch.loss_mask``.
-
-        Returns:
-            [B, T]; and, where it is matched, ``advantage/negative_weight`` (left out where it cannot be).
-        """
         if self.match is None:
             return scale_by_sign(advantages, self.positive_weight, self.negative_weight), {}
         target = advantages

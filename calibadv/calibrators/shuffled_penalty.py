@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
 from calibadv.calibrators._penalty import Punished, find_punished, soften_searches
@@ -27,29 +28,13 @@ class ShuffledPenalty(Calibrator):
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
+    @override
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
-        """Shuffle the correctness of the punished search turns, then soften.
-
-        Args:
-            batch: B rollouts of one step with step correctness, those of all processes.
-            advantages: [B, T], 0 outside ``batch.loss_mask``.
-
-        Returns:
-            [B, T]; and ``credit/softened`` (left out where no search turn is punished).
-        """
         punished = find_punished(batch, advantages)
         return soften_searches(advantages, self.shuffled_correctness(batch, punished), punished)
 
     def shuffled_correctness(self, batch: RolloutBatch, punished: Punished) -> Tensor:
-        """Shuffle.
-
-        Args:
-            batch: B rollouts of one step with step correctness.
-            punished: of ``find_punished``.
-
-        Returns:
-            [B, K]; differs from ``batch.step_correctness`` only at ``punished.searches``.
-        """
+        """Shuffle."""
         turns: list[tuple[int, int]] = [(row, turn) for row, turn in punished.searches.nonzero().tolist()]
         turns.sort(key=lambda turn: (batch.rollouts[turn[0]].question.id, batch.rollouts[turn[0]].sample, turn[1]))
         rows, columns = [row for row, _ in turns], [turn for _, turn in turns]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
 from calibadv.calibrators._penalty import find_punished, soften_searches
@@ -16,15 +17,6 @@ class SoftPenalty(Calibrator):
     The first part of CalibAdv (arXiv 2604.18235). The answer turn keeps its advantage.
     """
 
+    @override
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
-        """Soften; the formula is ``calibadv.numerics.credit.soften``.
-
-        Args:
-            batch: B rollouts with step correctness.
-            advantages: [B, T], 0 outside ``batch.loss_mask``.
-
-        Returns:
-            [B, T]; and ``credit/softened``, the share of the punished search turns whose penalty shrank (left out
-            where no search turn is punished).
-        """
         return soften_searches(advantages, batch.step_correctness, find_punished(batch, advantages))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
 
 from calibadv.errors import UserError
 from calibadv.interfaces import Calibrator
@@ -24,17 +25,8 @@ class AdvantageCalibration(Callback):
     def __init__(self, calibrators: list[Calibrator]) -> None:
         self.calibrators = calibrators
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hand the calibrators to the module, which applies them in its training step.
-
-        Args:
-            trainer: not used.
-            pl_module: a module with the attribute ``calibrators``.
-            stage: not used.
-
-        Raises:
-            UserError: another AdvantageCalibration has installed its own.
-        """
         module = cast(_Calibrated, pl_module)
         if module.calibrators and module.calibrators is not self.calibrators:
             raise UserError(

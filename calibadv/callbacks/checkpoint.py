@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
+from typing_extensions import override
 
 from calibadv.distributed import raised_by_all
 from calibadv.errors import RollbackError, StopRequestedError, UserError, one_line
@@ -47,13 +48,13 @@ class RolloutCheckpoint(Callback):
         self._file = CheckpointFile()
         self._handlers: dict[signal.Signals, Any] = {}
 
+    @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Have Lightning write checkpoints by way of ``CheckpointFile``, unless the user has chosen otherwise."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = self._file
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Listen for signals, in the place of Lightning, which would stop in the middle of a step."""
         # A run that is stopped before its first step is saved too, so that the way to continue is always the same.
         self._saved_step = pl_module.rollout_step or -1
 
@@ -71,12 +72,12 @@ class RolloutCheckpoint(Callback):
 
         self._handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Count ``trainer.max_time`` anew: a run that it ended would otherwise end again at once."""
         checkpoint["callbacks"].pop(Timer().state_key, None)
 
+    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save when it is due; where a validation is due too, after it, so that a resumed run need not repeat it."""
         pl_module.finished_step = pl_module.rollout_step
         if self._all_stop(trainer, pl_module):
             # Whoever sends SIGTERM will not wait for a validation; a resumed run makes up for it where it was due.
@@ -85,8 +86,8 @@ class RolloutCheckpoint(Callback):
         elif self._is_due(trainer, pl_module) and not self._validates(trainer, pl_module):
             self._save(trainer, pl_module)
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Save when it is due, unless only the end of the run is why there was a validation."""
         if trainer.state.fn == "fit":
             self._all_stop(trainer, pl_module)
         in_training = trainer.state.fn == "fit" and pl_module.rollout_step > 0
@@ -108,14 +109,14 @@ class RolloutCheckpoint(Callback):
         asks = trainer.enable_validation and sum(trainer.num_val_batches) > 0
         return asks and bool(pl_module.rollout_step % trainer.val_check_interval == 0)
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Save what is not yet saved, and give the signals back."""
         if pl_module.rollout_step > self._saved_step:
             self._save(trainer, pl_module)
         self._restore_handlers()
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Save the last finished step if the weights are still those of it, and give the signals back."""
         breaks = isinstance(exception, Exception) and not isinstance(exception, RollbackError)
         if self._handlers and breaks and trainer.state.fn == "fit":
             if isinstance(exception, StopRequestedError):
@@ -201,10 +202,6 @@ def rewind(trainer: Trainer, rollout_steps: int) -> None:
     """Set Lightning's counters to the end of a rollout step, where an exception left them in the middle of another.
 
     A resume counts on from them; they say when the next validation is due.
-
-    Args:
-        trainer: in training.
-        rollout_steps: finished.
     """
     loop = trainer.fit_loop.epoch_loop
     progress: Any = loop.batch_progress

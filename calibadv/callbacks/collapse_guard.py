@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
+from typing_extensions import override
 
 from calibadv.batch import StepOutput
 from calibadv.callbacks._collapse.detector import Alarm, Watch
@@ -75,17 +76,17 @@ class CollapseGuard(Callback):
         factor: float = math.prod(event["rate_factor"] for event in self.rollbacks)
         return factor
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs to watch on."""
         return {"watch": self._watch.state_dict(), "events": self.events}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Watch on."""
         self._watch.load_state_dict(state_dict["watch"])
         self.events = list(state_dict["events"])
 
+    @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse to go back with several processes, or where the healthy checkpoints may be thrown away by then."""
         if self.action != "rollback" or stage != "fit":
             return
         if trainer.world_size > 1:
@@ -104,8 +105,8 @@ class CollapseGuard(Callback):
                 f"which time no healthy checkpoint is kept; set it to at least {least}, or 0 to keep all"
             )
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Lower the learning rate as often as the run was sent back."""
         self.stopping = False
         folder = RunFolder(Path(trainer.default_root_dir))
         self.events = pl_module.processes.gather(_events_until(folder, pl_module.rollout_step, self.events))[0]
@@ -117,23 +118,23 @@ class CollapseGuard(Callback):
             if event["back_to"] == pl_module.rollout_step:
                 self._show(trainer, f"{event['text']}; training goes on from here", pl_module.rollout_step)
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Let go of the rollouts of the step before."""
         self._latest = None
 
+    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Look at the curves of a training step."""
         self._latest = outputs["output"]
         self._plot(pl_module)
         self._look(trainer, pl_module, outputs["output"].metrics)
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Look at a validation."""
         if trainer.state.fn == "fit":
             self._look(trainer, pl_module, {f"val/{name}": value for name, value in pl_module.evaluation.items()})
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Let go of the rollouts."""
         self._latest = None
 
     def _look(self, trainer: Trainer, pl_module: Any, metrics: Metrics) -> None:
@@ -230,14 +231,7 @@ def _events_until(folder: RunFolder, step: int, own: list[Event]) -> list[Event]
 
 
 def stops_of_guard(folder: RunFolder) -> list[int]:
-    """Read when a guard has stopped a run.
-
-    Args:
-        folder: of the run.
-
-    Returns:
-        Rollout steps, of which there are several where it was resumed; none without a guard.
-    """
+    """Read when a guard has stopped a run."""
     return [event["step"] for event in _read_events(folder) if event["stops"]]
 
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
 from calibadv.training.metrics import without_result
 
@@ -40,40 +41,40 @@ class Progress(Callback):
         )
         self._task = TaskID(0)
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Show the bar."""
         self._start(trainer, "rollouts", total=pl_module.rollout_steps, done=pl_module.rollout_step)
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Say that rollouts are sampled: with a large model that takes minutes."""
         self._say("rollouts")
 
+    @override
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Any) -> None:
-        """Say that the policy is updated."""
         self._say("update")
 
+    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the bar by one rollout step."""
         output = outputs["output"]
         score = output.metrics.get("reward/score")
         shown = "" if score is None else f"score {score:.2f}  "
         seconds = sum(output.seconds.values())
         self._bar.update(self._task, completed=output.step, figures=f"{shown}{seconds:.1f} s/step")
 
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Show the bar of an evaluation outside of training."""
         if trainer.state.fn == "fit":
             self._say("validation")
         else:
             self._start(trainer, "questions", total=sum(trainer.num_val_batches))
 
+    @override
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        """Move the bar of an evaluation."""
         if trainer.state.fn != "fit":
             self._bar.advance(self._task)
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Print one line in training, a table otherwise."""
         if trainer.state.fn != "fit":
             self._finish_evaluation(trainer, pl_module)
         elif trainer.is_global_zero:
@@ -81,36 +82,36 @@ class Progress(Callback):
             shown = "  ".join(filter(None, (*figures, without_result(pl_module.evaluation))))
             self.console.print(f"step {pl_module.rollout_step:>4}  {shown}", highlight=False, soft_wrap=True)
 
+    @override
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Show the bar."""
         self._start(trainer, "questions", total=sum(trainer.num_test_batches))
 
+    @override
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        """Move the bar."""
         self._bar.advance(self._task)
 
+    @override
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Print the table."""
         self._finish_evaluation(trainer, pl_module)
 
+    @override
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Show the bar."""
         self._start(trainer, "questions", total=sum(trainer.num_predict_batches))
 
+    @override
     def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        """Move the bar."""
         self._bar.advance(self._task)
 
+    @override
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Take the bar away."""
         self._stop()
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Take the bar away."""
         self._stop()
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Take the bar away."""
         self._stop()
 
     def _start(self, trainer: Trainer, doing: str, total: float, done: int = 0) -> None:
@@ -132,14 +133,7 @@ class Progress(Callback):
 
 
 def evaluation_table(metrics: dict[str, float]) -> Table:
-    """Lay out the figures of an evaluation.
-
-    Args:
-        metrics: of ``evaluation_metrics``.
-
-    Returns:
-        One row for all questions, and one per data source; below them, how many have no result, if any.
-    """
+    """Lay out the figures of an evaluation."""
     missing = without_result(metrics)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=missing or None)
     table.add_column("source")  # the one that gives way on a narrow terminal

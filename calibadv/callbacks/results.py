@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from typing_extensions import override
 
 from calibadv.callbacks._utils import installed
 from calibadv.callbacks.collapse_guard import CollapseGuard
@@ -35,12 +36,12 @@ class Results(Callback):
         self._seconds_before = 0.0
         self._start = time.perf_counter()
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs."""
         return {"validations": self.validations, "statuses": dict(self.statuses), "wall_seconds": self.wall_seconds}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
         self.validations = list(state_dict["validations"])
         self.statuses = Counter(state_dict["statuses"])
         self._seconds_before = state_dict["wall_seconds"]
@@ -50,12 +51,12 @@ class Results(Callback):
         """Seconds of this run, those before a resume included."""
         return self._seconds_before + time.perf_counter() - self._start
 
+    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count how the training rollouts ended."""
         self.statuses.update(str(rollout.status) for rollout in outputs["output"].batch.rollouts)
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Record a validation."""
         row = {"step": pl_module.rollout_step, **pl_module.evaluation}
         self.validations = [*(v for v in self.validations if v["step"] < row["step"]), row]
         if trainer.state.fn == "fit":
@@ -63,12 +64,12 @@ class Results(Callback):
         else:
             self._write(trainer, pl_module, {"validate": row})
 
+    @override
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Record a test."""
         self._write(trainer, pl_module, {"test": {"step": pl_module.rollout_step, **pl_module.evaluation}})
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Record the end of training, after everything else is written."""
         figures = self._training(trainer)
         finished = pl_module.rollout_step >= pl_module.rollout_steps or figures.get("stopped_by_guard", False)
         self._write(trainer, pl_module, {**figures, "finished": finished})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from typing_extensions import override
 
 from calibadv.batch import StepOutput, turn_values
 from calibadv.callbacks._utils import writers
@@ -35,8 +36,8 @@ class RolloutWriter(Callback):
         self.shown = shown
         self._evaluated: list[Rollout] = []
 
+    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Write the training rollouts where it is their turn."""
         output = outputs["output"]
         folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero and not folder.is_dir():
@@ -53,34 +54,34 @@ class RolloutWriter(Callback):
         for writer in writers(trainer) if worst else ():
             writer.add_text("rollouts/lowest_scores", text, output.step)
 
+    @override
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Keep the rollouts of this batch."""
         self._evaluated.extend(outputs["rollouts"])
 
+    @override
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Keep the rollouts of this batch."""
         self._evaluated.extend(outputs["rollouts"])
 
+    @override
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Keep the rollouts of this batch."""
         self._evaluated.extend(outputs["rollouts"])
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the validation rollouts."""
         self._write(trainer, pl_module, "val")
 
+    @override
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the test rollouts."""
         self._write(trainer, pl_module, "test")
 
+    @override
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the predictions."""
         self._write(trainer, pl_module, "predict")
 
     def _write(self, trainer: Trainer, pl_module: Any, split: str) -> None:
@@ -93,12 +94,7 @@ class RolloutWriter(Callback):
 
 
 def write_training_rollouts(path: Path, output: StepOutput) -> None:
-    """Write the rollouts of a training step, with their advantages.
-
-    Args:
-        path: file to make or replace.
-        output: of the step.
-    """
+    """Write the rollouts of a training step, with their advantages."""
     estimated, calibrated = (turn_values(output.batch, a) for a in (output.estimated, output.calibrated))
     write_rollouts(path, output.batch.rollouts, estimated, calibrated)
 

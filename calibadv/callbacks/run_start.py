@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import yaml
+from typing_extensions import override
 
 from calibadv.io.files import write_atomically
 from calibadv.runs.logger import RunCurves
@@ -28,8 +29,8 @@ class RunStart(pl.Callback):
         self.start = start
         self.config = config
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the config; when resuming, drop what the run will write again."""
         start = self.start
         if trainer.is_global_zero:
             if start.starts_over:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, Trainer
+from typing_extensions import override
 
 from calibadv.batch import StepOutput
 from calibadv.callbacks._utils import installed, writers
@@ -72,8 +73,8 @@ class TensorBoardPages(Callback):
         self.settings = dict(settings)
         self.every_n_rollout_steps = every_n_rollout_steps
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Lay out the stability panel, and put the settings beside the figures that are to come."""
         from torch.utils.tensorboard.summary import hparams
 
         charts = {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in PANEL.items()}
@@ -84,16 +85,16 @@ class TensorBoardPages(Callback):
             writer.file_writer.add_summary(experiment)
             writer.file_writer.add_summary(start)
 
+    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Draw histograms where it is their turn."""
         output: StepOutput = outputs["output"]
         if output.step == 1 or output.step % self.every_n_rollout_steps == 0:
             for writer in writers(trainer):
                 for tag, values in histograms(output).items():
                     writer.add_histogram(tag, values, output.step)
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Plot the outcome so far, from the validations that the results hold."""
         results = installed(trainer, Results)
         if trainer.state.fn != "fit" or results is None:
             return
@@ -105,15 +106,7 @@ class TensorBoardPages(Callback):
 
 
 def histograms(output: StepOutput) -> dict[str, Any]:
-    """What is worth a histogram of a training step.
-
-    Args:
-        output: of the step.
-
-    Returns:
-        By tag, an array: the advantages of the trained tokens before and after calibration, and the step correctness
-        of their search turns. One without values is left out.
-    """
+    """What is worth a histogram of a training step."""
     batch = output.batch
     trained = [rollout for rollout, kept in zip(batch.rollouts, batch.included.tolist(), strict=True) if kept]
     found = {
@@ -125,14 +118,7 @@ def histograms(output: StepOutput) -> dict[str, Any]:
 
 
 def swept_settings(config: Mapping[str, Any]) -> dict[str, Setting]:
-    """The settings of a run that people vary, flat.
-
-    Args:
-        config: the resolved config, nested.
-
-    Returns:
-        Values by dotted name; ``calibrators`` are those that are installed, ``none`` for plain GRPO.
-    """
+    """The settings of a run that people vary, flat."""
     found = {key: _look_up(config, key) for key in _SWEPT}
     callbacks = [_arguments(callback) for callback in _look_up(config, "trainer.callbacks") or []]
     calibrators = [calibrator for arguments in callbacks for calibrator in arguments.get("calibrators") or []]

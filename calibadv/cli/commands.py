@@ -20,18 +20,7 @@ Functions = dict[str, Callable[..., Any]]
 
 
 def run_tool(command: str, arguments: Sequence[str]) -> int:
-    """Run one tool command.
-
-    Args:
-        command: one of ``TOOLS``.
-        arguments: the words behind it.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        UserError: a mistake in the arguments, in what they name, or in where to write.
-    """
+    """Run one tool command."""
     functions = tool_functions(command)
     parser = tool_parser(command)
     try:
@@ -62,14 +51,7 @@ def _run_and_report(function: Callable[..., Any], options: dict[str, Any]) -> No
 
 
 def tool_parser(command: str) -> ArgumentParser:
-    """Build the parser of a tool command.
-
-    Args:
-        command: one of ``TOOLS``.
-
-    Returns:
-        A parser, with a subcommand for each function where there are several.
-    """
+    """Build the parser of a tool command."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     functions = tool_functions(command)
     if command in functions:
@@ -121,14 +103,7 @@ def _new_parser(prog: str, description: str) -> ArgumentParser:
 
 
 def tool_functions(command: str) -> Functions:
-    """The functions behind a tool command. One that writes something has a parameter ``out``: where.
-
-    Args:
-        command: one of ``TOOLS``.
-
-    Returns:
-        Functions by the name of the subcommand, or of the command itself.
-    """
+    """The functions behind a tool command. One that writes something has a parameter ``out``: where."""
     if command == "replay":
         from calibadv.analysis.replay import replay
 

@@ -24,18 +24,7 @@ from calibadv.runs.lock import RunLock
 
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:
-    """Run fit, validate, test or predict.
-
-    Args:
-        verb: one of the four.
-        arguments: the words behind it.
-
-    Returns:
-        The exit status: 0, or 128 + signal after an orderly stop.
-
-    Raises:
-        UserError: a mistake in the arguments, or in what they name.
-    """
+    """Run fit, validate, test or predict."""
     quiet_libraries()
     settings = read_words(arguments)
     scan_settings(settings)
@@ -51,17 +40,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
 
 
 def end(cli: CalibadvCLI) -> int:
-    """Say how a run has ended.
-
-    Args:
-        cli: what has come to its end.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        UserError: nothing was trained, though something was left to train.
-    """
+    """Say how a run has ended."""
     done, planned, stopped_by = cli.model.rollout_step, cli.model.rollout_steps, cli.checkpoints.stopped_by
     if cli.verb == "fit" and stopped_by is None and (cli.start.resumed_from or 0) == done < planned:
         raise UserError(
@@ -72,16 +51,7 @@ def end(cli: CalibadvCLI) -> int:
 
 
 def run_to_the_end(verb: str, settings: Sequence[ConfigFile | Option], lock: RunLock) -> CalibadvCLI:
-    """Run a verb; where a CollapseGuard goes back to a checkpoint, go on from there as a resume does.
-
-    Args:
-        verb: one of the four.
-        settings: config files and options of the command line.
-        lock: of the run folder, which is kept meanwhile.
-
-    Returns:
-        What has come to its end.
-    """
+    """Run a verb; where a CollapseGuard goes back to a checkpoint, go on from there as a resume does."""
     while True:
         try:
             return CalibadvCLI(verb, settings, lock)
@@ -95,19 +65,7 @@ def run_to_the_end(verb: str, settings: Sequence[ConfigFile | Option], lock: Run
 def goodbye(
     verb: str, folder: RunFolder, done: int, planned: int, stopped_by: Signals | None, resume_command: str
 ) -> int:
-    """Say where to look, and how to continue what has ended early.
-
-    Args:
-        verb: what was run.
-        folder: of the run.
-        done: rollout steps done.
-        planned: rollout steps asked for.
-        stopped_by: the signal that ended training early, or None.
-        resume_command: what to type to go on.
-
-    Returns:
-        The exit status: 0, or 128 + signal.
-    """
+    """Say where to look, and how to continue what has ended early."""
     results = folder.read_results() if verb == "fit" else {}
     lines = _training(folder, results) if verb == "fit" else []
     lines += [f"results     {folder.results}"] if verb != "predict" else []

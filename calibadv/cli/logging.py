@@ -55,9 +55,6 @@ def ended_by_sigterm() -> Iterator[None]:
     """End the process with status 143 on SIGTERM, where Lightning would only take note of it.
 
     While a run trains, RolloutCheckpoint listens in its place.
-
-    Yields:
-        Nothing.
     """
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -18,15 +18,7 @@ _COMMANDS = {**VERBS, **STUDY, **PLAN, **TOOLS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        arguments: of the command line, without the program's name; those of the process by default.
-
-    Returns:
-        The exit status: 0; 1 if a run of a study failed; 2 for a mistake in the command or its input; or 128 + signal
-        after an orderly stop.
-    """
+    """Run one command."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         _print_help()

@@ -23,9 +23,6 @@ def limit_threads(model: nn.Module) -> None:
 
     The number of threads changes the order of additions, and so what is sampled: with one, the results of a small model
     do not depend on how many cores a machine has.
-
-    Args:
-        model: the policy.
     """
     import torch
 

@@ -30,16 +30,7 @@ _SEAMS = {
 
 
 def explain(message: str, options: Collection[str] = (), verb: str = "") -> str:
-    """Reduce a parser's error to its innermost cause.
-
-    Args:
-        message: of jsonargparse.
-        options: those that the parser accepts, for a suggestion.
-        verb: the subcommand, which jsonargparse puts before names.
-
-    Returns:
-        One line.
-    """
+    """Reduce a parser's error to its innermost cause."""
     nested = _LAST_CALLBACK.search(message)
     if nested:
         return _option_of_last_callback(*nested.groups())

@@ -19,28 +19,14 @@ _OPTION = re.compile(r"--?[A-Za-z]")  # and not -1
 
 
 def configs_folder() -> Path:
-    """The packaged configs.
-
-    Returns:
-        ``configs/`` of the checkout, or of the installed package.
-    """
+    """The packaged configs."""
     package = Path(str(files("calibadv")))
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def resolve_config(name: str) -> Path:
-    """Find a config file.
-
-    Args:
-        name: ``quickstart`` or ``calibrators/calibadv`` for a packaged file, a path for any other.
-
-    Returns:
-        An existing file.
-
-    Raises:
-        UserError: there is none; the message names packaged ones.
-    """
+    """Find a config file."""
     folder = configs_folder()
     for candidate in (folder / f"{name}.yaml", Path(name)):
         if candidate.is_file():
@@ -54,14 +40,7 @@ def resolve_config(name: str) -> Path:
 
 
 def config_name(path: Path) -> str:
-    """What a user calls a config file.
-
-    Args:
-        path: a config file.
-
-    Returns:
-        ``calibrators/calibadv`` for a packaged file, the path for any other.
-    """
+    """What a user calls a config file."""
     folder = configs_folder().resolve()
     if path.resolve().is_relative_to(folder):
         return path.resolve().relative_to(folder).with_suffix("").as_posix()
@@ -78,17 +57,7 @@ class ConfigFile:
 
 
 def read_words(arguments: Sequence[str]) -> list[ConfigFile | Option]:
-    """Read the words of a command line: the config files that they name, and their options.
-
-    Args:
-        arguments: behind the verb. ``--config`` takes one name or several.
-
-    Returns:
-        In the order of the command line.
-
-    Raises:
-        UserError: ``--config`` names nothing, or what is no config.
-    """
+    """Read the words of a command line: the config files that they name, and their options."""
     settings: list[ConfigFile | Option] = []
     for words in _options(arguments):
         name, equals, value = words[0].partition("=")
@@ -118,32 +87,12 @@ def _parse(given: list[str]) -> Any:
 
 
 def read_config(path: Path) -> ConfigFile:
-    """Read a YAML config.
-
-    Args:
-        path: an existing file.
-
-    Returns:
-        Its name and its values under dotted keys.
-
-    Raises:
-        UserError: it is not YAML, or no mapping.
-    """
+    """Read a YAML config."""
     return ConfigFile(config_name(path), path, dict(_flatten(read_yaml(path), "")))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Args:
-        path: an existing file.
-
-    Returns:
-        The mapping.
-
-    Raises:
-        UserError: it is not YAML, or no mapping.
-    """
+    """Read a YAML file that holds a mapping."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -7,6 +7,7 @@ from argparse import Action
 from typing import TYPE_CHECKING
 
 from jsonargparse import DefaultHelpFormatter
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -83,11 +84,7 @@ HELP = {
 
 
 def describe(parser: ArgumentParser) -> None:
-    """Put our texts into a parser.
-
-    Args:
-        parser: of one verb.
-    """
+    """Put our texts into a parser."""
     for action in parser._actions:
         if action.dest in HELP:
             action.help = HELP[action.dest]
@@ -99,24 +96,23 @@ def describe(parser: ArgumentParser) -> None:
 class ToolHelp(DefaultHelpFormatter):
     """Help of a tool command: placeholders in the place of types, no second spelling of lists, no null."""
 
+    @override
     def _get_type_str(self, action: Action) -> str | None:
         return None if action.dest in PLACEHOLDERS else super()._get_type_str(action)
 
+    @override
     def _expand_help(self, action: Action) -> str:
         takes_no_value = action.nargs == 0 and action.const is True
         text: str = (action.help or "") if takes_no_value else super()._expand_help(action)
         return re.sub(r" \(default: null\)|, default: null| \| null", "", text)
 
+    @override
     def _format_action_invocation(self, action: Action) -> str:
         return re.sub(r", --\S+\+ .*", "", super()._format_action_invocation(action))
 
 
 def describe_tool(parser: ArgumentParser) -> None:
-    """Put our placeholders into a parser.
-
-    Args:
-        parser: of one tool command.
-    """
+    """Put our placeholders into a parser."""
     for action in parser._actions:
         if action.dest in PLACEHOLDERS:
             several = f"--{action.dest}+" in action.option_strings

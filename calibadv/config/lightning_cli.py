@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
 
 import calibadv.calibrators
 import calibadv.callbacks
@@ -86,44 +87,24 @@ class CalibadvCLI(LightningCLI):
             args=[verb, *command_words(settings)],
         )
 
+    @override
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # the base has no instance to look at
-        """Give the one verb that is run: building the parsers of the other three takes a second.
-
-        Returns:
-            The verb, and the arguments of the trainer's method that are not options.
-        """
         return {self.verb: LightningCLI.subcommands()[self.verb]}
 
+    @override
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the seed: a number, where LightningCLI would take ``True`` for a random one.
-
-        Args:
-            parser: of the verb.
-        """
         parser.add_argument("--seed_everything", type=int, default=self.seed_everything_default, help=HELP["seed"])
 
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the run folder, our callbacks, and the links that state a fact once.
-
-        Args:
-            parser: of the verb.
-        """
         parser.add_class_arguments(Run, "run")
         parser.add_lightning_class_args(RolloutCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutWriter, "rollouts")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, with one line for a mistake.
-
-        Args:
-            parser: of the verb, as the only subcommand.
-            args: the words of the command line.
-
-        Raises:
-            UserError: the arguments are not accepted.
-        """
         own = self._parser(self.verb)
         describe(own)
         try:
@@ -132,11 +113,12 @@ class CalibadvCLI(LightningCLI):
             options = [option for action in own._actions for option in action.option_strings]
             raise UserError(explain(str(error), options, self.verb)) from error
 
+    @override
     def _parse_ckpt_path(self) -> None:
         """Skip LightningCLI's reading of hyperparameters from checkpoints: ours hold none, and may be large."""
 
+    @override
     def before_instantiate_classes(self) -> None:
-        """Decide on the run folder, and refuse what would mix two runs or two methods."""
         config = self.config[self.verb]
         check_trainer(config.trainer)
         prefix = [] if self.verb == "fit" else [self.verb]
@@ -167,33 +149,19 @@ class CalibadvCLI(LightningCLI):
         return resume_command(self.verb, self.settings, self.start.folder, ckpt_path)
 
     def resolved_config(self) -> str:
-        """Give the whole config of this run.
-
-        Returns:
-            YAML that ``--config`` reads. It does not name a checkpoint: a run from it starts from nothing.
-        """
+        """Give the whole config of this run."""
         config = self.config[self.verb].clone()
         config.ckpt_path = None
         config.run.name = None
         return str(self._parser(self.verb).dump(config, skip_none=False))
 
+    @override
     def instantiate_classes(self) -> None:
-        """Build everything, and decide on the threads by the size of the policy."""
         super().instantiate_classes()
         limit_threads(self.model.model)
 
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Build the trainer, with our logger and callbacks.
-
-        Args:
-            **kwargs: of the trainer.
-
-        Returns:
-            The trainer.
-
-        Raises:
-            UserError: Lightning does not accept its settings.
-        """
         settings = dict(self._get(self.config_init, "trainer"))
         if settings["logger"] in (None, True):
             curves = RunCurves(self.start.folder.path, self.start.resumed_from)
@@ -216,6 +184,7 @@ class CalibadvCLI(LightningCLI):
         except (ValueError, ImportError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from error
 
+    @override
     def _run_subcommand(self, subcommand: str) -> None:
         if self._lock is None:
             return
@@ -252,25 +221,19 @@ class ReadingCLI(CalibadvCLI):
         settings: Namespace = self.config["fit"]
         return settings
 
+    @override
     def before_instantiate_classes(self) -> None:
-        """Refuse what ``fit`` would refuse of the trainer; there is no run folder to decide on."""
         settings = self.settings_of_fit
         check_trainer(settings.trainer)
         check_rate(settings.trainer.precision, settings.model.lora is not None, settings.model.learning_rate)
 
+    @override
     def instantiate_classes(self) -> None:
         """Build nothing."""
 
 
 def command_words(settings: Sequence[ConfigFile | Option]) -> list[str]:
-    """What LightningCLI parses: the packaged base, then what the user gave, with paths in the place of names.
-
-    Args:
-        settings: config files and options of the command line.
-
-    Returns:
-        Words, without the verb.
-    """
+    """What LightningCLI parses: the packaged base, then what the user gave, with paths in the place of names."""
     words = ["--config", str(configs_folder() / "base.yaml")]
     for setting in settings:
         words += ["--config", str(setting.path)] if isinstance(setting, ConfigFile) else setting.words
@@ -278,12 +241,5 @@ def command_words(settings: Sequence[ConfigFile | Option]) -> list[str]:
 
 
 def words_of(setting: ConfigFile | Option) -> list[str]:
-    """How a setting is typed.
-
-    Args:
-        setting: a config file or an option.
-
-    Returns:
-        Words.
-    """
+    """How a setting is typed."""
     return ["--config", setting.name] if isinstance(setting, ConfigFile) else list(setting.words)

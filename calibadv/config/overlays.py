@@ -12,16 +12,7 @@ from calibadv.errors import UserError
 
 
 def scan_settings(settings: Sequence[ConfigFile | Option]) -> None:
-    """Refuse what the parser would accept without doing what is meant.
-
-    Args:
-        settings: config files, and options of the command line, in the order in which they apply.
-
-    Raises:
-        UserError: an overlay or an option stands before a file that sets all of it again, or a class without the
-            options that it sets, or the list that it appends to; or two AdvantageCalibration callbacks are in effect,
-            of which the second would replace the first.
-    """
+    """Refuse what the parser would accept without doing what is meant."""
     for place, setting in enumerate(settings):
         _refuse_if_lost(setting, [later for later in settings[place + 1 :] if isinstance(later, ConfigFile)])
     names = [name for name, _ in calibrations(settings)]
@@ -74,32 +65,13 @@ def _drops(owner: list[str], rest: list[str], config: ConfigFile) -> bool:
 
 
 def options_of(class_path: str) -> Mapping[str, inspect.Parameter]:
-    """What a class is made with.
-
-    Args:
-        class_path: such as ``calibadv.losses.CISPO``.
-
-    Returns:
-        The parameters of its constructor by name.
-
-    Raises:
-        ImportError: there is no such module.
-        AttributeError: it has no such class.
-        UserError: the path names no module.
-    """
+    """What a class is made with."""
     module, _, name = class_path.rpartition(".")
     return inspect.signature(getattr(import_module(module), name)).parameters
 
 
 def calibrations(configs: Sequence[ConfigFile | Option]) -> list[tuple[str, Any]]:
-    """The AdvantageCalibration callbacks that are in effect after all files and options.
-
-    Args:
-        configs: in the order in which they apply.
-
-    Returns:
-        Name of the file or option and the callback's entry; ``callbacks:`` replaces those of earlier files.
-    """
+    """The AdvantageCalibration callbacks that are in effect after all files and options."""
     found: list[tuple[str, Any]] = []
     for config in configs:
         if CALLBACKS in config.values:
@@ -115,13 +87,6 @@ def _as_list(entries: Any) -> list[Any]:
 
 
 def is_calibration(entry: Any) -> bool:
-    """Whether an entry of ``trainer.callbacks`` is an AdvantageCalibration.
-
-    Args:
-        entry: a class name, or a mapping or namespace with ``class_path``.
-
-    Returns:
-        True if its class has that name.
-    """
+    """Whether an entry of ``trainer.callbacks`` is an AdvantageCalibration."""
     name = entry.get("class_path") if hasattr(entry, "get") else entry
     return isinstance(name, str) and name.rpartition(".")[2] == "AdvantageCalibration"

@@ -35,20 +35,7 @@ class Run:
 
 
 def locate(root: str, name: str | None, default_name: str, ckpt_path: str | None) -> RunFolder:
-    """Decide where a run's files go. The checkpoint of a run continues in that run's folder, unless a name is given.
-
-    Args:
-        root: folder of all runs.
-        name: of this run, None for the checkpoint's or else the default one.
-        default_name: for a run without name or checkpoint.
-        ckpt_path: a checkpoint, ``last``, ``auto``, or None.
-
-    Returns:
-        The folder, which need not be there; nothing is read or written yet.
-
-    Raises:
-        UserError: the folder cannot be written, or a name is missing that ``last`` or ``auto`` needs.
-    """
+    """Decide where a run's files go. The checkpoint of a run continues in that run's folder, unless a name is given."""
     if name is not None:
         return _writable(RunFolder(Path(root) / name))
     if ckpt_path == "last":
@@ -60,18 +47,7 @@ def locate(root: str, name: str | None, default_name: str, ckpt_path: str | None
 
 
 def plan_start(folder: RunFolder, ckpt_path: str | None) -> Start:
-    """Decide what a run starts from, and check it.
-
-    Args:
-        folder: of the run; no other process may write into it meanwhile.
-        ckpt_path: a checkpoint, ``last``, ``auto``, or None.
-
-    Returns:
-        The plan; nothing is written yet.
-
-    Raises:
-        UserError: there is no such checkpoint, or it is damaged or not one of ours.
-    """
+    """Decide what a run starts from, and check it."""
     if ckpt_path is None:
         return Start(folder)
     if ckpt_path not in ("last", "auto"):
@@ -143,27 +119,13 @@ def _no_checkpoint(folder: RunFolder) -> str:
 
 
 def owner(checkpoint: Path) -> RunFolder | None:
-    """The run that a checkpoint belongs to.
-
-    Args:
-        checkpoint: a file.
-
-    Returns:
-        The folder of the run, None for a checkpoint outside of a run's ``checkpoints`` folder.
-    """
+    """The run that a checkpoint belongs to."""
     folder = checkpoint.parent if checkpoint.parent.name else checkpoint.absolute().parent
     return RunFolder(folder.parent) if folder.name == "checkpoints" else None
 
 
 def refuse_in_study(folder: RunFolder) -> None:
-    """Refuse to train inside the folder of a study, whose runs only the study starts.
-
-    Args:
-        folder: of the run.
-
-    Raises:
-        UserError: it lies there, and no study has started this process.
-    """
+    """Refuse to train inside the folder of a study, whose runs only the study starts."""
     owner = next((path for path in folder.path.absolute().parents[:2] if RunFolder(path).holds_study), None)
     if owner is not None and STUDY_WORDS not in os.environ:
         raise UserError(
@@ -172,14 +134,7 @@ def refuse_in_study(folder: RunFolder) -> None:
 
 
 def refuse_second_run(start: Start) -> None:
-    """Refuse to train in the folder of another run.
-
-    Args:
-        start: as planned.
-
-    Raises:
-        UserError: the folder holds a run, and the checkpoint is not of it.
-    """
+    """Refuse to train in the folder of another run."""
     folder = start.folder
     own = owner(start.checkpoint) if start.checkpoint else None
     if start.starts_over or not folder.holds_run or (own and own.path.resolve() == folder.path.resolve()):
@@ -196,17 +151,7 @@ class FinishedError(Exception):
 
 
 def check_left_to_do(start: Start, rollout_steps: int, ckpt_path: str) -> None:
-    """Tell apart what is left of a run to train, or to write, and what is finished.
-
-    Args:
-        start: from a checkpoint.
-        rollout_steps: that the run is to have.
-        ckpt_path: as the user gave it.
-
-    Raises:
-        FinishedError: the run is finished, and ``ckpt_path`` is ``auto``.
-        UserError: it is finished, or has more rollout steps.
-    """
+    """Tell apart what is left of a run to train, or to write, and what is finished."""
     done = start.resumed_from
     if done is None:
         return
@@ -223,15 +168,7 @@ def check_left_to_do(start: Start, rollout_steps: int, ckpt_path: str) -> None:
 
 
 def refuse_untrained(start: Start, verb: str) -> None:
-    """Refuse to evaluate the policy as it was before training in the folder of a run.
-
-    Args:
-        start: as planned.
-        verb: ``validate``, ``test`` or ``predict``.
-
-    Raises:
-        UserError: the folder holds a run, and there is no checkpoint to evaluate.
-    """
+    """Refuse to evaluate the policy as it was before training in the folder of a run."""
     if start.checkpoint is None and start.folder.holds_run:
         raise UserError(
             f"{start.folder.path} holds a run, and without a checkpoint {verb} evaluates the policy before training; "
@@ -242,17 +179,7 @@ def refuse_untrained(start: Start, verb: str) -> None:
 def resume_command(
     verb: str, settings: Sequence[ConfigFile | Option], folder: RunFolder, ckpt_path: str = "last"
 ) -> str:
-    """What to type to go on with a run.
-
-    Args:
-        verb: the command.
-        settings: of the command line.
-        folder: of the run.
-        ckpt_path: ``last`` or ``auto``.
-
-    Returns:
-        A line for a shell, in the same working directory.
-    """
+    """What to type to go on with a run."""
     words = [verb]
     for setting in settings:
         if isinstance(setting, ConfigFile):

@@ -23,42 +23,23 @@ _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK
 
 
 def moment() -> str:
-    """Tell this run from others of the same configs, with one answer in all its processes.
-
-    Returns:
-        The job's id where a launcher gives one, else the time at which the first process asked.
-    """
+    """Tell this run from others of the same configs, with one answer in all its processes."""
     return job_name() or os.environ.setdefault(_MOMENT, datetime.now().strftime("%Y%m%d-%H%M%S"))
 
 
 def job_name() -> str | None:
-    """Name the job that a launcher has started, which is the same when it is put into the queue again.
-
-    Returns:
-        ``job`` and its id, or None without a launcher that gives one.
-    """
+    """Name the job that a launcher has started, which is the same when it is put into the queue again."""
     ids = (os.environ.get(name, "none") for name in _JOB_IDS)  # "none" is torchrun's default id
     return next((f"job{number}" for number in ids if number != "none"), None)
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes the run's files, before the processes know of each other.
-
-    Returns:
-        True for a run of one process too.
-    """
+    """Whether this is the process that writes the run's files, before the processes know of each other."""
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuse settings of the trainer that contradict ours.
-
-    Args:
-        trainer: the parsed section ``trainer``.
-
-    Raises:
-        UserError: see the messages.
-    """
+    """Refuse settings of the trainer that contradict ours."""
     for name, (value, reason) in STAYS.items():
         if trainer[name] not in (value, str(value)):
             raise UserError(f"trainer.{name} is {trainer[name]}; it must stay {json.dumps(value)}: {reason}")
@@ -92,14 +73,7 @@ def _check_length(trainer: Any) -> None:
 
 
 def number_of_processes(trainer: Any) -> int:
-    """Count the processes of a run by Lightning's rules; for devices that it would look for, those of this machine.
-
-    Args:
-        trainer: the parsed section ``trainer``.
-
-    Returns:
-        Devices of a machine x machines.
-    """
+    """Count the processes of a run by Lightning's rules; for devices that it would look for, those of this machine."""
     devices = trainer.devices
     if devices in ("auto", -1, "-1"):
         here = max(1, torch.cuda.device_count())
@@ -111,15 +85,7 @@ def number_of_processes(trainer: Any) -> int:
 
 
 def check_checkpoint(checkpoint: Path | None, trainer: Any) -> None:
-    """Refuse a sharded checkpoint where parameters are not sharded.
-
-    Args:
-        checkpoint: to start from, or None.
-        trainer: the parsed section ``trainer``.
-
-    Raises:
-        UserError: only ModelParallelStrategy reads such a folder.
-    """
+    """Refuse a sharded checkpoint where parameters are not sharded."""
     if checkpoint is not None and checkpoint.is_dir() and _name(trainer.strategy) != "ModelParallelStrategy":
         raise UserError(
             f"checkpoint {checkpoint} is sharded, and trainer.strategy is {_name(trainer.strategy)}; add --config "

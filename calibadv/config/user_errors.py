@@ -23,12 +23,6 @@ def message_for_users(error: BaseException) -> str | None:
     """Find the message that is meant for the user.
 
     jsonargparse wraps what a constructor raises where the value might be of several types, such as ``Lora | None``.
-
-    Args:
-        error: as caught.
-
-    Returns:
-        The message of the error, or of the first of its causes that is meant for users; None if none of them is.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError | ServiceError):
@@ -54,12 +48,7 @@ def _of_the_machine(error: BaseException) -> str | None:
 
 
 def report(message: str, notes: Iterable[str] = ()) -> None:
-    """Print an error on the standard error stream, in one line.
-
-    Args:
-        message: what is wrong, the limit and the remedy.
-        notes: what is kept, and how to go on; below the line.
-    """
+    """Print an error on the standard error stream, in one line."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text.assemble(("calibadv: error: ", "bold red"), " ".join(message.split())))
     for note in notes:

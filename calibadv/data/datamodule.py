@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from calibadv.data.questions import read_questions
 from calibadv.errors import UserError
@@ -23,16 +24,7 @@ EVALUATION_BATCH = 64
 
 @lru_cache(maxsize=4)
 def question_order(seed: int, epoch: int, num_questions: int) -> NDArray[np.int64]:
-    """The order of the questions in one pass over them: a permutation that depends on nothing but the arguments.
-
-    Args:
-        seed: of the run.
-        epoch: which pass, from 0.
-        num_questions: N.
-
-    Returns:
-        [N] read-only permutation of ``range(N)``.
-    """
+    """The order of the questions in one pass over them: a permutation that depends on nothing but the arguments."""
     order = _permutation(f"questions/{seed}/{epoch}", num_questions)
     order.flags.writeable = False
     return order
@@ -46,30 +38,13 @@ def _permutation(key: str, size: int) -> NDArray[np.int64]:
 
 
 def question_at(position: int, seed: int, num_questions: int) -> int:
-    """The question at one position of the endless training order.
-
-    Args:
-        position: from 0.
-        seed: of the run.
-        num_questions: N.
-
-    Returns:
-        A row in ``range(N)``; every N positions from a multiple of N on hold each row once.
-    """
+    """The question at one position of the endless training order."""
     epoch, place = divmod(position, num_questions)
     return int(question_order(seed, epoch, num_questions)[place])
 
 
 def step_positions(step: int, questions_per_step: int) -> range:
-    """The positions of one rollout step's questions.
-
-    Args:
-        step: from 0.
-        questions_per_step: Q.
-
-    Returns:
-        Q positions for ``question_at``.
-    """
+    """The positions of one rollout step's questions."""
     return range(step * questions_per_step, (step + 1) * questions_per_step)
 
 
@@ -153,14 +128,7 @@ class QuestionData(LightningDataModule):
         self.seed = seed
 
     def questions_for(self, stage: str) -> list[Question]:
-        """The questions that will be asked.
-
-        Args:
-            stage: ``fit``, ``validate``, ``test`` or ``predict``.
-
-        Returns:
-            Those of all data loaders that the stage uses.
-        """
+        """The questions that will be asked."""
         if stage == "fit":
             return self.train_questions + self.validation_questions
         return self.validation_questions if stage == "validate" else self.test_questions
@@ -170,21 +138,14 @@ class QuestionData(LightningDataModule):
 
         They are drawn for that step alone. The next ones of the training order would be shorter to explain, but then
         the questions of every later step would depend on what was dropped: on the method that is trained.
-
-        Args:
-            step: from 0.
-            asked: the step's questions.
-
-        Yields:
-            All others of the training questions, in an order that depends on the seed and the step only.
         """
         known = {question.id for question in asked}
         for row in _permutation(f"spares/{self.seed}/{step}", len(self.train_questions)):
             if self.train_questions[row].id not in known:
                 yield self.train_questions[row]
 
+    @override
     def setup(self, stage: str) -> None:
-        """Refuse a stage without questions."""
         split = {"fit": "train", "validate": "validation"}.get(stage, "test")
         if not getattr(self, f"{split}_questions"):
             raise UserError(f"data.{split} is not set; give a question file, or 'embedded' with the embedded corpus")
@@ -192,42 +153,24 @@ class QuestionData(LightningDataModule):
     # The loaders are plain iterables, not torch's DataLoader: there is nothing to collate, and worker processes, whose
     # absence Lightning warns of, would only copy questions that are in memory already.
 
+    @override
     def train_dataloader(self) -> TrainingQuestions:
-        """Endless lists of questions, from the rollout step at which the module's own counter stands.
-
-        Lightning begins anew after ``limit_train_batches``, which is no reason to ask the same questions again.
-
-        Returns:
-            One list of ``questions_per_step`` questions per rollout step.
-        """
 
         def done() -> int:
             return cast("int", self.trainer.lightning_module.rollout_step) if self.trainer else 0
 
         return TrainingQuestions(self.train_questions, self.questions_per_step, self.seed, done)
 
+    @override
     def val_dataloader(self) -> EvaluationQuestions:
-        """The validation questions.
-
-        Returns:
-            Lists of questions.
-        """
         return EvaluationQuestions(self.validation_questions)
 
+    @override
     def test_dataloader(self) -> EvaluationQuestions:
-        """The test questions.
-
-        Returns:
-            Lists of questions.
-        """
         return EvaluationQuestions(self.test_questions)
 
+    @override
     def predict_dataloader(self) -> EvaluationQuestions:
-        """The test questions again: predictions are made for them.
-
-        Returns:
-            Lists of questions.
-        """
         return EvaluationQuestions(self.test_questions)
 
 

@@ -25,16 +25,6 @@ def read_questions(source: str | list[str]) -> list[Question]:
     follows the last ``Question:`` of the last user message. The data source is ``data_source``,
     ``metadata.data_source`` or the file's name without suffix. If an id occurs in two data sources, as in files that
     merge several benchmarks, the ids of all questions become ``source/id``.
-
-    Args:
-        source: one file or several.
-
-    Returns:
-        The questions, in the order of the files.
-
-    Raises:
-        UserError: a file is missing, empty or of another kind; a question lacks a field or has no golden answer; or
-            an id occurs twice in one data source.
     """
     paths = [source] if isinstance(source, str) else source
     if not paths:

@@ -22,14 +22,7 @@ _NAME = "calibadv_grouped"
 
 @contextmanager
 def grouped_attention(model: nn.Module) -> Iterator[None]:
-    """Let a model decode in this way, if its attention is PyTorch's.
-
-    Args:
-        model: a transformers model; has its own attention back afterwards.
-
-    Yields:
-        Nothing.
-    """
+    """Let a model decode in this way, if its attention is PyTorch's."""
     config: Any = model.config
     config = config.get_text_config(decoder=True)
     if config._attn_implementation != "sdpa":

@@ -21,16 +21,7 @@ class Draft:
     reason: StopReason | None = None
 
     def extend(self, token_ids: Sequence[int], logprobs: Sequence[float], tokenizer: AgentTokenizer) -> None:
-        """Append what was drawn, up to the token that ends the message.
-
-        Args:
-            token_ids: drawn next.
-            logprobs: of each.
-            tokenizer: the policy's.
-
-        Raises:
-            UserError: the model gave no distribution to draw from.
-        """
+        """Append what was drawn, up to the token that ends the message."""
         for token_id, logprob in zip(token_ids, logprobs, strict=True):
             if not math.isfinite(logprob):
                 raise UserError(
@@ -44,9 +35,5 @@ class Draft:
                 return
 
     def completion(self) -> Completion:
-        """Give the message as it is; one that nothing has ended met the limit.
-
-        Returns:
-            Tokens, log-probabilities and the reason.
-        """
+        """Give the message as it is; one that nothing has ended met the limit."""
         return Completion(tuple(self.token_ids), tuple(self.logprobs), self.reason or StopReason.LENGTH)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from typing_extensions import override
 
 from calibadv.types import DrawKey
 
@@ -29,18 +30,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     _buffers: tuple[Tensor, ...] = ()
 
+    @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of new tokens.
-
-        Args:
-            key_states: [N, H, new tokens, D].
-            value_states: [N, H, new tokens, D].
-            *args: not used, as in the class above.
-            **kwargs: not used, as in the class above.
-
-        Returns:
-            Keys and values of all tokens, two views [N, H, W, D].
-        """
         new = (key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(*new)
@@ -55,26 +46,14 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             buffer[:, :, start:end] = some
         return self._show(end)
 
+    @override
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows, in a new order; one may come several times.
-
-        Args:
-            indices: [rows to have] of rows that there are.
-        """
         length = self.get_seq_length()
         self._buffers = tuple(buffer[indices] for buffer in self._buffers)
         self._show(length)
 
     def select(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Copy some columns of some rows.
-
-        Args:
-            rows: [rows to have].
-            columns: [rows to have, columns to have] of each of these rows.
-
-        Returns:
-            Keys and values, [rows to have, H, columns to have, D].
-        """
+        """Copy some columns of some rows."""
         keys, values = (buffer[rows[:, None], :, columns].transpose(1, 2) for buffer in self._buffers)
         return keys, values
 
@@ -86,14 +65,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 def make_cache(model: nn.Module) -> DynamicCache:
-    """Make an empty cache for a model.
-
-    Args:
-        model: a transformers model.
-
-    Returns:
-        Its own kind of cache, with room in every layer where all layers remember all tokens.
-    """
+    """Make an empty cache for a model."""
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
     if all(type(layer) is DynamicLayer for layer in cache.layers):
         cache.layers = [RoomyLayer() for _ in cache.layers]  # type: ignore[no-untyped-call]
@@ -138,13 +110,6 @@ class KeptRows:
         """Copy some rows out of the cache of a batch.
 
         A model with layers that forget tokens (sliding windows, recurrent states) keeps nothing.
-
-        Args:
-            cache: of the batch.
-            mask: [N, W] bool, the columns that hold a token.
-            rows: which rows to keep.
-            turns: for each of them, which turn of which rollout it was.
-            token_ids: for each of them, what it has read. What the batch has read for it since is not its own.
         """
         roomy = [layer for layer in cache.layers if isinstance(layer, RoomyLayer)]
         if not rows or len(roomy) < len(cache.layers):
@@ -164,14 +129,6 @@ class KeptRows:
         """Make the cache of a new batch from what is kept of its rows, and forget everything.
 
         A row goes on where the turn before is kept and its prompt begins with the tokens that were read.
-
-        Args:
-            model: the cache is for this model.
-            prompts: N prompts.
-            turns: N keys.
-
-        Returns:
-            The cache, padded on the left; and how many tokens of each prompt it holds, fewer than the prompt has.
         """
         cache = make_cache(model)
         held = [0] * len(prompts)

@@ -20,13 +20,6 @@ def stop_reason(tokenizer: AgentTokenizer, token_ids: Sequence[int]) -> StopReas
 
     The tag is looked for in decoded text, since a tag may be one token, several, or share its last token with the
     white space behind it.
-
-    Args:
-        tokenizer: the policy's.
-        token_ids: all tokens of this message so far, at least one; no earlier one ended it.
-
-    Returns:
-        ``StopReason.END`` or ``StopReason.TAG``, or None to go on.
     """
     last = token_ids[-1]
     if last in tokenizer.end_ids:
@@ -37,28 +30,12 @@ def stop_reason(tokenizer: AgentTokenizer, token_ids: Sequence[int]) -> StopReas
 
 
 def ends_with_search(tokenizer: AgentTokenizer, token_ids: Sequence[int]) -> bool:
-    """Whether a message that a tag has ended searches, so that another turn may follow.
-
-    Args:
-        tokenizer: the policy's.
-        token_ids: all tokens of the message.
-
-    Returns:
-        False if it answers.
-    """
+    """Whether a message that a tag has ended searches, so that another turn may follow."""
     return STOP_TAGS[0] in _tail(tokenizer, token_ids)
 
 
 def may_stop(tokenizer: AgentTokenizer, vocabulary: int) -> Tensor:
-    """Mark the tokens after which ``stop_reason`` is worth asking, so that a batch asks for few of its rows.
-
-    Args:
-        tokenizer: the policy's.
-        vocabulary: V, the tokens that the model can draw.
-
-    Returns:
-        [V] bool, False where ``stop_reason`` is None whatever came before.
-    """
+    """Mark the tokens after which ``stop_reason`` is worth asking, so that a batch asks for few of its rows."""
     ends = tokenizer.end_ids
     return torch.tensor([token in ends or tokenizer.may_close_tag(token) for token in range(vocabulary)])
 

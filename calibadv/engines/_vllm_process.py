@@ -23,9 +23,6 @@ def hosting(processes: Processes) -> Iterator[None]:
 
     Variables of the environment that the user has set are respected. vLLM's report of the machine over the network is
     off.
-
-    Args:
-        processes: those that train together; each starts a vLLM of its own, on its own GPU.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -63,14 +60,7 @@ def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """Find the one line of vLLM's error that says what is wrong.
-
-    Args:
-        error: of the start; often pydantic's, whose first line only counts.
-
-    Returns:
-        That line.
-    """
+    """Find the one line of vLLM's error that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     told = lines[1] if len(lines) > 1 and "validation error" in lines[0] else lines[0]
     return told.partition(" [type=")[0].removeprefix("Value error, ")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from calibadv.engines._stop import stop_reason
 from calibadv.errors import UserError
 from calibadv.interfaces import Engine
@@ -30,30 +32,14 @@ class ScriptedEngine(Engine):
         self._default = default or []
         self._tokenizer: AgentTokenizer | None = None
 
+    @override
     def sync(self, policy: Policy) -> None:
-        """Take the policy's tokenizer.
-
-        Args:
-            policy: model and tokenizer.
-        """
         self._tokenizer = policy.tokenizer
 
+    @override
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]
     ) -> list[Completion]:
-        """Play the message that the script holds for each key.
-
-        Args:
-            prompts: not looked at.
-            sampling: its ``max_tokens`` cuts a message.
-            keys: say which message to play.
-
-        Returns:
-            One completion per prompt.
-
-        Raises:
-            UserError: the script holds no message for a key.
-        """
         return [self._play(key, sampling.max_tokens) for key in keys]
 
     def _play(self, key: DrawKey, max_tokens: int) -> Completion:

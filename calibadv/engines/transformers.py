@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DynamicCache
+from typing_extensions import override
 
 from calibadv.engines._attention import grouped_attention
 from calibadv.engines._prefix_cache import KeptRows
@@ -48,37 +49,22 @@ class TransformersEngine(Engine):
         self._may_stop: Tensor | None = None
         self._kept = KeptRows()
 
+    @override
     def sync(self, policy: Policy) -> None:
-        """Sample from this policy from now on; its weights are shared, so later updates need no copy.
-
-        Sharded parameters are gathered into a copy at every call, which all processes must make together.
-
-        Args:
-            policy: model and tokenizer.
-        """
         self._kept.clear()
         if policy is not self._policy:
             self._policy, self._copy, self._may_stop = policy, None, None
         if any(isinstance(parameter, DTensor) for parameter in policy.model.parameters()):
             self._copy = whole_copy(policy, self._copy)
 
+    @override
     def rest(self) -> None:
-        """Free the key-value cache: no rollout comes back."""
         self._kept.clear()
 
+    @override
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]
     ) -> list[Completion]:
-        """Continue each prompt until a closing action tag, end of sequence or ``sampling.max_tokens``.
-
-        Args:
-            prompts: token ids of each prompt.
-            sampling: temperature and the most tokens to draw.
-            keys: what the draws of each prompt depend on.
-
-        Returns:
-            One completion per prompt, in the same order.
-        """
         assert self._policy is not None, "sync comes before generate"
         by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         completions: dict[int, Completion] = {}
@@ -277,15 +263,7 @@ def _for_sampling(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def whole_copy(policy: Policy, copy: nn.Module | None = None) -> nn.Module:
-    """Copy a policy's model, so that one process can run it alone where the original is sharded over several.
-
-    Args:
-        policy: all processes call together where its parameters are sharded.
-        copy: what an earlier call has returned, to be brought up to date.
-
-    Returns:
-        A model without adapters, with the policy's weights.
-    """
+    """Copy a policy's model, so that one process can run it alone where the original is sharded over several."""
     original: Any = policy.model
     if copy is None:
         some = next(original.parameters())

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
+from typing_extensions import override
+
 from calibadv.distributed import Processes
 from calibadv.engines._partial_completion import Draft
 from calibadv.engines._vllm_process import hosting, reason
@@ -80,12 +82,8 @@ class VLLMEngine(StreamingEngine):
         self._numbers = count()
         self._drafts: dict[int, Draft] = {}
 
+    @override
     def check(self) -> None:
-        """See that vLLM can be started.
-
-        Raises:
-            UserError: it is not installed, or is to be spread over GPUs in a run of several processes.
-        """
         if find_spec("vllm") is None:
             raise UserError("VLLMEngine needs vLLM, which is not installed; run: pip install 'calibadv[vllm]'")
         processes = Processes.current()
@@ -95,15 +93,8 @@ class VLLMEngine(StreamingEngine):
                 "1 where there are several, or take calibadv.engines.VLLMServerEngine"
             )
 
+    @override
     def sync(self, policy: Policy) -> None:
-        """Copy the policy's weights into vLLM, and forget what was computed with others.
-
-        Args:
-            policy: model and tokenizer. The first call starts vLLM with the model's configuration.
-
-        Raises:
-            UserError: vLLM is not installed, or does not take this model with these settings.
-        """
         if self._llm is None:
             self._llm = self._start(policy)
             self.max_model_len = self._llm.model_config.max_model_len
@@ -115,17 +106,8 @@ class VLLMEngine(StreamingEngine):
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         assert self._llm.reset_prefix_cache(), "no request is under way between two phases"
 
+    @override
     def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]) -> list[int]:
-        """Add requests to those that vLLM works on.
-
-        Args:
-            prompts: token ids of each prompt.
-            sampling: temperature and the most tokens to draw.
-            keys: give each request its seed.
-
-        Returns:
-            One number per prompt.
-        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -149,15 +131,8 @@ class VLLMEngine(StreamingEngine):
             numbers.append(number)
         return numbers
 
+    @override
     def collect(self) -> dict[int, Completion]:
-        """Draw the next token of every request that vLLM has room for.
-
-        Returns:
-            The requests that ended with it.
-
-        Raises:
-            UserError: the model gave no distribution to draw from.
-        """
         if not self._drafts:
             return {}
         assert self._llm is not None
@@ -176,8 +151,8 @@ class VLLMEngine(StreamingEngine):
         self._llm.llm_engine.abort_request(stopped)
         return done
 
+    @override
     def rest(self) -> None:
-        """Drop requests under way; with ``sleep``, leave the GPU to the trainer until the next ``sync`` or request."""
         if self._llm is None:
             return
         self._llm.llm_engine.abort_request([str(number) for number in self._drafts])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.distributed import Processes
 from calibadv.engines._partial_completion import Draft
@@ -72,13 +73,8 @@ class VLLMServerEngine(StreamingEngine):
         self._versions = count()
         self._replies: dict[Future[Completion], int] = {}
 
+    @override
     def check(self) -> None:
-        """Ask the server what it serves.
-
-        Raises:
-            UserError: it was started without a setting that training needs.
-            ServiceError: it does not answer, or not as it should.
-        """
         served = self._call("GET", "/v1/models")["data"][0]
         mode = self._call("GET", "/server_info?config_format=json")["vllm_config"]["model_config"]["logprobs_mode"]
         if mode != "processed_logprobs":
@@ -88,18 +84,8 @@ class VLLMServerEngine(StreamingEngine):
             )
         self._model, self.max_model_len = served["id"], served["max_model_len"]
 
+    @override
     def sync(self, policy: Policy) -> None:
-        """Hand the policy's weights to the server, and wait until it samples from them.
-
-        Where several processes train, the first one does so, and the others wait.
-
-        Args:
-            policy: model and tokenizer.
-
-        Raises:
-            UserError: the server was started without a setting that training needs.
-            ServiceError: the server does not answer, or not as it should.
-        """
         self._tokenizer = policy.tokenizer
         if not self._model:
             self.check()
@@ -112,17 +98,8 @@ class VLLMServerEngine(StreamingEngine):
         if any(failures):
             raise ServiceError(max(failures))
 
+    @override
     def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]) -> list[int]:
-        """Send requests to the server.
-
-        Args:
-            prompts: token ids of each prompt.
-            sampling: temperature and the most tokens to draw.
-            keys: give each request its seed.
-
-        Returns:
-            One number per prompt.
-        """
         numbers = []
         for prompt, key in zip(prompts, keys, strict=True):
             number = next(self._numbers)
@@ -130,20 +107,13 @@ class VLLMServerEngine(StreamingEngine):
             numbers.append(number)
         return numbers
 
+    @override
     def collect(self) -> dict[int, Completion]:
-        """Wait for a moment.
-
-        Returns:
-            The requests that ended meanwhile.
-
-        Raises:
-            ServiceError: a request failed.
-        """
         done, _ = wait(self._replies, timeout=_MOMENT, return_when=FIRST_COMPLETED)
         return {self._replies.pop(reply): reply.result() for reply in done}
 
+    @override
     def rest(self) -> None:
-        """Drop the requests that have not been sent, and wait for the others."""
         for reply in self._replies:
             reply.cancel()
         wait(self._replies)

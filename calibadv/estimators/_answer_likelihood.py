@@ -40,13 +40,6 @@ def golden_answer(rollout: Rollout, tokenizer: AgentTokenizer) -> GoldenAnswer:
 
     What the environment has already written of it, the ``<think>``, is left out. Frame and answer are encoded apart, so
     that it is plain which tokens are the answer's.
-
-    Args:
-        rollout: its question's first golden answer is taken: one pass per turn, and in most data sets the usual form.
-        tokenizer: of the policy.
-
-    Returns:
-        Token ids.
     """
     opened = "" if rollout.prepend_think else "<think>"
     text = disarm(rollout.question.golden_answers[0], tokenizer.special_strings)
@@ -58,17 +51,7 @@ def golden_answer(rollout: Rollout, tokenizer: AgentTokenizer) -> GoldenAnswer:
 def golden_probabilities(
     batch: RolloutBatch, policy: Policy, token_budget: int, processes: Processes = ALONE
 ) -> Tensor:
-    """exp(mean log-probability of the golden answer's tokens), after what stands before each turn.
-
-    Args:
-        batch: B rollouts with token ids.
-        policy: model and tokenizer.
-        token_budget: the most tokens, padding included, of one forward pass.
-        processes: share the work.
-
-    Returns:
-        [B, K], where the batch is; 0 for turns that do not exist or are not trained.
-    """
+    """exp(mean log-probability of the golden answer's tokens), after what stands before each turn."""
     answers = [golden_answer(rollout, policy.tokenizer) for rollout in batch.rollouts]
     starts = [list(_turn_starts(rollout)) for rollout in batch.rollouts]
     included = batch.included.tolist()
@@ -85,15 +68,7 @@ def golden_probabilities(
 
 
 def turn_gains(probabilities: Tensor, answer_turn: Tensor) -> Tensor:
-    """What each search adds to the probability of the golden answer.
-
-    Args:
-        probabilities: [B, K] before each turn.
-        answer_turn: [B] index of the answer turn.
-
-    Returns:
-        [B, K] probability before the next turn minus that before this one; 0 for what is no search turn.
-    """
+    """What each search adds to the probability of the golden answer."""
     check_shapes("B K, B", probabilities, answer_turn)
     after = torch.cat([probabilities[:, 1:], torch.zeros_like(probabilities[:, :1])], dim=1)
     turns = torch.arange(probabilities.shape[1], device=answer_turn.device)

@@ -9,26 +9,10 @@ from calibadv.numerics.advantages import spread_over_tokens
 
 
 def of_rollouts(advantages: Tensor, batch: RolloutBatch) -> Tensor:
-    """Give every trained token the advantage of its rollout.
-
-    Args:
-        advantages: [B].
-        batch: B rollouts.
-
-    Returns:
-        [B, T], 0 outside ``batch.loss_mask``.
-    """
+    """Give every trained token the advantage of its rollout."""
     return advantages.to(batch.rewards)[:, None] * batch.loss_mask
 
 
 def of_turns(advantages: Tensor, batch: RolloutBatch) -> Tensor:
-    """Give every trained token the advantage of its turn.
-
-    Args:
-        advantages: [B, K].
-        batch: B rollouts.
-
-    Returns:
-        [B, T], 0 outside ``batch.loss_mask``.
-    """
+    """Give every trained token the advantage of its turn."""
     return spread_over_tokens(advantages.to(batch.rewards), batch.turn_ids) * batch.loss_mask

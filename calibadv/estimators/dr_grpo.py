@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
 from calibadv.estimators._broadcast import of_rollouts
@@ -17,13 +18,6 @@ class DrGRPO(AdvantageEstimator):
     nearly never answered. Dr.GRPO also divides the loss by a constant length, which is a setting of the loss.
     """
 
+    @override
     def estimate(self, batch: RolloutBatch) -> Tensor:
-        """Give every policy token of a rollout the rollout's centred reward.
-
-        Args:
-            batch: B rollouts with rewards.
-
-        Returns:
-            [B, T], 0 outside ``batch.loss_mask``.
-        """
         return of_rollouts(group_centre(batch.rewards, batch.group_ids, batch.included), batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
 from calibadv.estimators._broadcast import of_turns
@@ -32,15 +33,8 @@ class GiGPO(AdvantageEstimator):
         self.gamma = gamma
         self.divide_by_std = divide_by_std
 
+    @override
     def estimate(self, batch: RolloutBatch) -> Tensor:
-        """Give every policy token the advantage of its turn.
-
-        Args:
-            batch: B rollouts with rewards and anchors.
-
-        Returns:
-            [B, T], 0 outside ``batch.loss_mask``.
-        """
         rewards = batch.rewards.cpu().double()
         compare = group_normalise if self.divide_by_std else group_centre
         episode = compare(rewards, batch.group_ids, batch.included)

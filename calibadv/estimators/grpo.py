@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
 from calibadv.estimators._broadcast import of_rollouts
@@ -13,13 +14,6 @@ from calibadv.numerics.advantages import group_normalise
 class GRPO(AdvantageEstimator):
     """Reward minus the group's mean, over the group's standard deviation (arXiv 2402.03300)."""
 
+    @override
     def estimate(self, batch: RolloutBatch) -> Tensor:
-        """Give every policy token of a rollout the rollout's normalised reward.
-
-        Args:
-            batch: B rollouts with rewards.
-
-        Returns:
-            [B, T], 0 outside ``batch.loss_mask``.
-        """
         return of_rollouts(group_normalise(batch.rewards, batch.group_ids, batch.included), batch)

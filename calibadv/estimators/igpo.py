@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
 from calibadv.errors import UserError
@@ -44,35 +45,15 @@ class IGPO(AdvantageEstimator):
         self.gamma = gamma
         self.normalise = normalise
 
+    @override
     def prepare(
         self, batch: RolloutBatch, policy: Policy, micro_batch_tokens: int, processes: Processes
     ) -> RolloutBatch:
-        """Compute the gains of the search turns.
-
-        Args:
-            batch: B rollouts.
-            policy: model and tokenizer.
-            micro_batch_tokens: the most tokens, padding included, of one forward pass.
-            processes: share the work.
-
-        Returns:
-            The batch with ``turn_gains``.
-        """
         probabilities = golden_probabilities(batch, policy, micro_batch_tokens, processes)
         return replace(batch, turn_gains=turn_gains(probabilities, batch.answer_turn))
 
+    @override
     def estimate(self, batch: RolloutBatch) -> Tensor:
-        """Give every policy token the advantage of its turn.
-
-        Args:
-            batch: B rollouts with rewards and gains.
-
-        Returns:
-            [B, T], 0 outside ``batch.loss_mask``.
-
-        Raises:
-            UserError: the gains are missing.
-        """
         if batch.turn_gains is None:
             raise UserError(
                 "IGPO needs the policy's probability of the golden answer before each turn, which recorded rollouts do "

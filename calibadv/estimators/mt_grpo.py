@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
 from calibadv.estimators._broadcast import of_turns
@@ -34,15 +35,8 @@ class MTGRPO(AdvantageEstimator):
         check_weight("outcome_weight", outcome_weight)
         self.outcome_weight = outcome_weight
 
+    @override
     def estimate(self, batch: RolloutBatch) -> Tensor:
-        """Give every policy token the advantage of its turn.
-
-        Args:
-            batch: B rollouts with rewards and step correctness.
-
-        Returns:
-            [B, T], 0 outside ``batch.loss_mask``.
-        """
         group = batch.group_ids, batch.included
         outcome = group_normalise(batch.rewards.cpu().double(), *group)[:, None]
         per_turn = turn_index_advantages(batch.step_correctness, batch.answer_turn, *group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
 from calibadv.estimators._broadcast import of_rollouts
@@ -16,13 +17,6 @@ class RLOO(AdvantageEstimator):
     This is G / (G - 1) times Dr.GRPO's advantage, and, unlike it, unbiased.
     """
 
+    @override
     def estimate(self, batch: RolloutBatch) -> Tensor:
-        """Give every policy token of a rollout what the rollout earned above the others.
-
-        Args:
-            batch: B rollouts with rewards.
-
-        Returns:
-            [B, T], 0 outside ``batch.loss_mask``.
-        """
         return of_rollouts(leave_one_out(batch.rewards, batch.group_ids, batch.included), batch)

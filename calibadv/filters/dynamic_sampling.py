@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from calibadv.errors import UserError
 from calibadv.interfaces import GroupFilter
 from calibadv.types import Rollout
@@ -28,13 +30,6 @@ class DynamicSampling(GroupFilter):
             raise UserError(f"max_tries is {max_tries}; it must be at least 1 (without a filter nothing is dropped)")
         self.max_tries = max_tries
 
+    @override
     def keep(self, group: Sequence[Rollout]) -> bool:
-        """Look for two different rewards.
-
-        Args:
-            group: scored rollouts of one question.
-
-        Returns:
-            Whether there are; a rollout with a failed search has no reward.
-        """
         return len({rollout.score for rollout in group if rollout.included}) > 1

@@ -16,11 +16,7 @@ _UNABLE = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, 
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or the folder that a sharded checkpoint is.
-
-    Args:
-        path: what to remove; of a link, the link.
-    """
+    """Remove a file, or the folder that a sharded checkpoint is."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -28,13 +24,7 @@ def remove(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str, partial: Path | None = None) -> None:
-    """Write a text file whole or not at all, also where the power fails.
-
-    Args:
-        path: where to; folders are made.
-        text: what to write.
-        partial: where to write it first, on the same disk; beside ``path`` by default.
-    """
+    """Write a text file whole or not at all, also where the power fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial or path.with_name(path.name + ".partial")
     try:
@@ -48,13 +38,6 @@ def replace_durably(partial: Path, path: Path) -> None:
     """Rename what is written to its place, so that after a power cut it is complete there, or was never there.
 
     Without this the name may reach the disk before the content does.
-
-    Args:
-        partial: file, folder or symbolic link.
-        path: on the same disk; a file there is replaced.
-
-    Raises:
-        OSError: the content cannot be written to the disk, or the place not be taken.
     """
     for written in (*partial.rglob("*"), partial):
         if not written.is_symlink():
@@ -93,13 +76,6 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array as ``numpy.save`` does, whole or not at all.
 
     numpy hands a file to C, and does not notice where the last bytes find no space.
-
-    Args:
-        path: file to write.
-        array: of at least one element, in the order of C.
-
-    Raises:
-        OSError: the disk is full, or the file cannot be written.
     """
     partial = path.with_suffix(".partial")
     try:

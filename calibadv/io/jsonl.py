@@ -30,18 +30,6 @@ def read_jsonl(path: str | Path, what: str, after: int = 0) -> Generator[tuple[i
 
     Blank lines are skipped. Large files show a progress bar on standard error. The file is open until the last line is
     read: a caller that may stop earlier uses ``contextlib.closing``.
-
-    Args:
-        path: the file.
-        what: what the file is, for error messages: ``"corpus"``.
-        after: pass over the lines up to this number, unread.
-
-    Yields:
-        Line number, counted from 1, and object.
-
-    Raises:
-        UserError: the file is missing, is a damaged gzip file, or has a line that is not an object.
-        UnreadableError: the system does not let us read it.
     """
     path = Path(path)
     number = 0
@@ -60,16 +48,7 @@ def read_jsonl(path: str | Path, what: str, after: int = 0) -> Generator[tuple[i
 
 
 def unreadable(what: str, path: Path, error: OSError) -> UnreadableError:
-    """The error for a file that the system does not let us read.
-
-    Args:
-        what: what the file is.
-        path: the file.
-        error: what the system says.
-
-    Returns:
-        What to raise.
-    """
+    """The error for a file that the system does not let us read."""
     reason = error.strerror or error
     return UnreadableError(f"{what} '{path}' cannot be read ({reason}); see to the file, or copy it again")
 

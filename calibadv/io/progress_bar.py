@@ -15,16 +15,7 @@ _T = TypeVar("_T")
 
 @contextmanager
 def progress_bar(description: str, total: int, hidden: bool) -> Iterator[Callable[[int], None]]:
-    """Show how much is done.
-
-    Args:
-        description: what is done.
-        total: how much there is to do.
-        hidden: whether it is so little that no bar is worth it.
-
-    Yields:
-        A function that is told how much more is done.
-    """
+    """Show how much is done."""
     console = Console(stderr=True)
     hidden = hidden or not console.is_terminal  # there it would leave an empty line
     with Progress(console=console, transient=True, disable=hidden) as progress:
@@ -32,16 +23,7 @@ def progress_bar(description: str, total: int, hidden: bool) -> Iterator[Callabl
 
 
 def tracked(items: Iterable[_T], description: str, total: int) -> Iterator[_T]:
-    """Show how many items are behind.
-
-    Args:
-        items: what to go through.
-        description: what is done with them.
-        total: how many there are.
-
-    Yields:
-        The items.
-    """
+    """Show how many items are behind."""
     with progress_bar(description, total, hidden=False) as advance:
         for item in items:
             yield item
@@ -49,17 +31,7 @@ def tracked(items: Iterable[_T], description: str, total: int) -> Iterator[_T]:
 
 
 def blocks(items: Sequence[_T], size: int, description: str, hidden: bool) -> Iterator[Sequence[_T]]:
-    """Cut into slices, and show how many items are behind. A corpus on disk is read as it lies there.
-
-    Args:
-        items: what to cut.
-        size: items of a slice.
-        description: what is done with them.
-        hidden: whether they are so few that no bar is worth it.
-
-    Yields:
-        Slices, which together are ``items``.
-    """
+    """Cut into slices, and show how many items are behind. A corpus on disk is read as it lies there."""
     with progress_bar(description, len(items), hidden) as advance:
         for start in range(0, len(items), size):
             block = items[start : start + size]

@@ -10,15 +10,7 @@ from calibadv.types import Metrics
 
 
 def check_clips(clip_low: float, clip_high: float) -> None:
-    """Refuse clips without meaning.
-
-    Args:
-        clip_low: how far a ratio may fall below 1.
-        clip_high: how far it may rise above 1.
-
-    Raises:
-        UserError: one of them is out of its range.
-    """
+    """Refuse clips without meaning."""
     if not 0 < clip_low <= 1:
         raise UserError(f"clip_low is {clip_low}; it must lie in (0, 1], as in 0.2")
     if not clip_high > 0:
@@ -26,16 +18,7 @@ def check_clips(clip_low: float, clip_high: float) -> None:
 
 
 def clip_shares(low: Tensor, high: Tensor, inputs: LossInputs) -> Metrics:
-    """Count clipped tokens as shares of the mini-batch's trained tokens, which add up over micro-batches.
-
-    Args:
-        low: [N] bool, those that are clipped on the low side.
-        high: [N] bool, on the high side.
-        inputs: the same N tokens.
-
-    Returns:
-        ``clip_low`` and ``clip_high``.
-    """
+    """Count clipped tokens as shares of the mini-batch's trained tokens, which add up over micro-batches."""
     return {
         "clip_low": low.sum().item() / inputs.denominator,
         "clip_high": high.sum().item() / inputs.denominator,

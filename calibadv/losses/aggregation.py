@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.errors import UserError
 from calibadv.interfaces import LossInputs
@@ -33,16 +34,8 @@ class Aggregation(ABC):
 class TokenMean(Aggregation):
     """Mean over the trained tokens of the mini-batch: every token weighs the same (DAPO, arXiv 2503.14476)."""
 
+    @override
     def reduce(self, values: Tensor, inputs: LossInputs) -> Tensor:
-        """Apply ``calibadv.numerics.aggregation.token_mean``.
-
-        Args:
-            values: [N], one per trained token.
-            inputs: the same N tokens.
-
-        Returns:
-            A scalar with the gradient of ``values``.
-        """
         return token_mean(values, inputs.denominator)
 
 
@@ -52,16 +45,8 @@ class SequenceMean(Aggregation):
     Rollouts without advantage count as rollouts.
     """
 
+    @override
     def reduce(self, values: Tensor, inputs: LossInputs) -> Tensor:
-        """Apply ``calibadv.numerics.aggregation.sequence_mean``.
-
-        Args:
-            values: [N], one per trained token.
-            inputs: the same N tokens.
-
-        Returns:
-            A scalar with the gradient of ``values``.
-        """
         return sequence_mean(values, inputs.rollout_ids, inputs.num_rollouts)
 
 
@@ -83,26 +68,13 @@ class FixedLength(Aggregation):
             )
         self.length = length
 
+    @override
     def reduce(self, values: Tensor, inputs: LossInputs) -> Tensor:
-        """Apply ``calibadv.numerics.aggregation.fixed_length``.
-
-        Args:
-            values: [N], one per trained token.
-            inputs: the same N tokens.
-
-        Returns:
-            A scalar with the gradient of ``values``.
-        """
         return fixed_length(values, inputs.num_rollouts, self.length)
 
 
 def check_length(loss: object, longest: int) -> None:
-    """Warn of a FixedLength that does not fit the protocol.
-
-    Args:
-        loss: perhaps with an aggregation.
-        longest: the most policy tokens that the protocol lets a rollout have.
-    """
+    """Warn of a FixedLength that does not fit the protocol."""
     aggregation = getattr(loss, "aggregation", None)
     if isinstance(aggregation, FixedLength) and aggregation.length != longest:
         log.warning(

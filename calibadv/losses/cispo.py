@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.interfaces import LossInputs, PolicyLoss
 from calibadv.losses._clipping import check_clips, clip_shares
@@ -32,16 +33,8 @@ class CISPO(PolicyLoss):
         self.clip_high = clip_high
         self.aggregation = aggregation or TokenMean()
 
+    @override
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
-        """Compute the part of the loss that this micro-batch contributes.
-
-        Args:
-            inputs: N trained tokens.
-
-        Returns:
-            A scalar with gradient; and ``clip_low`` and ``clip_high``, the share of the mini-batch's trained tokens
-            whose weight is cut on that side, those without advantage not counted.
-        """
         surrogate, low, high = weighted_logprobs(
             inputs.logprobs, inputs.old_logprobs, inputs.advantages, clip_low=self.clip_low, clip_high=self.clip_high
         )

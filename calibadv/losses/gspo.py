@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.interfaces import LossInputs, PolicyLoss
 from calibadv.losses._clipping import check_clips, clip_shares
@@ -46,16 +47,8 @@ class GSPO(PolicyLoss):
         self.clip_high = clip_high
         self.aggregation = aggregation or TokenMean()
 
+    @override
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
-        """Compute the part of the loss that this micro-batch contributes.
-
-        Args:
-            inputs: N trained tokens.
-
-        Returns:
-            A scalar with gradient; and ``clip_low`` and ``clip_high``, the share of the mini-batch's trained tokens
-            that are clipped on that side.
-        """
         ratio = sequence_ratio(inputs.logprobs, inputs.old_logprobs, inputs.rollout_ids)
         clips = {"clip_low": self.clip_low, "clip_high": self.clip_high}
         loss = -self.aggregation.reduce(clipped_surrogate(ratio, inputs.advantages, **clips), inputs)

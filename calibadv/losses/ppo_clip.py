@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.errors import UserError
 from calibadv.interfaces import LossInputs, PolicyLoss
@@ -44,16 +45,8 @@ class PPOClip(PolicyLoss):
         self.aggregation = aggregation or TokenMean()
         self.acts_on_change = dual_clip is not None or (clip_low, clip_high) != _USUAL_CLIPS
 
+    @override
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
-        """Compute the part of the loss that this micro-batch contributes.
-
-        Args:
-            inputs: N trained tokens.
-
-        Returns:
-            A scalar with gradient; and ``clip_low`` and ``clip_high``, the share of the mini-batch's trained tokens
-            that are clipped on that side, and ``dual_clip``, the share that is at that bound, where it is set.
-        """
         ratio = bounded_exponent(inputs.logprobs - inputs.old_logprobs).exp()
         clips = {"clip_low": self.clip_low, "clip_high": self.clip_high}
         surrogate = clipped_surrogate(ratio, inputs.advantages, **clips)

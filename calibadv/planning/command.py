@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 from transformers import AutoConfig
+from typing_extensions import override
 
 from calibadv.cli.logging import quiet_libraries
 from calibadv.config.files import read_words
@@ -53,11 +54,7 @@ class Sizing:
     """Mean tokens of a rollout that the policy writes; by default as many as there may be."""
 
     def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            UserError: one is not above 0, or the share is above 1.
-        """
+        """Check the numbers."""
         for name, value in vars(self).items():
             if isinstance(value, int | float) and value <= 0:
                 raise UserError(f"--{name} is {value}; it must be above 0")
@@ -65,11 +62,7 @@ class Sizing:
             raise UserError(f"--mfu is {self.mfu}; it is a share of the peak rate, at most 1")
 
     def device(self) -> Gpu:
-        """Give the accelerator.
-
-        Returns:
-            The named one, with the numbers that were given.
-        """
+        """Give the accelerator."""
         named = GPUS[self.gpu]
         return Gpu(
             memory=named.memory if self.gpu_memory is None else self.gpu_memory * GIB,
@@ -95,22 +88,13 @@ class PlanCLI(ReadingCLI):
         """The options that are our own."""
         return Sizing(**{field.name: self.config["fit"][field.name] for field in fields(Sizing)})
 
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add our own options to those of ``fit``.
-
-        Args:
-            parser: of the verb.
-        """
         super().add_arguments_to_parser(parser)
         parser.add_class_arguments(Sizing)
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, as the command that this is.
-
-        Args:
-            parser: of the verb, as the only subcommand.
-            args: the words of the command line.
-        """
         own = self._parser(self.verb)
         own.usage = "calibadv plan [--config NAME_OR_FILE ...] [--option VALUE ...]"
         own.description = PLAN["plan"]
@@ -121,12 +105,6 @@ def plan(arguments: Sequence[str]) -> None:
     """Print what the run of a config will take: memory of a device by phase, and seconds of a rollout step.
 
     No weights are loaded, nothing is run and nothing is written.
-
-    Args:
-        arguments: options of ``fit``, and those of ``Sizing``.
-
-    Raises:
-        UserError: a mistake in the arguments or in what they name.
     """
     quiet_libraries()
     cli = PlanCLI(arguments)
@@ -136,18 +114,7 @@ def plan(arguments: Sequence[str]) -> None:
 
 
 def read_job(settings: Namespace, sizing: Sizing) -> Job:
-    """Read a run's sizes off its settings.
-
-    Args:
-        settings: of ``fit``, parsed.
-        sizing: the device, and mean lengths.
-
-    Returns:
-        The run.
-
-    Raises:
-        UserError: ``fit`` would refuse the settings, or they say too little.
-    """
+    """Read a run's sizes off its settings."""
     model, trainer, data = settings.model, settings.trainer, settings.data
     policy = empty_model(AutoConfig.from_pretrained(check_model_folder(model.policy), local_files_only=True))
     shape = shape_of(policy)

@@ -38,12 +38,6 @@ def memory(job: Job) -> list[Part]:
 
     Gradients stay until the next update begins, and the optimizer's averages from the first update on, so that both are
     there while rollouts are sampled.
-
-    Args:
-        job: the run.
-
-    Returns:
-        The parts that are not empty.
     """
     parts = [*_parameters(job), *_gathered(job), *_sampling(job), *_passes(job)]
     tensors = job.rollouts * job.limit * job.assumed.tensor_bytes
@@ -52,14 +46,7 @@ def memory(job: Job) -> list[Part]:
 
 
 def peak(job: Job) -> float:
-    """The most bytes that a device holds.
-
-    Args:
-        job: the run.
-
-    Returns:
-        The largest sum of a phase.
-    """
+    """The most bytes that a device holds."""
     return max(map(sum, zip(*(part.phases for part in memory(job)), strict=True)))
 
 
@@ -96,14 +83,7 @@ def _gathered(job: Job) -> Iterator[Part]:
 
 
 def kv_bytes(job: Job) -> float:
-    """Bytes of keys and values of one token, on one device.
-
-    Args:
-        job: the run.
-
-    Returns:
-        2 x layers x key-value width x bytes of a number (PaLM's appendix counts the same, arXiv 2204.02311).
-    """
+    """Bytes of keys and values of one token, on one device."""
     sampler, shape = job.sampler, job.shape
     if sampler.kind == "vllm":
         return 2 * shape.layers * shape.kv_width * sampler.dtype_bytes / sampler.tensor_parallel
@@ -111,42 +91,20 @@ def kv_bytes(job: Job) -> float:
 
 
 def engine_weights(job: Job) -> float:
-    """Bytes of the weights that are read for every decoded token.
-
-    Args:
-        job: the run.
-
-    Returns:
-        Of vLLM's copy, or of the trainer's weights in the precision of matrix products.
-    """
+    """Bytes of the weights that are read for every decoded token."""
     size = job.sampler.dtype_bytes if job.sampler.kind == "vllm" else job.precision.compute
     return size * job.shape.parameters / job.sampler.tensor_parallel
 
 
 def vllm_memory(job: Job) -> float:
-    """Bytes that vLLM takes of a device while it samples.
-
-    Args:
-        job: a run that samples with vLLM.
-
-    Returns:
-        Its share, or weights, cache and work space.
-    """
+    """Bytes that vLLM takes of a device while it samples."""
     if job.sampler.kv_cache is not None:
         return engine_weights(job) + job.sampler.kv_cache + _VLLM_WORK
     return job.sampler.memory_share * job.gpu.memory
 
 
 def rows_at_once(job: Job, tokens: int) -> int:
-    """How many rollouts of one process are decoded together.
-
-    Args:
-        job: the run.
-        tokens: that each of them holds in the cache.
-
-    Returns:
-        Rollouts; 0 where vLLM's cache does not hold one.
-    """
+    """How many rollouts of one process are decoded together."""
     if job.sampler.kind == "vllm":
         cache = vllm_memory(job) - engine_weights(job) - _VLLM_WORK
         room = int(max(0.0, cache) // (tokens * kv_bytes(job)))
@@ -180,12 +138,6 @@ def layer_bytes(job: Job) -> float:
     norms, rotary angles, grouped attention without a stored score matrix and a gated feed-forward part, that is: two
     norms with the inputs of what follows (``kept_per_hidden`` x H), rotated queries and keys, values and the output of
     the attention (2 Q + 2 KV), and gate, its activation, up and their product (4 I).
-
-    Args:
-        job: the run.
-
-    Returns:
-        Bytes.
     """
     shape, size = job.shape, job.precision.compute
     attention = size * 2 * (shape.query_width + shape.kv_width)
@@ -204,26 +156,12 @@ def _passes(job: Job) -> Iterator[Part]:
 
 
 def fits(job: Job) -> bool:
-    """Whether the run fits its devices, by this estimate.
-
-    Args:
-        job: the run.
-
-    Returns:
-        True if no phase holds more than there is, and vLLM has room for a rollout.
-    """
+    """Whether the run fits its devices, by this estimate."""
     return peak(job) <= job.gpu.memory and rows_at_once(job, job.limit) > 0
 
 
 def remedies(job: Job) -> tuple[list[str], Job]:
-    """Find what to change so that a run fits: again and again what helps most.
-
-    Args:
-        job: a run that may not fit.
-
-    Returns:
-        Options, together; and the run with them, which may still not fit.
-    """
+    """Find what to change so that a run fits: again and again what helps most."""
     chosen: list[str] = []
     while not fits(job):
         changes = [(words, changed) for words, changed in _changes(job) if _excess(changed) < _excess(job)]

@@ -51,14 +51,7 @@ class ModelShape:
 
 
 def empty_model(config: Any) -> nn.Module:
-    """Build a model without memory for its weights.
-
-    Args:
-        config: of transformers.
-
-    Returns:
-        The model, on the meta device.
-    """
+    """Build a model without memory for its weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -68,17 +61,7 @@ def empty_model(config: Any) -> nn.Module:
 
 
 def shape_of(model: nn.Module) -> ModelShape:
-    """Count a model's parameters and read its widths.
-
-    Args:
-        model: a causal language model of transformers, without adapters; its weights may be on the meta device.
-
-    Returns:
-        Its sizes.
-
-    Raises:
-        UserError: it has no stack of equal layers that could be found.
-    """
+    """Count a model's parameters and read its widths."""
     config: Any = model.config
     config = config.get_text_config()
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]

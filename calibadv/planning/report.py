@@ -17,14 +17,7 @@ _PHASE_NAMES = {"rollout": "rollout", "logprobs": "log-probs", "update": "update
 
 
 def print_report(job: Job, gpu: str, precision: str, notes: Iterable[str]) -> None:
-    """Print what a run will take.
-
-    Args:
-        job: the run.
-        gpu: name of the device.
-        precision: of the trainer.
-        notes: what the tables cannot show.
-    """
+    """Print what a run will take."""
     console = Console()
     console.print(_headline(job, gpu, precision), highlight=False, soft_wrap=True)
     console.print(_memory_table(job))

@@ -26,14 +26,6 @@ def forward_flops(job: Job, tokens: float, context: float) -> float:
     2 per parameter and token, and for causal attention 2 x layers x query width x context per token: half of the full
     score matrix, twice, for scores and values (PaLM's appendix B, arXiv 2204.02311, without its factor for the
     backward pass).
-
-    Args:
-        job: the run.
-        tokens: how many.
-        context: length of the sequences that they are in.
-
-    Returns:
-        Floating-point operations.
     """
     shape = job.shape
     return tokens * (2 * shape.body_parameters + 2 * shape.layers * shape.query_width * context)
@@ -45,13 +37,6 @@ def pass_flops(job: Job, backward: bool) -> float:
     The output layer is applied to the policy's tokens only. A backward pass costs two forward passes, of which one is
     for the gradients of the weights; with adapters that one is all but free. Checkpointing adds a forward pass, and the
     output layer has one more in any case.
-
-    Args:
-        job: the run.
-        backward: whether gradients are computed.
-
-    Returns:
-        Floating-point operations.
     """
     body = forward_flops(job, job.rollouts * job.tokens, job.tokens)
     head = 2.0 * job.rollouts * job.policy_tokens * job.shape.head_parameters
@@ -66,14 +51,6 @@ def decode_seconds(job: Job, rollouts: int, rows: int) -> float:
 
     A decoded token of each of ``rows`` reads all weights once and the keys and values of each row; or, with many rows,
     takes 2 operations per parameter and row (Pope et al., arXiv 2211.05102).
-
-    Args:
-        job: the run.
-        rollouts: of the process.
-        rows: decoded together.
-
-    Returns:
-        Seconds.
     """
     read = engine_weights(job) + rows * job.tokens / 2 * kv_bytes(job)
     by_memory = read / (job.gpu.bandwidth * job.assumed.bandwidth_share)
@@ -86,16 +63,7 @@ def decode_seconds(job: Job, rollouts: int, rows: int) -> float:
 
 
 def read_seconds(job: Job, rollouts: int, rows: int) -> float:
-    """Seconds in which one process reads prompts and observations of some rollouts.
-
-    Args:
-        job: the run.
-        rollouts: of the process.
-        rows: decoded together. Where the transformers engine has more rollouts than rows, it reads all again each turn.
-
-    Returns:
-        Seconds.
-    """
+    """Seconds in which one process reads prompts and observations of some rollouts."""
     again = job.sampler.kind == "transformers" and rollouts > rows
     tokens = job.turns * job.tokens / 2 if again else job.tokens - job.policy_tokens
     rate = 1e12 * job.gpu.tflops if job.sampler.kind == "vllm" else job.peak_flops
@@ -104,14 +72,7 @@ def read_seconds(job: Job, rollouts: int, rows: int) -> float:
 
 
 def seconds(job: Job) -> list[Span]:
-    """Estimate a rollout step.
-
-    Args:
-        job: a run that fits.
-
-    Returns:
-        Its stages; what engines elsewhere and searches take is not among them.
-    """
+    """Estimate a rollout step."""
     rate = job.peak_flops * job.assumed.mfu * job.processes
     spans = list(_sampling(job, job.own_rollouts))
     spans.append(Span("log-probabilities of the policy", "logprobs", pass_flops(job, backward=False) / rate))
@@ -126,14 +87,7 @@ def seconds(job: Job) -> list[Span]:
 
 
 def validation_seconds(job: Job) -> float:
-    """Estimate one validation: 64 questions at a time, greedily, over all processes.
-
-    Args:
-        job: the run.
-
-    Returns:
-        Seconds.
-    """
+    """Estimate one validation: 64 questions at a time, greedily, over all processes."""
     blocks = ceil(job.validation_questions / EVALUATION_BATCH)
     rollouts = ceil(min(EVALUATION_BATCH, job.validation_questions) / job.processes)
     return blocks * sum(span.seconds for span in _sampling(job, rollouts))

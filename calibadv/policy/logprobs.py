@@ -28,19 +28,7 @@ def forward_logprobs(
     temperature: float,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> tuple[Tensor, Tensor]:
-    """Run the model over some rollouts.
-
-    Args:
-        model: a causal language model.
-        batch: B rollouts.
-        rows: those to run.
-        temperature: the logits are divided by it, as when the tokens were sampled.
-        logits_at_once: the most logits that are held at a time; bounds memory, changes no result.
-
-    Returns:
-        In float32: log-probabilities [N] of the trained tokens of these rollouts, row by row; and the entropies [N] of
-        the full softmax that each was drawn from, 0 in a pass with gradient, where nothing asks for them.
-    """
+    """Run the model over some rollouts."""
     length = int(batch.attention_mask[rows].sum(dim=1).max().item())
     token_ids = batch.token_ids[rows, :length]
     mask = batch.loss_mask[rows, 1:length]

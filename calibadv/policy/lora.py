@@ -39,18 +39,7 @@ def _same_for_every_seed() -> Iterator[None]:
 
 
 def with_adapters(model: Any, lora: Lora) -> Any:
-    """Put adapters on a model, the same ones for every seed of a run.
-
-    Args:
-        model: of transformers, changed in place.
-        lora: rank, scale and modules.
-
-    Returns:
-        The model with adapters, which alone are trained.
-
-    Raises:
-        UserError: the model has no such modules, or ties them.
-    """
+    """Put adapters on a model, the same ones for every seed of a run."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -25,10 +25,6 @@ class Policy:
 
         The model itself is left alone: merging in place and taking back would round its weights at every update.
         Where parameters are sharded over processes, all processes must iterate together.
-
-        Yields:
-            Names as in the model's folder, and tensors without gradient; a tied one under each of its names, for the
-            copy may not tie what the policy ties.
         """
         with torch.no_grad():
             for name, parameter in self.model.named_parameters(remove_duplicate=False):

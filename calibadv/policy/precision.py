@@ -22,17 +22,7 @@ LOWEST_RATE = 1e-4
 
 
 def check_precision(name: Any) -> str:
-    """See that a precision is one that training works in.
-
-    Args:
-        name: as given to the trainer.
-
-    Returns:
-        Its full name, such as ``32-true``.
-
-    Raises:
-        UserError: it is another.
-    """
+    """See that a precision is one that training works in."""
     chosen = _ALIASES.get(str(name), str(name))
     if chosen in _ACCEPTED:
         return chosen
@@ -41,16 +31,7 @@ def check_precision(name: Any) -> str:
 
 
 def check_rate(precision: Any, adapters: bool, rate: float) -> None:
-    """Refuse to train where rounding swallows the updates.
-
-    Args:
-        precision: of the trainer.
-        adapters: whether only adapters are trained, which stay in float32.
-        rate: the peak learning rate.
-
-    Raises:
-        UserError: all weights are in bfloat16, and the rate is too low for them.
-    """
+    """Refuse to train where rounding swallows the updates."""
     if check_precision(precision) == "bf16-true" and not adapters and rate < LOWEST_RATE:
         raise UserError(
             f"trainer.precision is bf16-true and model.learning_rate is {rate}: numbers in bfloat16 lie 1.2e-4 apart "
@@ -61,11 +42,7 @@ def check_rate(precision: Any, adapters: bool, rate: float) -> None:
 
 @contextmanager
 def float32_by_default() -> Iterator[None]:
-    """Make tensors in float32 that ask for nothing else, whatever Lightning has set for the step.
-
-    Yields:
-        Nothing.
-    """
+    """Make tensors in float32 that ask for nothing else, whatever Lightning has set for the step."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -80,13 +57,6 @@ def exactly(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Callable[[
     The angle of a position is a multiple of a frequency, and so is its rounding: in bfloat16 some angles at position
     2,000 are off by more than a radian. Engines that load a model in bfloat16 compute them in float32 too. Adapters are
     few, and take their updates in float32 as in peft.
-
-    Args:
-        model: to be converted.
-        convert: what ``nn.Module.to`` applies to every tensor.
-
-    Returns:
-        To be applied in its place: only moves these tensors where it would make them shorter.
     """
     computed = (module._buffers[name] for module in model.modules() for name in module._non_persistent_buffers_set)
     adapters = (parameter for name, parameter in model.named_parameters() if ".lora_" in name)

@@ -30,14 +30,7 @@ class Reference:
 
     @contextmanager
     def model(self, policy: nn.Module) -> Iterator[nn.Module]:
-        """Give the reference model for a forward pass without gradient.
-
-        Args:
-            policy: the model in training, used with its adapters off when there is no frozen copy.
-
-        Yields:
-            The reference.
-        """
+        """Give the reference model for a forward pass without gradient."""
         with torch.no_grad():
             if self.frozen:
                 yield self.frozen[0]
@@ -46,36 +39,18 @@ class Reference:
                     yield policy
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move and convert the frozen copy, which Lightning does not see.
-
-        Args:
-            device: of the policy.
-            dtype: of the policy's weights.
-        """
+        """Move and convert the frozen copy, which Lightning does not see."""
         for model in self.frozen:
             moved = exactly(model, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
             model._apply(moved)  # type: ignore[no-untyped-call]
 
     def checksum(self) -> str:
-        """Tell one reference from another.
-
-        Returns:
-            A digest of the weights as they were loaded, before a precision rounded them; empty where the reference is
-            the policy without adapters.
-        """
+        """Tell one reference from another."""
         return self.digest
 
 
 def make_reference(policy: Policy, lora: Lora | None) -> Reference:
-    """Make the reference of a policy that has not been trained yet.
-
-    Args:
-        policy: as loaded.
-        lora: what ``load_policy`` was given.
-
-    Returns:
-        The adapters-off view with LoRA, else a frozen copy.
-    """
+    """Make the reference of a policy that has not been trained yet."""
     if lora is not None:
         return Reference()
     frozen = copy.deepcopy(policy.model).requires_grad_(False)

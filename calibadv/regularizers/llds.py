@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.errors import UserError
 from calibadv.interfaces import LossInputs, Regularizer
@@ -40,16 +41,8 @@ class LLDS(Regularizer):
         self.gate = gate
         self.tolerance = tolerance
 
+    @override
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
-        """Compute the part of the term that this micro-batch contributes, its coefficient included.
-
-        Args:
-            inputs: N trained tokens.
-
-        Returns:
-            A scalar with gradient; and ``llds``, its value, and ``llds_gated``, the share of the mini-batch's trained
-            tokens that have A >= 0 and whose turn or rollout has lost likelihood.
-        """
         units = inputs.rollout_ids
         if self.gate == "action":
             units = units * (inputs.turn_ids.max() + 1) + inputs.turn_ids
@@ -69,17 +62,6 @@ def lost_likelihood(
     log-probabilities that differ by rounding when rollouts are batched in another way. In the first mini-batch of a
     step, where nothing has changed yet, the sign of that rounding would otherwise open half of the gates and push half
     of their tokens up, at full strength: the gradient of max(x, 0) does not depend on the size of x.
-
-    Args:
-        logprobs: [N] of the policy now.
-        old_logprobs: [N] of the policy before the first update, by the same model.
-        kept: [N] bool, the tokens whose likelihood is to be kept.
-        unit_ids: [N] unit of each token, such as its turn: the tokens that share a gate.
-        tolerance: the largest change that may be rounding.
-
-    Returns:
-        [N], with the gradient -1 with respect to ``logprobs`` where it is above 0; and [N] bool, the kept tokens of the
-        units whose gate is open.
     """
     check_shapes("N, N, N, N", logprobs, old_logprobs, kept, unit_ids)
     loss = old_logprobs - logprobs

@@ -14,19 +14,7 @@ Kinds = Mapping[str, type | UnionType]
 
 
 def read_record(path: Path, kinds: Kinds, remedy: str) -> dict[str, Any]:
-    """Read a JSON object that has certain keys.
-
-    Args:
-        path: the file.
-        kinds: type of each key that it must have; integers are at least 1.
-        remedy: what to do, for the message.
-
-    Returns:
-        The object.
-
-    Raises:
-        UserError: the file is missing or no such object.
-    """
+    """Read a JSON object that has certain keys."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -38,17 +26,7 @@ def read_record(path: Path, kinds: Kinds, remedy: str) -> dict[str, Any]:
 
 
 def check_record(path: Path, content: Mapping[str, Any], kinds: Kinds, remedy: str) -> None:
-    """Refuse an object that lacks a key, or has another type under it.
-
-    Args:
-        path: where it is from.
-        content: the object.
-        kinds: type of each key that it must have; integers are at least 1.
-        remedy: what to do, for the message.
-
-    Raises:
-        UserError: it does.
-    """
+    """Refuse an object that lacks a key, or has another type under it."""
     for key, kind in kinds.items():
         if key not in content:
             raise UserError(f"'{path}' is damaged (it has no '{key}'); {remedy}")

@@ -14,19 +14,7 @@ Outcome = list[ScoredDocument] | RetrievalError
 
 
 def ask(retriever: Retriever, queries: Sequence[str], top_k: int) -> list[Outcome]:
-    """Ask a retriever, which may be a user's: what it answers is checked, and what it raises is taken apart.
-
-    Args:
-        retriever: what searches.
-        queries: texts to search for.
-        top_k: the most documents per query. Further ones are cut, and repeated ones (by id) dropped.
-
-    Returns:
-        One outcome per query, in the same order.
-
-    Raises:
-        UserError: the retriever raised what is no RetrievalError, or returned what is no list of documents per query.
-    """
+    """Ask a retriever, which may be a user's: what it answers is checked, and what it raises is taken apart."""
     name, may_fail = type(retriever).__name__, False
     try:
         answer: Any = retriever.search(queries, top_k)
@@ -56,18 +44,7 @@ def ask(retriever: Retriever, queries: Sequence[str], top_k: int) -> list[Outcom
 
 
 def unwrap(outcomes: Sequence[Outcome]) -> list[list[ScoredDocument]]:
-    """Turn outcomes into what ``Retriever.search`` returns or raises.
-
-    Args:
-        outcomes: one per query.
-
-    Returns:
-        The documents of each query, if none failed.
-
-    Raises:
-        RetrievalError: what all queries failed of, if that is one and the same.
-        PartialRetrievalError: another failure.
-    """
+    """Turn outcomes into what ``Retriever.search`` returns or raises."""
     found = [outcome for outcome in outcomes if not isinstance(outcome, RetrievalError)]
     if len(found) == len(outcomes):
         return found

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
@@ -69,19 +70,8 @@ class BM25(Retriever):
         else:
             raise UserError("BM25 has nothing to search; give corpus (a JSON-lines file) or index (a folder)")
 
+    @override
     def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
-        """Find the best documents of each query.
-
-        Args:
-            queries: texts to search for.
-            top_k: the most documents per query.
-
-        Returns:
-            One list per query, best first, ties in the order of the corpus. A query without a known word finds nothing.
-
-        Raises:
-            UserError: ``top_k`` is below 1, or ``queries`` is one text.
-        """
         check_search(queries, top_k)
         return [
             self._search_words(words, top_k) for words in tokenize_words(list(queries), self._stopwords, self._stemmer)

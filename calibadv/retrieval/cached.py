@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
 
+from typing_extensions import override
+
 from calibadv.errors import UserError
 from calibadv.interfaces import RetrievalError, Retriever
 from calibadv.retrieval.asking import Outcome, ask, unwrap
@@ -43,20 +45,8 @@ class Cached(Retriever):
         self._lookups = 0
         self._searches = 0
 
+    @override
     def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
-        """Look the queries up, and search for those that are not known, in one call and each once.
-
-        Args:
-            queries: texts to search for.
-            top_k: the most documents per query.
-
-        Returns:
-            What the retriever finds.
-
-        Raises:
-            RetrievalError: the search for an unknown query failed; as PartialRetrievalError where others did not.
-            UserError: ``top_k`` is below 1, or ``queries`` is one text.
-        """
         check_search(queries, top_k)
         found: dict[str, Outcome] = {query: list(hits) for query, hits in self._look_up(queries, top_k).items()}
         unknown = list(dict.fromkeys(query for query in queries if query not in found))
@@ -89,12 +79,8 @@ class Cached(Retriever):
             while len(self._kept) > self._max_queries:
                 self._kept.popitem(last=False)
 
+    @override
     def metrics(self) -> Metrics:
-        """What the retriever reports, and the share of queries since the last call that needed no search.
-
-        Returns:
-            ``cache_hit_rate`` in [0, 1], if there was a query, beside the retriever's own values.
-        """
         with self._lock:
             lookups, searches = self._lookups, self._searches
             self._lookups = self._searches = 0

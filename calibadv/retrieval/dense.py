@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
 from calibadv.io.progress_bar import blocks
@@ -90,19 +92,8 @@ class Dense(Retriever):
         set_effort(stored, nprobe, ef_search)
         self._index = stored
 
+    @override
     def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
-        """Find the nearest passages of each query.
-
-        Args:
-            queries: texts to search for. What is longer than the encoder reads is cut off.
-            top_k: the most documents per query.
-
-        Returns:
-            One list per query, best first, ties in the order of the corpus. An empty query finds nothing.
-
-        Raises:
-            UserError: ``top_k`` is below 1, or ``queries`` is one text.
-        """
         check_search(queries, top_k)
         found: list[list[ScoredDocument]] = [[] for _ in queries]
         asked = [place for place, query in enumerate(queries) if query.strip()]

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from math import fsum
 
+from typing_extensions import override
+
 from calibadv.errors import UserError
 from calibadv.interfaces import RetrievalError, Retriever
 from calibadv.retrieval.asking import Outcome, ask, unwrap
@@ -45,20 +47,8 @@ class Hybrid(Retriever):
         self._fetch_k = fetch_k
         self._rrf_k = rrf_k
 
+    @override
     def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
-        """Search with every retriever, and fuse.
-
-        Args:
-            queries: texts to search for.
-            top_k: the most documents per query.
-
-        Returns:
-            One list per query, best first; ties in the order in which the retrievers' lists name the documents.
-
-        Raises:
-            RetrievalError: one of the retrievers failed; as PartialRetrievalError where it failed some queries.
-            UserError: ``top_k`` is below 1, or ``queries`` is one text.
-        """
         check_search(queries, top_k)
         fetch_k = max(self._fetch_k, top_k)
         outcomes = [ask(retriever, queries, fetch_k) for retriever in self._retrievers]
@@ -73,12 +63,8 @@ class Hybrid(Retriever):
             lists.append(outcome)
         return fuse(lists, self._rrf_k)[:top_k]
 
+    @override
     def metrics(self) -> Metrics:
-        """What the fused retrievers report.
-
-        Returns:
-            Values by name; the mean where several report the same.
-        """
         reported: dict[str, list[float]] = defaultdict(list)
         for retriever in self._retrievers:
             for name, value in retriever.metrics().items():
@@ -104,15 +90,7 @@ def _check_corpora(corpora: Sequence[Sequence[Document]]) -> None:
 
 
 def fuse(lists: Sequence[Sequence[ScoredDocument]], rrf_k: int) -> list[ScoredDocument]:
-    """Reciprocal rank fusion of the lists of one query.
-
-    Args:
-        lists: of each retriever, best first.
-        rrf_k: added to each rank, which counts from 1.
-
-    Returns:
-        Every document once, with its fused score, best first; ties in the order of first appearance.
-    """
+    """Reciprocal rank fusion of the lists of one query."""
     documents: dict[str, Document] = {}
     shares: dict[str, list[float]] = defaultdict(list)
     for hits in lists:
@@ -125,15 +103,7 @@ def fuse(lists: Sequence[Sequence[ScoredDocument]], rrf_k: int) -> list[ScoredDo
 
 
 def check_fetch_k(top_k: int, fetch_k: int) -> None:
-    """Refuse to return more documents than are fetched.
-
-    Args:
-        top_k: documents that are returned.
-        fetch_k: documents that are fetched to choose from.
-
-    Raises:
-        UserError: ``top_k`` is below 1, or ``fetch_k`` below ``top_k``.
-    """
+    """Refuse to return more documents than are fetched."""
     check_top_k(top_k)
     if fetch_k < top_k:
         raise UserError(f"fetch_k is {fetch_k}; it must be at least top_k, which is {top_k}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from calibadv.errors import UserError
 from calibadv.interfaces import RetrievalError, Retriever
 from calibadv.retrieval.asking import Outcome, unwrap
@@ -47,20 +49,8 @@ class MemoryRetriever(Retriever):
             for query, ids in results.items()
         }
 
+    @override
     def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
-        """Look the queries up.
-
-        Args:
-            queries: compared exactly with the scripted ones.
-            top_k: the most documents per query.
-
-        Returns:
-            The first ``top_k`` scripted documents of each query; none for a query that is not scripted.
-
-        Raises:
-            RetrievalError: a query is listed as failing; as PartialRetrievalError where others are not.
-            UserError: ``top_k`` is below 1, or ``queries`` is one text.
-        """
         check_search(queries, top_k)
         return unwrap([self._look_up(query, top_k) for query in queries])
 

@@ -11,43 +11,20 @@ from calibadv.errors import UserError
 
 
 def check_top_k(top_k: int) -> None:
-    """Refuse a number of documents below 1.
-
-    Args:
-        top_k: documents per query.
-
-    Raises:
-        UserError: ``top_k`` is below 1.
-    """
+    """Refuse a number of documents below 1."""
     if top_k < 1:
         raise UserError(f"top_k is {top_k}; it must be at least 1")
 
 
 def check_search(queries: Sequence[str], top_k: int) -> None:
-    """Refuse what no retriever can be asked.
-
-    Args:
-        queries: texts to search for.
-        top_k: documents per query.
-
-    Raises:
-        UserError: ``queries`` is one text, whose letters would each be searched for, or ``top_k`` is below 1.
-    """
+    """Refuse what no retriever can be asked."""
     if isinstance(queries, str):
         raise UserError(f"queries is the text {queries!r:.60}; it must be a list of texts: put it in brackets")
     check_top_k(top_k)
 
 
 def best_rows(scores: NDArray[np.float32], top_k: int) -> list[int]:
-    """Rows with the largest positive scores, best first, ties in the order of the rows.
-
-    Args:
-        scores: [N] one per document.
-        top_k: the most rows.
-
-    Returns:
-        At most ``top_k`` row numbers.
-    """
+    """Rows with the largest positive scores, best first, ties in the order of the rows."""
     # Few documents share a word with a query: selecting among those is many times faster than among all.
     rows = np.flatnonzero(scores > 0)
     if len(rows) > top_k:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal
 
+from typing_extensions import override
+
 from calibadv.errors import UserError
 from calibadv.interfaces import OutageError, RetrievalError, Retriever
 from calibadv.retrieval.asking import Outcome, unwrap
@@ -91,22 +93,8 @@ class Remote(Retriever):
         self._turns = itertools.count()
         self._pool = open_pool(_CONNECTIONS)
 
+    @override
     def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
-        """Ask the server.
-
-        Args:
-            queries: texts to search for. Empty ones are not sent.
-            top_k: the most documents per query; what a server sends beyond them is cut.
-
-        Returns:
-            One list per query, as the server orders it.
-
-        Raises:
-            RetrievalError: a server answered with something else than results.
-            OutageError: no server answered.
-            PartialRetrievalError: some of the queries failed of either.
-            UserError: ``top_k`` is below 1.
-        """
         check_search(queries, top_k)
         asked = [query for query in queries if query.strip()]
         batches = [asked[first : first + self._batch_size] for first in range(0, len(asked), self._batch_size)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from typing_extensions import override
+
 from calibadv.errors import UserError
 from calibadv.interfaces import RetrievalError, Retriever
 from calibadv.retrieval.asking import ask, unwrap
@@ -69,20 +71,8 @@ class Reranked(Retriever):
                 raise UserError(f"max_length is {max_length}; model '{model}' reads at most {most} tokens")
             self._model.max_seq_length = max_length
 
+    @override
     def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
-        """Fetch, score every pair of query and document, and keep the best.
-
-        Args:
-            queries: texts to search for.
-            top_k: the most documents per query.
-
-        Returns:
-            One list per query, best first; ties in the order of the retriever.
-
-        Raises:
-            RetrievalError: the retriever failed; as PartialRetrievalError where it failed some queries.
-            UserError: ``top_k`` is below 1, or ``queries`` is one text.
-        """
         check_search(queries, top_k)
         outcomes = ask(self._retriever, queries, max(self._fetch_k, top_k))
         fetched = [[] if isinstance(outcome, RetrievalError) else outcome for outcome in outcomes]
@@ -114,12 +104,8 @@ class Reranked(Retriever):
         )
         return dict(zip(ordered, scores.tolist(), strict=True))
 
+    @override
     def metrics(self) -> Metrics:
-        """What the retriever reports.
-
-        Returns:
-            Values by name.
-        """
         return self._retriever.metrics()
 
 

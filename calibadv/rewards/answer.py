@@ -7,6 +7,8 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from calibadv.interfaces import Reward
 from calibadv.types import Question
 
@@ -82,46 +84,22 @@ def cover_match(prediction: str, golden_answers: Sequence[str]) -> float:
 class F1(Reward):
     """Token F1 with the nearest golden answer."""
 
+    @override
     def score(self, answer: str, question: Question) -> float:
-        """Score one answer by ``f1``.
-
-        Args:
-            answer: text of the answer block.
-            question: with its golden answers.
-
-        Returns:
-            A value in [0, 1].
-        """
         return f1(answer, question.golden_answers)
 
 
 class ExactMatch(Reward):
     """1 for an answer that equals a golden answer after normalisation, else 0."""
 
+    @override
     def score(self, answer: str, question: Question) -> float:
-        """Score one answer by ``exact_match``.
-
-        Args:
-            answer: text of the answer block.
-            question: with its golden answers.
-
-        Returns:
-            1 or 0.
-        """
         return exact_match(answer, question.golden_answers)
 
 
 class CoverMatch(Reward):
     """1 for an answer that contains a golden answer after normalisation, else 0."""
 
+    @override
     def score(self, answer: str, question: Question) -> float:
-        """Score one answer by ``cover_match``.
-
-        Args:
-            answer: text of the answer block.
-            question: with its golden answers.
-
-        Returns:
-            1 or 0.
-        """
         return cover_match(answer, question.golden_answers)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+from typing_extensions import override
 
 from calibadv.distributed import Processes
 from calibadv.io.files import write_atomically
@@ -56,14 +57,8 @@ class CheckpointFile(TorchCheckpointIO):
     def __init__(self) -> None:
         self.failure: str | None = None
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint, and keep the reason if that is not possible.
-
-        Args:
-            checkpoint: what to write.
-            path: file; its folder is made.
-            storage_options: not used.
-        """
         self.failure = None
         try:
             Path(path).parent.mkdir(exist_ok=True)
@@ -82,12 +77,7 @@ def _system_reason(error: BaseException) -> str:
 
 
 def write_digests(folder: Path, processes: Processes) -> None:
-    """Write the digests of a sharded checkpoint's files; every process reads those that it has written.
-
-    Args:
-        folder: the checkpoint.
-        processes: those that have written it.
-    """
+    """Write the digests of a sharded checkpoint's files; every process reads those that it has written."""
     own = [file for file in sorted(folder.iterdir()) if _shard_owner(file) == processes.rank]
     found = processes.gather({file.name: _digest(file) for file in own})
     if processes.rank == 0:
@@ -105,12 +95,6 @@ def damage(checkpoint: Path) -> str | None:
 
     The records of a checkpoint file carry their checksums (CRC-32), since it is a zip file; the files of a sharded one
     have digests beside them, unless it is from before these were written.
-
-    Args:
-        checkpoint: a file, or the folder of a sharded one; it exists.
-
-    Returns:
-        What is wrong, or None.
     """
     changed = _changed_shard(checkpoint) if checkpoint.is_dir() else _changed_record(checkpoint)
     if changed is not None:
@@ -123,14 +107,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def read_content(checkpoint: Path) -> Any:
-    """Read what a checkpoint says of its run, and its tensors, which stay on disk.
-
-    Args:
-        checkpoint: a file, or the folder of a sharded one, whose shards are not read.
-
-    Returns:
-        What was saved.
-    """
+    """Read what a checkpoint says of its run, and its tensors, which stay on disk."""
     file = checkpoint / _META if checkpoint.is_dir() else checkpoint
     return torch.load(file, weights_only=True, mmap=True, map_location="cpu")
 

@@ -54,33 +54,15 @@ class RunFolder:
         return any(self.path.glob("config*.yaml"))
 
     def config(self, resumed_from: int | None) -> Path:
-        """Where the resolved config is saved.
-
-        Args:
-            resumed_from: rollout steps done at the checkpoint, None for a run that starts from nothing.
-
-        Returns:
-            ``config.yaml``, or ``config-resume-<step>.yaml``.
-        """
+        """Where the resolved config is saved."""
         return self.path / ("config.yaml" if resumed_from is None else f"config-resume-{resumed_from:06d}.yaml")
 
     def newest_config(self) -> Path:
-        """Where the config of the last part of this run is saved.
-
-        Returns:
-            That of the last resume, or of the start.
-        """
+        """Where the config of the last part of this run is saved."""
         return max(self.path.glob("config-resume-*.yaml"), default=self.config(None))
 
     def claim(self, config: str) -> None:
-        """Make this the folder of a run that starts from nothing, and of no other.
-
-        Args:
-            config: the resolved config, which is the first file of a run.
-
-        Raises:
-            UserError: another run has been started here, perhaps a moment ago; or the folder cannot be written.
-        """
+        """Make this the folder of a run that starts from nothing, and of no other."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _create(self.config(None), config)
@@ -92,65 +74,30 @@ class RunFolder:
             ) from error
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint of a rollout step is saved.
-
-        Args:
-            step: rollout steps done.
-
-        Returns:
-            A path under ``checkpoints``.
-        """
+        """Where the checkpoint of a rollout step is saved."""
         return self.checkpoints / f"rollout-step={step:06d}.ckpt"
 
     def rollout_file(self, split: str, step: int) -> Path:
-        """Where rollouts are written.
-
-        Args:
-            split: ``train``, ``val``, ``test`` or ``predict``.
-            step: rollout step.
-
-        Returns:
-            A path under ``rollouts``.
-        """
+        """Where rollouts are written."""
         return self.rollouts / f"{split}-step-{step:06d}.jsonl"
 
     def nonfinite_step(self, step: int) -> Path:
-        """Where the mini-batch is written that stopped a run because its gradient was not finite.
-
-        Args:
-            step: rollout step.
-
-        Returns:
-            ``nonfinite-step-000012.pt`` and the like. A resume leaves it, as it is about what went wrong.
-        """
+        """Where the mini-batch is written that stopped a run because its gradient was not finite."""
         return self.path / f"nonfinite-step-{step:06d}.pt"
 
     def checkpoints_newest_first(self) -> list[Path]:
-        """The checkpoints that a run can go on from.
-
-        Returns:
-            ``rollout-step=`` files from the highest step down. ``last.ckpt`` follows the first of them, but for the
-            usual case that it is the same file as one of them. Empty where there is none.
-        """
+        """The checkpoints that a run can go on from."""
         found = self.step_checkpoints()[::-1]
         if self.last.exists() and not any(self.last.samefile(path) for path in found):
             found.insert(1, self.last)
         return found
 
     def step_checkpoints(self) -> list[Path]:
-        """The checkpoints that are named by their rollout step.
-
-        Returns:
-            Complete ones, in the order of their steps.
-        """
+        """The checkpoints that are named by their rollout step."""
         return sorted(self.checkpoints.glob("rollout-step=*.ckpt"))
 
     def point_last_at(self, checkpoint: Path) -> None:
-        """Make ``last.ckpt`` the same as another checkpoint, at no cost where the file system can.
-
-        Args:
-            checkpoint: a complete checkpoint; sharded ones are folders, and get a symbolic link.
-        """
+        """Make ``last.ckpt`` the same as another checkpoint, at no cost where the file system can."""
         if self.last.exists() and self.last.samefile(checkpoint):
             return
         partial = self.last.with_suffix(".partial")
@@ -182,14 +129,7 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def read_results(self) -> dict[str, Any]:
-        """Read what earlier parts of this run recorded.
-
-        Returns:
-            The content of ``results.json``, or an empty dictionary.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """Read what earlier parts of this run recorded."""
         try:
             content: Any = json.loads(self.results.read_text("utf-8")) if self.results.exists() else {}
             return dict(content)
@@ -199,11 +139,7 @@ class RunFolder:
             ) from error
 
     def drop_beyond(self, step: int) -> None:
-        """Remove rollout files and checkpoints that a resumed run will write again, and what an earlier one left over.
-
-        Args:
-            step: rollout steps done at the checkpoint.
-        """
+        """Remove rollout files and checkpoints beyond a step, which a resumed run writes again, and partial files."""
         written = [*self.rollouts.glob("train-*.jsonl"), *self.rollouts.glob("val-*.jsonl"), *self.step_checkpoints()]
         written += self.path.glob("config-resume-*.yaml")  # of an attempt of which nothing remains
         for path in written:
@@ -215,13 +151,6 @@ class RunFolder:
 
 
 def step_of(path: Path) -> int:
-    """Read a rollout step off a file's name.
-
-    Args:
-        path: such as ``rollout-step=000060.ckpt`` or ``train-step-000010.jsonl``.
-
-    Returns:
-        Rollout steps done; -1 where the name does not say.
-    """
+    """Read a rollout step off a file's name."""
     found = _STEP.search(path.name)
     return int(found[1]) if found else -1

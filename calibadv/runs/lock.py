@@ -47,15 +47,7 @@ class RunLock:
         self._path = None
 
     def take(self, folder: RunFolder) -> None:
-        """Take the lock of a run folder; nothing happens if this process holds it already.
-
-        Args:
-            folder: of the run.
-
-        Raises:
-            UserError: another process writes into the folder.
-            OSError: the folder cannot be written.
-        """
+        """Take the lock of a run folder; nothing happens if this process holds it already."""
         path = folder.path / _NAME
         if self._path == path:
             return

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
+from typing_extensions import override
 
 
 class RunCurves(TensorBoardLogger):
@@ -27,18 +28,13 @@ class RunCurves(TensorBoardLogger):
         self._is_open = True
 
     @property
+    @override
     def experiment(self) -> Any:
-        """TensorBoard's writer.
-
-        Raises:
-            AttributeError: the curves are not open yet. Lightning asks for the writer before it calls any hook, and
-                goes on without.
-        """
         if not self._is_open:
             raise AttributeError("the curves of a run are opened when it starts")
         return super().experiment
 
+    @override
     def save(self) -> None:
-        """Write what is pending; the run's config.yaml stands in for TensorBoard's own file of hyperparameters."""
         if self._is_open:
             self.experiment.flush()

@@ -10,17 +10,7 @@ from calibadv.errors import UserError
 
 
 def find_rollout_files(paths: Sequence[Path]) -> list[Path]:
-    """Name the rollout files.
-
-    Args:
-        paths: files; and folders of runs, or of studies and others that hold such.
-
-    Returns:
-        The files, and those of the training steps of each run, each once.
-
-    Raises:
-        UserError: there is none, or a folder holds none.
-    """
+    """Name the rollout files."""
     found: list[Path] = []
     for path in paths:
         files = sorted(path.rglob("train-step-*.jsonl")) if path.is_dir() else [path]
@@ -35,15 +25,7 @@ def find_rollout_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def refuse_to_replace(outs: Iterable[Path], files: Sequence[Path]) -> None:
-    """Refuse to write over what is read.
-
-    Args:
-        outs: files to write.
-        files: rollout files to read.
-
-    Raises:
-        UserError: one of the first is one of the second.
-    """
+    """Refuse to write over what is read."""
     read = {file.resolve() for file in files}
     for out in outs:
         if out.resolve() in read:
@@ -51,14 +33,7 @@ def refuse_to_replace(outs: Iterable[Path], files: Sequence[Path]) -> None:
 
 
 def short_names(files: Sequence[Path]) -> list[str]:
-    """Tell files apart by as much of their paths as is needed.
-
-    Args:
-        files: at least one.
-
-    Returns:
-        Their paths from the folder on that holds them all.
-    """
+    """Tell files apart by as much of their paths as is needed."""
     paths = [path.resolve() for path in files]
     folder = os.path.commonpath([path.parent for path in paths])
     return [path.relative_to(folder).as_posix() for path in paths]

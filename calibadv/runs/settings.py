@@ -22,15 +22,7 @@ _FREE = (
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Put nested settings side by side.
-
-    Args:
-        settings: mappings and lists, nested.
-        prefix: of all keys.
-
-    Returns:
-        Values under dotted keys; the places of a list count as keys.
-    """
+    """Put nested settings side by side."""
     if isinstance(settings, dict) and settings:
         items = list(settings.items())
     elif isinstance(settings, list) and settings:
@@ -44,15 +36,7 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def flat_parts(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Put a config side by side, as people read it.
-
-    Args:
-        config: a resolved config.
-        prefix: of all keys.
-
-    Returns:
-        Values under dotted keys; the class of a part stands under the name of the part, its arguments right below.
-    """
+    """Put a config side by side, as people read it."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = prefix if key in ("class_path", "init_args") else f"{prefix}.{key}" if prefix else key
@@ -64,42 +48,20 @@ def flat_parts(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def method_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells one arm from another.
-
-    Args:
-        config: a resolved config.
-
-    Returns:
-        Its settings, flat, without what may differ between the runs of an arm.
-    """
+    """What tells one arm from another."""
     free = tuple(f"{name}." for name in _FREE)
     return {key: value for key, value in flat_parts(config).items() if not f"{key}.".startswith(free)}
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Name what a resume has changed.
-
-    Args:
-        before: the resolved config of the run.
-        now: that of a later part of it.
-
-    Returns:
-        Names of settings; more rollout steps are no change, nor is what may differ between the runs of an arm.
-    """
+    """Name what a resume has changed."""
     first, second = method_of(before), method_of(now)
     keys = dict.fromkeys([*first, *second])
     return [key for key in keys if first.get(key) != second.get(key) and key != "model.rollout_steps"]
 
 
 def as_text(value: Any) -> str:
-    """Write a setting in one line, classes as calls.
-
-    Args:
-        value: of a resolved config.
-
-    Returns:
-        ``0.0006``, ``true``, ``AdvantageCalibration(calibrators=[SoftPenalty, AnswerRebalance(target_ratio=1.0)])``.
-    """
+    """Write a setting in one line, classes as calls."""
     if isinstance(value, dict) and "class_path" in value:
         arguments = ", ".join(f"{key}={as_text(item)}" for key, item in (value.get("init_args") or {}).items())
         name = value["class_path"].rpartition(".")[2]

@@ -13,31 +13,13 @@ ROUNDING = 1e-9
 
 
 def final_validations(validations: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
-    """The validations that the final F1 of a run is the mean of.
-
-    Args:
-        validations: of a run, in order.
-
-    Returns:
-        The last three. That of the policy before training is among them only where there is no other: in a short run
-        it would count what training has not done.
-    """
+    """The validations that the final F1 of a run is the mean of."""
     trained = [row for row in validations if row["step"] > 0]
     return list(trained or validations)[-_FINAL_EVALUATIONS:]
 
 
 def outcome(validations: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Sum up the validations of a run.
-
-    Args:
-        validations: ``step``, ``f1`` (greedy, gated) and ``format_valid`` of each, in order; the first is that of the
-            policy before training.
-
-    Returns:
-        ``best_f1``; ``final_f1``, the mean of ``final_validations``; ``collapsed``, whether the final F1 is at least
-        0.2 below the best, or less than half of the last answers are valid; and ``step_of_collapse``, the first step
-        from which F1 stays 0.2 below the best so far, or None. Empty without a validation.
-    """
+    """Sum up the validations of a run."""
     rows = [row for row in validations if "f1" in row]
     if not rows:
         return {}

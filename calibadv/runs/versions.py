@@ -11,20 +11,12 @@ _PACKAGES = ("calibadv", "torch", "transformers", "lightning")
 
 
 def versions() -> dict[str, str]:
-    """What results depend on.
-
-    Returns:
-        Version by name, of Python and of the packages.
-    """
+    """What results depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
 def machine() -> dict[str, str | int | None]:
-    """What times depend on, and roundings sometimes.
-
-    Returns:
-        ``processor``, ``cores`` and ``platform``.
-    """
+    """What times depend on, and roundings sometimes."""
     return {"processor": _processor(), "cores": os.cpu_count(), "platform": platform.platform()}
 
 

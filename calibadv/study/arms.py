@@ -49,17 +49,7 @@ class Arm:
 
 
 def read_arms(words: Sequence[str]) -> list[Arm]:
-    """Read the values of ``--arm``.
-
-    Args:
-        words: ``NAME`` or ``NAME=OVERLAY[+OVERLAY...]``.
-
-    Returns:
-        The arms, in this order.
-
-    Raises:
-        UserError: a name is not one, or is there twice; or an overlay is not a config.
-    """
+    """Read the values of ``--arm``."""
     arms: list[Arm] = []
     for word in words:
         arm = _read_arm(word)
@@ -88,18 +78,7 @@ def _read_arm(word: str) -> Arm:
 
 
 def resolve_arms(arms: Sequence[Arm], common: Sequence[ConfigFile | Option]) -> dict[str, Settings]:
-    """Make the settings of every arm, as ``fit`` would.
-
-    Args:
-        arms: of the study.
-        common: config files and options of all arms. The options come after the arm's overlays.
-
-    Returns:
-        The whole config by the arm's name.
-
-    Raises:
-        UserError: ``fit`` would refuse an arm's settings, or an option of all arms undoes what makes one of them.
-    """
+    """Make the settings of every arm, as ``fit`` would."""
     scan_settings(common)
     resolved: dict[str, Settings] = {}
     for arm in tracked(arms, "Checking arms", len(arms)):

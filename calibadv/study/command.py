@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
+from typing_extensions import override
 
 from calibadv.cli.logging import quiet_libraries
 from calibadv.config.files import Option, read_words
@@ -36,25 +37,13 @@ _DESCRIPTION = "Train several methods over seeds with everything else equal, and
 class StudyHelp(ArmCLI):
     """The options of ``study``, those of ``fit`` included, for ``--help``."""
 
+    @override
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add our own options, before those of ``fit``.
-
-        Args:
-            parser: of the verb.
-        """
         parser.add_class_arguments(StudyOptions)
         super().add_default_arguments_to_parser(parser)
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Print the help, and end.
-
-        Args:
-            parser: of the verb, as the only subcommand.
-            args: not used.
-
-        Raises:
-            SystemExit: always.
-        """
         own = self._parser(self.verb)
         own.usage = (
             "calibadv study --out DIR --arm NAME[=OVERLAY+...] ... --seeds N ... [--config NAME_OR_FILE ...] ..."
@@ -75,15 +64,6 @@ def study(arguments: Sequence[str]) -> int:
 
     Every arm and seed is a run in a process and a folder of its own. A call with the folder of an earlier one
     continues it: finished runs are kept, and the others go on from their last checkpoint.
-
-    Args:
-        arguments: options of ``StudyOptions``, and those of ``fit``.
-
-    Returns:
-        The exit status: 0; 1 if a run has failed; 128 + signal after an orderly stop.
-
-    Raises:
-        UserError: a mistake in the arguments or in what they name; nothing has been run then.
     """
     quiet_libraries()
     options, given = read_study(arguments)
@@ -97,17 +77,7 @@ def study(arguments: Sequence[str]) -> int:
 
 
 def read_study(arguments: Sequence[str]) -> tuple[StudyOptions, Record]:
-    """Read a command line, and check all of it.
-
-    Args:
-        arguments: as for ``study``.
-
-    Returns:
-        The study's own options, and what it is made of.
-
-    Raises:
-        UserError: a mistake in the arguments or in what they name.
-    """
+    """Read a command line, and check all of it."""
     own, common = split(read_words(arguments))
     for option in common:
         if isinstance(option, Option) and option.name in ("--help", "-h"):
@@ -130,19 +100,7 @@ def _alone(out: Path) -> AbstractContextManager[object]:
 
 
 def plan(given: Record, out: Path, baseline: str | None = None) -> Record:
-    """Begin a study, continue it, or add arms and seeds to it.
-
-    Args:
-        given: what this call names.
-        out: folder of the study.
-        baseline: of the report; None for any.
-
-    Returns:
-        The whole study. Nothing is written.
-
-    Raises:
-        UserError: the folder holds something else, or the call contradicts what is recorded.
-    """
+    """Begin a study, continue it, or add arms and seeds to it."""
     before = Record.read(out)
     if before is None and RunFolder(out).config(None).exists():
         raise UserError(f"'{out}' is the folder of a run; choose another --out")

@@ -23,15 +23,7 @@ _NO_MATTER = re.compile(r"__pycache__|(^|/)\.|~$")
 
 
 def digests(arms: Iterable[Settings]) -> dict[str, str]:
-    """Sum up the contents of everything that results depend on and that can change under an unchanged name.
-
-    Args:
-        arms: settings of each.
-
-    Returns:
-        A digest by name: of ``calibadv``, of each module of the user's own that a part comes from, and of each file or
-        folder that a setting of ``data`` or ``model`` names.
-    """
+    """Sum up the contents of everything that results depend on and that can change under an unchanged name."""
     # Reports are written of finished runs, so the code that writes them may change.
     found = {_OURS: _digest(Path(calibadv.__file__).parent, without="analysis/")}
     for settings in arms:

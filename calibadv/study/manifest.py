@@ -39,17 +39,7 @@ class Record:
 
     @classmethod
     def read(cls, out: Path) -> Record | None:
-        """Read the record of a folder.
-
-        Args:
-            out: folder of a study.
-
-        Returns:
-            The record, or None where no study has begun.
-
-        Raises:
-            UserError: the file is not one.
-        """
+        """Read the record of a folder."""
         path = out / STUDY_FILE
         if not path.exists():
             return None
@@ -59,26 +49,11 @@ class Record:
             raise UserError(f"'{path}' is not the record of a study ({error}); choose another --out") from error
 
     def write(self, out: Path) -> None:
-        """Write the record into a folder, whole or not at all.
-
-        Args:
-            out: folder of the study; it is made.
-        """
+        """Write the record into a folder, whole or not at all."""
         write_atomically(out / STUDY_FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     def extended(self, given: Record, out: Path) -> Record:
-        """Add what another call names.
-
-        Args:
-            given: of that call.
-            out: folder of the study, for the message.
-
-        Returns:
-            The arms and seeds of both, those of this record first.
-
-        Raises:
-            UserError: the call contradicts this record; the message names what differs.
-        """
+        """Add what another call names."""
         differences = list(self._differences(given))
         if differences:
             shown = "; ".join(differences[:_SHOWN])
@@ -95,11 +70,7 @@ class Record:
         )
 
     def check_arms(self) -> None:
-        """See that the arms differ in something that a run depends on: only then can a report tell them apart.
-
-        Raises:
-            UserError: two arms are the same.
-        """
+        """See that the arms differ in something that a run depends on: only then can a report tell them apart."""
         methods: dict[str, dict[str, Any]] = {}
         for name, settings in self.arms.items():
             method = method_of(settings)
@@ -109,11 +80,7 @@ class Record:
             methods[name] = method
 
     def check_unchanged(self) -> None:
-        """See that what the record names is what it was.
-
-        Raises:
-            UserError: the code, a file or a version has changed; the message names it.
-        """
+        """See that what the record names is what it was."""
         now = digests(self.arms.values())
         changed = [*_changed(self.versions, versions()), *_changed_sources(self.sources, now)]
         if changed:

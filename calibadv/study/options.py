@@ -44,11 +44,7 @@ class StudyOptions:
     """The arm that the report compares the others with; by default grpo, or else the first."""
 
     def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            UserError: one is out of its range, or given twice.
-        """
+        """Check the numbers."""
         for name, value in (("jobs", self.jobs), ("threads", self.threads)):
             if value is not None and value < 1:
                 raise UserError(f"--{name} is {value}; it must be at least 1")
@@ -67,17 +63,7 @@ class StudyOptions:
 
 
 def split(settings: Sequence[ConfigFile | Option]) -> tuple[list[Option], list[ConfigFile | Option]]:
-    """Tell the options of a study from the settings of ``fit``.
-
-    Args:
-        settings: of the command line.
-
-    Returns:
-        The study's own options; and what ``fit`` is to read, for every arm alike.
-
-    Raises:
-        UserError: an option of ``fit`` is one that a study sets for each run.
-    """
+    """Tell the options of a study from the settings of ``fit``."""
     names = {f"--{field.name}" for field in fields(StudyOptions)}
     own: list[Option] = []
     others: list[ConfigFile | Option] = []
@@ -93,32 +79,14 @@ def split(settings: Sequence[ConfigFile | Option]) -> tuple[list[Option], list[C
 
 
 def refuse_per_run(key: str, shown: str) -> None:
-    """Refuse a setting that a study decides for each run.
-
-    Args:
-        key: dotted name of the setting.
-        shown: what the user calls it.
-
-    Raises:
-        UserError: it is one of those.
-    """
+    """Refuse a setting that a study decides for each run."""
     reason = PER_RUN.get(key.partition(".")[0])
     if reason:
         raise UserError(f"{shown} is set by the study: {reason}")
 
 
 def read_options(own: Sequence[Option]) -> StudyOptions:
-    """Read the options of a study.
-
-    Args:
-        own: as typed; of a list, the values of all options of that name.
-
-    Returns:
-        The options, checked.
-
-    Raises:
-        UserError: one is missing or not accepted.
-    """
+    """Read the options of a study."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(StudyOptions)
     try:

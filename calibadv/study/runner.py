@@ -53,15 +53,6 @@ def run_all(runs: Sequence[StudyRun], jobs: int, threads: int, view: View) -> St
     """Train all runs that are not finished.
 
     The first Ctrl-C or SIGTERM lets every run finish its step and save; the second one ends them at once.
-
-    Args:
-        runs: in the order in which they start.
-        jobs: runs at a time.
-        threads: CPU threads of each.
-        view: is told what happens.
-
-    Returns:
-        How the runs stand in the end: none is running, and none is waiting unless a signal came.
     """
     state = State([run for run in runs if not run.finished], [run for run in runs if run.finished])
     try:

@@ -69,12 +69,7 @@ class StudyRun:
         self._mark.touch()
 
     def progress(self) -> tuple[int, float | None]:
-        """Look how far it is, at little cost.
-
-        Returns:
-            The last rollout step that has left a file, which may be some steps ago; and the last validation's F1, or
-            the final F1 of a run that is finished.
-        """
+        """Look how far it is, at little cost."""
         results = self.folder.read_results()
         files = [*self.folder.rollouts.glob("train-step-*.jsonl"), *self.folder.step_checkpoints()]
         rows = [row for row in results.get("validations", ()) if "f1" in row]
@@ -90,49 +85,23 @@ class StudyRun:
         return [*words, "--ckpt_path", "auto"]
 
     def last_line(self) -> str:
-        """Give the end of what it has printed.
-
-        Returns:
-            The last line of its log that is not blank.
-        """
+        """Give the end of what it has printed."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it has printed nothing")
 
 
 def config_of_arm(out: Path, arm: str) -> Path:
-    """Where the whole config of an arm lies, which its runs read.
-
-    Args:
-        out: folder of the study.
-        arm: name of the arm.
-
-    Returns:
-        A path. Its name is not that of a run's config.
-    """
+    """Where the whole config of an arm lies, which its runs read."""
     return out / arm / "arm.yaml"
 
 
 def write_config(out: Path, arm: str, settings: Settings) -> None:
-    """Write the config of an arm.
-
-    Args:
-        out: folder of the study.
-        arm: name of the arm.
-        settings: its whole config.
-    """
+    """Write the config of an arm."""
     write_atomically(config_of_arm(out, arm), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 def runs_of(record: Record, out: Path) -> Iterator[StudyRun]:
-    """List the runs of a study in the order in which they start.
-
-    Args:
-        record: of the study.
-        out: its folder.
-
-    Yields:
-        All arms with the first seed, all with the second, and so on: a study that is cut short has whole seeds.
-    """
+    """List the runs of a study in the order in which they start."""
     for seed in record.seeds:
         for arm, settings in record.arms.items():
             yield StudyRun(out, arm, seed, int(settings["model"]["rollout_steps"]))

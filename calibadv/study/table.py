@@ -52,11 +52,7 @@ class Tables:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the table, where there is a terminal, for as long as it is held.
-
-        Yields:
-            Nothing.
-        """
+        """Show the table, where there is a terminal, for as long as it is held."""
         total = sum(run.steps for run in self.runs)
         self._task = self._bar.add_task("", total=total, completed=self._done())
         if not self.console.is_terminal:
@@ -70,11 +66,7 @@ class Tables:
             yield
 
     def update(self, state: State) -> None:
-        """Renew the table.
-
-        Args:
-            state: of the runs.
-        """
+        """Renew the table."""
         if self._live is None or time.monotonic() - self._looked < _LOOK_SECONDS:
             return
         self._looked = time.monotonic()
@@ -83,24 +75,14 @@ class Tables:
         self._live.update(Group(arm_table(self.runs, state, self._progress), self._bar), refresh=True)
 
     def stopping(self, state: State, at_once: bool) -> None:
-        """Say what a signal has led to, while there are runs to wait for.
-
-        Args:
-            state: of the runs.
-            at_once: whether they were ended.
-        """
+        """Say what a signal has led to, while there are runs to wait for."""
         if state.running and state.stopped_by is not None:
             orderly = "each run finishes its step, then saves; once more to stop at once"
             text = f"{state.stopped_by.name}: {'stopped at once' if at_once else orderly}"
             self.console.print(text, soft_wrap=True)
 
     def ended(self, run: StudyRun, state: State) -> None:
-        """Print a line for a run that has ended; a table tells as much by itself.
-
-        Args:
-            run: that has ended.
-            state: of the runs.
-        """
+        """Print a line for a run that has ended; a table tells as much by itself."""
         self._progress[run] = run.progress()
         if run in state.failed:
             self.console.print(f"{run.name} failed; the others go on. See {run.log}", soft_wrap=True)
@@ -116,16 +98,7 @@ class Tables:
 
 
 def arm_table(runs: Sequence[StudyRun], state: State, progress: Progresses) -> Table:
-    """Lay out how far a study is.
-
-    Args:
-        runs: all of the study.
-        state: of the runs.
-        progress: rollout step and F1 of every run, as ``StudyRun.progress`` gives them.
-
-    Returns:
-        One row per arm.
-    """
+    """Lay out how far a study is."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
     for name in ("arm", "done", "waiting", "failed", "final F1, mean"):
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)

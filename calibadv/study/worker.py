@@ -21,14 +21,7 @@ from calibadv.study.runs import StudyRun, runs_of
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run or continue one run, and note when it has come to its end.
-
-    Args:
-        arguments: folder of the study, arm and seed.
-
-    Returns:
-        The exit status of ``fit``.
-    """
+    """Run or continue one run, and note when it has come to its end."""
     if STUDY_WORDS in os.environ:  # Lightning starts further processes by this command, with a copy of the environment
         return calibadv(shlex.split(os.environ[STUDY_WORDS]))
     out, arm, seed = arguments

@@ -18,19 +18,7 @@ from calibadv.types import Metrics
 def compute_advantages(
     batch: RolloutBatch, estimator: AdvantageEstimator, calibrators: Sequence[Calibrator]
 ) -> tuple[Tensor, Tensor, Metrics]:
-    """Estimate advantages and apply calibrators in order; without any, this is plain GRPO.
-
-    Args:
-        batch: B rollouts, which ``estimator`` has prepared.
-        estimator: turns rewards into advantages.
-        calibrators: change them.
-
-    Returns:
-        [B, T] of the estimator; [B, T] after the calibrators; and the calibrators' metrics.
-
-    Raises:
-        UserError: a part returned what are no advantages.
-    """
+    """Estimate advantages and apply calibrators in order; without any, this is plain GRPO."""
     estimated = calibrated = checked_advantages(estimator.estimate(batch), batch, estimator)
     metrics: Metrics = {}
     for calibrator in calibrators:
@@ -41,19 +29,7 @@ def compute_advantages(
 
 
 def checked_advantages(advantages: Any, batch: RolloutBatch, part: AdvantageEstimator | Calibrator) -> Tensor:
-    """See that a part returned advantages.
-
-    Args:
-        advantages: what it returned.
-        batch: B rollouts that it was given.
-        part: for the message.
-
-    Returns:
-        The same, [B, T].
-
-    Raises:
-        UserError: it is no tensor, has another shape, or a number that is not finite or belongs to no trained token.
-    """
+    """See that a part returned advantages."""
     name, mask = type(part).__name__, batch.loss_mask
     if not isinstance(advantages, Tensor):
         raise UserError(f"{name} returned {shown(advantages)}; advantages are a tensor [B, T]")

@@ -18,12 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def save_identity(checkpoint: dict[str, Any], module: SearchAgentModule) -> None:
-    """Put into a checkpoint what tells its run from another.
-
-    Args:
-        checkpoint: written to.
-        module: the run's.
-    """
+    """Put into a checkpoint what tells its run from another."""
     checkpoint["seed"] = module.seed
     checkpoint["rollout_step"] = module.rollout_step
     checkpoint["validated_step"] = module.validated_step
@@ -34,16 +29,7 @@ def save_identity(checkpoint: dict[str, Any], module: SearchAgentModule) -> None
 
 
 def check_identity(checkpoint: dict[str, Any], module: SearchAgentModule, verb: str | None) -> None:
-    """Refuse to train on as another run; say where an evaluation asks otherwise than the policy was trained.
-
-    Args:
-        checkpoint: of ``save_identity``.
-        module: of the run that loads it.
-        verb: ``fit``, ``validate``, ``test`` or ``predict``.
-
-    Raises:
-        UserError: nothing is left to train, or the seed, the protocol or the reference is another.
-    """
+    """Refuse to train on as another run; say where an evaluation asks otherwise than the policy was trained."""
     if verb == "fit":
         _check_resume(checkpoint, module)
     changed = _changed_protocol(checkpoint, module)

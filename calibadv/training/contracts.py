@@ -10,18 +10,7 @@ from calibadv.types import Metrics
 
 
 def checked_pair(returned: Any, part: Calibrator | PolicyLoss | Regularizer) -> tuple[Any, Metrics]:
-    """See that a part returned something and metrics.
-
-    Args:
-        returned: what it returned.
-        part: for the message.
-
-    Returns:
-        The same.
-
-    Raises:
-        UserError: it is no pair, or the second is no dictionary of numbers.
-    """
+    """See that a part returned something and metrics."""
     name = type(part).__name__
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
         raise UserError(f"{name} returned {shown(returned)}; it returns a tensor and a dictionary of metrics")

@@ -19,16 +19,6 @@ def truncated_weights(
     min(exp(logp_trainer - logp_engine), cap), without gradient; per token, or of the sums over a rollout's tokens
     (truncated importance sampling; Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
     training", as collected).
-
-    Args:
-        logprobs: [B, T] of the trainer's model before the update.
-        sampled_logprobs: [B, T] of the engine.
-        mask: [B, T] bool, the trained tokens.
-        level: one weight per token, or one per rollout.
-        cap: the largest weight.
-
-    Returns:
-        [B, T], 1 outside the mask.
     """
     check_shapes("B T, B T, B T", logprobs, sampled_logprobs, mask)
     difference = torch.where(mask, logprobs - sampled_logprobs, 0.0).detach()

@@ -59,15 +59,7 @@ class MiniBatchSize:
 
     @staticmethod
     def of(batch: RolloutBatch, rows: Sequence[int]) -> MiniBatchSize:
-        """Count.
-
-        Args:
-            batch: B rollouts, those of all processes.
-            rows: the mini-batch.
-
-        Returns:
-            Its size.
-        """
+        """Count."""
         trained: list[int] = batch.loss_mask[rows].sum(dim=1).tolist()
         return MiniBatchSize(float(sum(trained)), sum(tokens > 0 for tokens in trained))
 
@@ -79,18 +71,7 @@ def compute_logprobs(
     temperature: float,
     processes: Processes = ALONE,
 ) -> BatchLogprobs:
-    """Log-probabilities and entropies of all trained tokens, without gradient.
-
-    Args:
-        model: the policy, or its reference.
-        batch: B rollouts.
-        token_budget: the most tokens of a micro-batch.
-        temperature: of sampling.
-        processes: share the work.
-
-    Returns:
-        Two tensors [B, T].
-    """
+    """Log-probabilities and entropies of all trained tokens, without gradient."""
     logprobs = torch.zeros_like(batch.sampled_logprobs)
     entropies = torch.zeros_like(batch.sampled_logprobs)
     with torch.no_grad():
@@ -105,18 +86,7 @@ def compute_logprobs(
 def loss_inputs(
     model: nn.Module, ready: ReadyBatch, rows: Sequence[int], temperature: float, size: MiniBatchSize
 ) -> LossInputs:
-    """Run the policy over one micro-batch, with gradient, and put together what the loss looks at.
-
-    Args:
-        model: the policy.
-        ready: the rollout batch with advantages and old log-probabilities.
-        rows: the micro-batch.
-        temperature: of sampling.
-        size: of the whole mini-batch.
-
-    Returns:
-        The N trained tokens of these rollouts.
-    """
+    """Run the policy over one micro-batch, with gradient, and put together what the loss looks at."""
     logprobs, _ = forward_logprobs(model, ready.batch, rows, temperature)
     places = _places(ready.batch, rows)
     reference = ready.before.reference

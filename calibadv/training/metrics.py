@@ -28,16 +28,7 @@ _UNFINISHED = (
 
 
 def rollout_metrics(batch: RolloutBatch, estimated: Tensor, calibrated: Tensor) -> Metrics:
-    """All curves of one rollout batch: ``reward/*``, ``rollout/*``, ``advantage/*`` and ``credit/*``.
-
-    Args:
-        batch: B scored and credited rollouts.
-        estimated: [B, T] advantages of the estimator.
-        calibrated: [B, T] the same after the calibrators.
-
-    Returns:
-        Names and numbers.
-    """
+    """All curves of one rollout batch: ``reward/*``, ``rollout/*``, ``advantage/*`` and ``credit/*``."""
     return {
         **reward_metrics(batch.rollouts),
         **shape_metrics(batch.rollouts),
@@ -49,15 +40,7 @@ def rollout_metrics(batch: RolloutBatch, estimated: Tensor, calibrated: Tensor) 
 
 
 def reward_metrics(rollouts: Sequence[Rollout]) -> Metrics:
-    """Means over the rollouts that have a reward, which those with a failed search have not.
-
-    Args:
-        rollouts: scored rollouts.
-
-    Returns:
-        ``reward/{score, f1, em}`` (0 unless valid), ``reward/answer_f1`` (whatever the format) and
-        ``reward/format_valid``.
-    """
+    """Means over the rollouts that have a reward, which those with a failed search have not."""
     scored = [rollout for rollout in rollouts if rollout.included]
     return _without_empty(
         {
@@ -75,15 +58,7 @@ def _answer_f1(rollout: Rollout) -> float:
 
 
 def shape_metrics(rollouts: Sequence[Rollout]) -> Metrics:
-    """How long rollouts are and how they end.
-
-    Args:
-        rollouts: finished rollouts.
-
-    Returns:
-        ``rollout/{turns, searches, policy_tokens}`` per rollout, and the share of all rollouts that ended as
-        ``rollout/{truncated, invalid, out_of_turns, search_failed}``.
-    """
+    """How long rollouts are and how they end."""
     lengths = {
         "rollout/turns": [len(rollout.policy_segments) for rollout in rollouts],
         "rollout/searches": [rollout.num_searches for rollout in rollouts],
@@ -94,18 +69,7 @@ def shape_metrics(rollouts: Sequence[Rollout]) -> Metrics:
 
 
 def advantage_metrics(batch: RolloutBatch, advantages: Tensor, stage: str) -> Metrics:
-    """How much weight the policy's tokens get on each side.
-
-    Args:
-        batch: B rollouts.
-        advantages: [B, T], 0 outside ``batch.loss_mask``.
-        stage: ``estimated`` or ``calibrated``.
-
-    Returns:
-        ``advantage/<stage>/{search, answer}/{positive_mass, negative_mass, ratio}``: the sum of the
-        absolute advantages of that sign per rollout of the batch; and positive over negative mass, left out where the
-        latter is 0.
-    """
+    """How much weight the policy's tokens get on each side."""
     answers = answer_mask(batch)
     metrics: Metrics = {}
     for part, mask in (("search", batch.loss_mask & ~answers), ("answer", answers)):
@@ -120,15 +84,7 @@ def advantage_metrics(batch: RolloutBatch, advantages: Tensor, stage: str) -> Me
 
 
 def group_metrics(batch: RolloutBatch) -> Metrics:
-    """What the groups offer to learn from, over the groups that are trained.
-
-    Args:
-        batch: B scored rollouts.
-
-    Returns:
-        ``credit/silver_size`` (silver documents per group), ``credit/empty_silver`` (share of groups without any) and
-        ``credit/tied_groups`` (share of groups of at least two whose rewards are all equal, so that GRPO gives 0).
-    """
+    """What the groups offer to learn from, over the groups that are trained."""
     included = batch.included.tolist()
     groups = [
         [batch.rollouts[row] for row in rows if included[row]]
@@ -146,18 +102,7 @@ def group_metrics(batch: RolloutBatch) -> Metrics:
 
 
 def credit_metrics(batch: RolloutBatch, estimated: Tensor) -> Metrics:
-    """How often searches find evidence, and are punished nevertheless.
-
-    Args:
-        batch: B credited rollouts.
-        estimated: [B, T] advantages before calibration.
-
-    Returns:
-        ``credit/step_correctness``, the mean over the search turns that are trained; ``credit/mispenalised``, the share
-        of those with correctness above 0 among the punished ones; ``credit/true_mispenalised``, the same by the gold
-        documents, over the questions that name them; and ``credit/turn_gain``, the mean gain of the trained search
-        turns where an estimator has computed it.
-    """
+    """How often searches find evidence, and are punished nevertheless."""
     per_turn = turn_means(estimated, batch.turn_ids, batch.step_correctness.shape[1])
     punished = negative_search_turns(per_turn, batch.answer_turn.cpu()).numpy()
     trained: list[float] = []
@@ -189,13 +134,6 @@ def evaluation_metrics(rollouts: Sequence[Rollout]) -> Metrics:
     """What a validation or test prints: means over the questions, overall and per data source.
 
     Questions whose search failed have no result: they are in none of the means, and counted apart.
-
-    Args:
-        rollouts: scored rollouts, one per question.
-
-    Returns:
-        ``score, f1, em, cover_em, format_valid, searches, count``, each also as ``<source>/...``; and
-        ``search_failed``, the number of questions without a result.
     """
     scored = [rollout for rollout in rollouts if rollout.included]
     metrics = _evaluate(scored, "")
@@ -205,14 +143,7 @@ def evaluation_metrics(rollouts: Sequence[Rollout]) -> Metrics:
 
 
 def without_result(metrics: Metrics) -> str:
-    """Say that an evaluation's means are over fewer questions than were asked.
-
-    Args:
-        metrics: of ``evaluation_metrics``.
-
-    Returns:
-        Such as ``2 of 100 questions have no result``; empty where all have one.
-    """
+    """Say that an evaluation's means are over fewer questions than were asked."""
     failed = metrics.get("search_failed", 0.0)
     return f"{failed:.0f} of {metrics['count'] + failed:.0f} questions have no result" if failed else ""
 
@@ -238,15 +169,7 @@ def _without_empty(columns: dict[str, Iterable[float]]) -> Metrics:
 
 
 def speed_metrics(batch: RolloutBatch, seconds: dict[str, float]) -> Metrics:
-    """How long the two large stages of a step took.
-
-    Args:
-        batch: B rollouts.
-        seconds: wall time by stage, ``rollout`` and ``update`` among them.
-
-    Returns:
-        ``rollout/seconds``, ``rollout/tokens_per_second`` (of the policy's tokens) and ``update/seconds``.
-    """
+    """How long the two large stages of a step took."""
     tokens = batch.loss_mask.sum().item()
     return {
         "rollout/seconds": seconds["rollout"],
@@ -256,17 +179,7 @@ def speed_metrics(batch: RolloutBatch, seconds: dict[str, float]) -> Metrics:
 
 
 def stability_metrics(batch: RolloutBatch, before: BatchLogprobs, garbled_perplexity: float) -> Metrics:
-    """Curves that tell whether training is stable, read off the policy before the update.
-
-    Args:
-        batch: B rollouts.
-        before: log-probabilities and entropies of their tokens.
-        garbled_perplexity: a rollout counts as garbled if one of its messages is more perplexing than this.
-
-    Returns:
-        entropy and perplexity over all policy tokens, the largest perplexity of a message, the share of garbled
-        rollouts, and the drift between the engine's log-probabilities and the trainer's. Empty without a trained token.
-    """
+    """Curves that tell whether training is stable, read off the policy before the update."""
     mask = batch.loss_mask
     if not mask.any():
         return {}

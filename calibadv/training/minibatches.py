@@ -17,16 +17,7 @@ from calibadv.types import DrawKey
 
 
 def micro_batches(batch: RolloutBatch, rows: Iterable[int], token_budget: int) -> list[list[int]]:
-    """Cut rows into micro-batches, the longest rollouts first, so that little is padded.
-
-    Args:
-        batch: B rollouts.
-        rows: those to cut; rollouts without a trained token are left out.
-        token_budget: the most tokens of a micro-batch, padding included; a longer rollout is one of its own.
-
-    Returns:
-        Lists of rows; a rollout is never split.
-    """
+    """Cut rows into micro-batches, the longest rollouts first, so that little is padded."""
     lengths = batch.attention_mask.sum(dim=1).tolist()
     trained = batch.loss_mask.any(dim=1).tolist()
     parts: list[list[int]] = []
@@ -41,17 +32,7 @@ def micro_batches(batch: RolloutBatch, rows: Iterable[int], token_budget: int) -
 def deal_micro_batches(
     batch: RolloutBatch, rows: Iterable[int], token_budget: int, processes: Processes
 ) -> list[tuple[list[int], bool]]:
-    """Cut rows into micro-batches and deal them out, smaller ones where there would be too few for all processes.
-
-    Args:
-        batch: B rollouts.
-        rows: those to cut.
-        token_budget: the most tokens of a micro-batch.
-        processes: share the work.
-
-    Returns:
-        Micro-batches of this process, and whether each counts (see ``Processes.deal``).
-    """
+    """Cut rows into micro-batches and deal them out, smaller ones where there would be too few for all processes."""
     rows = list(rows)
     if processes.size > 1:
         tokens = int(batch.attention_mask[rows].sum().item())
@@ -60,17 +41,7 @@ def deal_micro_batches(
 
 
 def mini_batches(batch: RolloutBatch, count: int, seed: int, step: int) -> list[list[int]]:
-    """Cut a rollout batch into blocks of whole groups, in an order drawn from (seed, step).
-
-    Args:
-        batch: B rollouts.
-        count: how many blocks; with fewer groups there are fewer blocks.
-        seed: of the run.
-        step: rollout step.
-
-    Returns:
-        Lists of rows; blocks without a trained token are left out.
-    """
+    """Cut a rollout batch into blocks of whole groups, in an order drawn from (seed, step)."""
     groups = batch.group_ids.tolist()
     order = np.argsort(uniforms(DrawKey(seed, step, "mini-batches", 0, 0), max(groups) + 1), kind="stable")
     trained = batch.loss_mask.any(dim=1).tolist()

@@ -40,14 +40,7 @@ class NonFiniteStepError(RuntimeError):
         self.norm = norm
 
     def write(self, path: Path) -> str:
-        """Write the mini-batch to a file, which appears whole or not at all.
-
-        Args:
-            path: file to make or replace. ``torch.load`` reads it with ``weights_only=True``.
-
-        Returns:
-            Where it lies, for a message; or why not: a full disk is not what the run stops for.
-        """
+        """Write the mini-batch to a file, which appears whole or not at all."""
         batch, before = self.ready.batch, self.ready.before
         columns = {
             "token_ids": batch.token_ids,
@@ -77,16 +70,7 @@ class NonFiniteStepError(RuntimeError):
 
 
 def non_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
-    """Find what would spoil a checkpoint.
-
-    Args:
-        model: the policy. Of sharded parameters each process looks at its own part, so the processes have to agree.
-        optimizer: with its moments.
-
-    Returns:
-        The name of the first parameter, or ``exp_avg of`` such a name for a moment, that holds NaN or infinity; or
-        None.
-    """
+    """Find what would spoil a checkpoint."""
     for name, parameter in model.named_parameters():
         if not _is_finite(parameter):
             return name

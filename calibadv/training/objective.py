@@ -32,15 +32,7 @@ class Objective:
     kl_estimator: KLEstimator = "k3"
 
     def check(self, mini_batches: int, old_logprobs: str) -> None:
-        """Refuse terms that cannot act as they are set up, or not together.
-
-        Args:
-            mini_batches: optimizer steps per rollout step.
-            old_logprobs: whose log-probabilities the ratio compares with, ``trainer`` or ``engine``.
-
-        Raises:
-            UserError: one of them.
-        """
+        """Refuse terms that cannot act as they are set up, or not together."""
         if not self.kl_coef and self.kl_estimator != "k3":
             raise UserError(
                 f"model.kl_estimator is {self.kl_estimator} and model.kl_coef is 0, so there is no KL to estimate; "
@@ -75,17 +67,7 @@ class Objective:
                 )
 
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
-        """Add up the terms for one micro-batch.
-
-        Args:
-            inputs: N trained tokens.
-
-        Returns:
-            A scalar with gradient; and metrics that add up over micro-batches.
-
-        Raises:
-            UserError: a part returned what is no term of a loss, or a metric under a name that is taken.
-        """
+        """Add up the terms for one micro-batch."""
         loss, reported = checked_term(self.loss.compute(inputs), self.loss)
         metrics = _merge({}, reported, self.loss)
         metrics["kl_old"] = k3(inputs.logprobs.detach(), inputs.old_logprobs).sum().item() / inputs.denominator
@@ -110,14 +92,6 @@ class Objective:
 
         Where the advantages of a rollout are all 0, as in a group with equal rewards, the gradient of the policy loss
         is exactly 0; a KL or another term still pulls on it.
-
-        Args:
-            ready: the rollout batch.
-            rows: a mini-batch.
-
-        Returns:
-            The two parts of ``rows``. Where nothing would move all are in the first, so that the gradient is 0 and not
-            missing: to AdamW that is a difference.
         """
         has_advantage = ready.advantages.any(dim=1).tolist()
         moving = [row for row in rows if has_advantage[row]]
@@ -134,18 +108,7 @@ def _merge(metrics: Metrics, reported: Metrics, part: PolicyLoss | Regularizer) 
 
 
 def checked_term(returned: Any, part: PolicyLoss | Regularizer) -> tuple[Tensor, Metrics]:
-    """See that a part returned a term of the loss, and metrics.
-
-    Args:
-        returned: what it returned.
-        part: for the message.
-
-    Returns:
-        The same.
-
-    Raises:
-        UserError: the first is no scalar tensor, or the second no dictionary of numbers.
-    """
+    """See that a part returned a term of the loss, and metrics."""
     term, metrics = checked_pair(returned, part)
     if not (isinstance(term, Tensor) and term.dim() == 0):
         what = f"a tensor of shape {list(term.shape)}" if isinstance(term, Tensor) else shown(term)

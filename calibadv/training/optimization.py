@@ -34,23 +34,12 @@ class SamplerCorrection:
     """The largest weight."""
 
     def __post_init__(self) -> None:
-        """Check the cap.
-
-        Raises:
-            UserError: it is below 1.
-        """
+        """Check the cap."""
         if self.cap < 1:
             raise UserError(f"model.sampler_correction.cap is {self.cap}; it must be at least 1")
 
     def apply(self, ready: ReadyBatch) -> tuple[ReadyBatch, Metrics]:
-        """Weigh the advantages: a surrogate that is a multiple of them is weighed as a whole.
-
-        Args:
-            ready: rollouts, calibrated advantages, and log-probabilities before the update.
-
-        Returns:
-            The same with other advantages; and the mean weight, and the share of tokens whose weight was cut.
-        """
+        """Weigh the advantages: a surrogate that is a multiple of them is weighed as a whole."""
         mask = ready.batch.loss_mask
         if not mask.any():
             return ready, {}
@@ -100,11 +89,7 @@ class Learner:
     seed: int
 
     def __post_init__(self) -> None:
-        """Check the settings.
-
-        Raises:
-            UserError: a number is out of its range, or two settings contradict each other.
-        """
+        """Check the settings."""
         at_least = {
             "mini_batches": (self.mini_batches, 1),
             "micro_batch_tokens": (self.micro_batch_tokens, 1),
@@ -130,32 +115,13 @@ class Learner:
         self.objective.check(self.mini_batches, self.old_logprobs)
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Make AdamW over the parameters that are trained.
-
-        Args:
-            model: the policy.
-
-        Returns:
-            The optimizer; ``update`` sets its learning rate at every rollout step.
-        """
+        """Make AdamW over the parameters that are trained."""
         return torch.optim.AdamW(
             _trained(model), lr=self.learning_rate.peak, betas=self.betas, weight_decay=self.weight_decay
         )
 
     def update(self, trainee: Trainee, ready: ReadyBatch, step: int) -> Metrics:
-        """Make one optimizer step per mini-batch, but for those whose gradient is not finite.
-
-        Args:
-            trainee: what is trained, and how gradients come to be.
-            ready: rollouts, calibrated advantages, and log-probabilities before the update.
-            step: rollout step, from 1.
-
-        Returns:
-            Metrics of the update; of the mini-batches that were skipped there is only their number.
-
-        Raises:
-            NonFiniteStepError: too many were skipped in a row, over rollout steps.
-        """
+        """Make one optimizer step per mini-batch, but for those whose gradient is not finite."""
         correction: Metrics = {}
         if self.sampler_correction is not None:
             ready, correction = self.sampler_correction.apply(ready)
@@ -184,16 +150,7 @@ class Learner:
         return {"update/learning_rate": rate, **counts, **correction, **_summarise(updates)}
 
     def accumulate(self, trainee: Trainee, ready: ReadyBatch, rows: Sequence[int]) -> Metrics:
-        """Compute the clipped gradient of one mini-batch.
-
-        Args:
-            trainee: its gradients are set.
-            ready: rollouts, calibrated advantages, and log-probabilities before the update.
-            rows: the mini-batch.
-
-        Returns:
-            Loss, norm of the gradient before clipping, and what the loss reports.
-        """
+        """Compute the clipped gradient of one mini-batch."""
         trainee.optimizer.zero_grad()
         size = MiniBatchSize.of(ready.batch, rows)
         moving, still = (
@@ -217,16 +174,7 @@ class Learner:
 
 
 def make_step(trainee: Trainee, norm: float, where: str) -> bool:
-    """Make an optimizer step, unless its gradient is not finite: one such step would make all parameters NaN.
-
-    Args:
-        trainee: with the gradients of a mini-batch.
-        norm: of these gradients, over all processes.
-        where: the mini-batch, for the warning.
-
-    Returns:
-        Whether the step was made, on all processes alike.
-    """
+    """Make an optimizer step, unless its gradient is not finite: one such step would make all parameters NaN."""
     if not trainee.processes.any(not math.isfinite(norm)):
         trainee.optimizer.step()
         trainee.skipped.in_a_row = 0
@@ -242,16 +190,7 @@ def make_step(trainee: Trainee, norm: float, where: str) -> bool:
 
 
 def check_at_least(name: str, value: float, bound: float) -> None:
-    """Refuse a setting of the model section that is too small.
-
-    Args:
-        name: of the setting.
-        value: as given.
-        bound: the smallest that makes sense.
-
-    Raises:
-        UserError: it is smaller.
-    """
+    """Refuse a setting of the model section that is too small."""
     if value < bound:
         raise UserError(f"model.{name} is {value}; it must be at least {bound}")
 

@@ -16,16 +16,7 @@ Group = list[Rollout]
 
 
 def check_filter(group_filter: GroupFilter | None, estimator: AdvantageEstimator, group_size: int) -> None:
-    """Refuse a filter that would drop what the method learns from, or everything.
-
-    Args:
-        group_filter: None for none.
-        estimator: turns rewards into advantages.
-        group_size: rollouts per question.
-
-    Raises:
-        UserError: a group has one rollout, or the estimator is made to learn from groups of equal rewards.
-    """
+    """Refuse a filter that would drop what the method learns from, or everything."""
     if group_filter is None:
         return
     name = type(group_filter).__name__
@@ -44,21 +35,7 @@ def refill(
     spares: Iterator[Question],
     ask: Callable[[list[Question]], Sequence[Group]],
 ) -> tuple[list[Group], Metrics]:
-    """Put other groups in the place of those that the filter drops.
-
-    Args:
-        groups: of the step's questions, scored.
-        group_filter: decides, and says how often to try.
-        spares: questions to ask in their place, each once; they may run out.
-        ask: samples and scores a group for each of some questions.
-
-    Returns:
-        As many groups, each kept one in its place, those without replacement unchanged; and ``filter/asked``, the
-        questions asked, and ``filter/unreplaced``, the groups that should have been dropped.
-
-    Raises:
-        UserError: the filter said neither yes nor no.
-    """
+    """Put other groups in the place of those that the filter drops."""
     filled = list(groups)
 
     def keeps(group: Group) -> bool:
@@ -77,19 +54,7 @@ def refill(
 
 
 def checked_verdict(verdict: Any, group_filter: GroupFilter, question_id: str) -> bool:
-    """See that a filter said yes or no.
-
-    Args:
-        verdict: what it returned.
-        group_filter: for the message.
-        question_id: of the group.
-
-    Returns:
-        The same.
-
-    Raises:
-        UserError: it is no truth value.
-    """
+    """See that a filter said yes or no."""
     if not isinstance(verdict, (bool, np.bool_)):
         raise UserError(
             f"{type(group_filter).__name__} returned {shown(verdict)} for the group of question '{question_id}'; "

@@ -17,14 +17,7 @@ class LearningRate:
     rollout_steps: int
 
     def at(self, step: int) -> float:
-        """Compute the learning rate of a rollout step.
-
-        Args:
-            step: from 1.
-
-        Returns:
-            Grows linearly over ``warmup_steps``, then stays at the peak or falls as half a cosine.
-        """
+        """Compute the learning rate of a rollout step."""
         if step <= self.warmup_steps:
             return self.peak * step / self.warmup_steps
         if self.schedule == "constant":

@@ -19,14 +19,7 @@ class Stopwatch:
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
-        """Measure what runs inside.
-
-        Args:
-            stage: its name.
-
-        Yields:
-            Nothing.
-        """
+        """Measure what runs inside."""
         start = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -78,15 +78,7 @@ class WorldSearch:
         self._index.index([_search_words(f"{d.title} {d.text}") for d in documents], show_progress=False)
 
     def search(self, query: str, top_k: int) -> list[Document]:
-        """Find the best documents.
-
-        Args:
-            query: text to search for.
-            top_k: the most documents.
-
-        Returns:
-            Best first, ties in the order of the documents; those without a word of the query are left out.
-        """
+        """Find the best documents."""
         from calibadv.retrieval.ranking import best_rows
 
         known = self._index.get_tokens_ids(_search_words(query))
@@ -96,16 +88,7 @@ class WorldSearch:
 
 
 def demonstrate(tokenizer: AgentTokenizer, seed: int, noise: Noise) -> Iterator[Demonstration]:
-    """Play demonstrations for ever, in a new world after every 128.
-
-    Args:
-        tokenizer: encodes them.
-        seed: of the worlds, the questions and the noise. None of these worlds is one that ``build_world`` builds.
-        noise: how often the agent goes wrong.
-
-    Yields:
-        Demonstrations in random order.
-    """
+    """Play demonstrations for ever, in a new world after every 128."""
     for number in count():
         key = f"warm start {seed} {number}"
         rng = Random(key)
@@ -121,17 +104,7 @@ def demonstrate(tokenizer: AgentTokenizer, seed: int, noise: Noise) -> Iterator[
 def play(
     agent: Generator[str, list[Document], None], question: str, search: WorldSearch, tokenizer: AgentTokenizer
 ) -> Demonstration:
-    """Let a scripted agent talk with the environment.
-
-    Args:
-        agent: yields messages and is sent what each search found.
-        question: its text.
-        search: the world's search.
-        tokenizer: encodes prompt, messages and observations.
-
-    Returns:
-        The rollout; it ends with the first message that is not a search.
-    """
+    """Let a scripted agent talk with the environment."""
     protocol = Protocol(prepend_think=False, template="short", chat_template="never")
     token_ids = tokenizer.encode_prompt(question, protocol)
     weights = [_REST_WEIGHT] * len(token_ids)
@@ -169,11 +142,7 @@ class ScriptedAgent:
         self._rng = rng
 
     def act(self) -> Generator[str, list[Document], None]:
-        """Search and answer.
-
-        Yields:
-            Messages. Send it the documents that a search found.
-        """
+        """Search and answer."""
         known = [self.path.entities[0]]
         stop = 2 if len(self.path.relations) == 3 and self._happens(self._noise.third_hop) else 3
         for turn, relation in enumerate(self.path.relations[:stop]):

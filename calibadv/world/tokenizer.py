@@ -16,9 +16,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
     Punctuation is split off words, else ``1(Title:`` would be unknown. The tags are added tokens but not special ones:
     special tokens vanish when text is decoded without them. Decoded words are separated by one space.
-
-    Returns:
-        A tokenizer whose vocabulary is the same for every world.
     """
     vocabulary = {word: number for number, word in enumerate([_UNKNOWN, _PADDING, _END, *words()])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))

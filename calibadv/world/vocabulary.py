@@ -63,11 +63,7 @@ _NUMBERS = " ".join(str(number) for number in range(1, 11))
 
 
 def words() -> list[str]:
-    """Every word, number and punctuation mark of all worlds, prompts and demonstrations, without the tags.
-
-    Returns:
-        Distinct words in a fixed order.
-    """
+    """Every word, number and punctuation mark of all worlds, prompts and demonstrations, without the tags."""
     relations = [relation for kind in KINDS.values() for relation in kind.relations]
     parts = [part for kind in KINDS.values() for place in kind.parts for part in place]
     return [*f"{_WORDS} {_PUNCTUATION} {_NUMBERS}".split(), *relations, *parts]

@@ -30,13 +30,6 @@ def make_policy(out: Path, seed: int = 0, clean_steps: int = 250, noisy_steps: i
     """Train the tiny policy on scripted demonstrations and save it as a Hugging Face folder.
 
     The policy stays below what the world allows on purpose: it is where training starts.
-
-    Args:
-        out: folder for model and tokenizer; made if it is not there.
-        seed: of the initial weights, the demonstrations' worlds and their noise. It has nothing to do with the seed of
-            a world of questions: none of those worlds is shown.
-        clean_steps: steps on demonstrations without a mistake; without them learning takes twice as long.
-        noisy_steps: steps on demonstrations with mistakes, after those.
     """
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
@@ -56,12 +49,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Build the untrained model: 3 layers of width 96, about 350 thousand parameters.
 
     Not Qwen2, for which transformers replaces the tokenizer of the folder by a byte-level one.
-
-    Args:
-        tokenizer: fixes the vocabulary.
-
-    Returns:
-        The model, in float32.
     """
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = LlamaConfig(
@@ -83,13 +70,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def train(model: LlamaForCausalLM, batches: Iterable[list[Demonstration]], steps: int) -> None:
-    """Fit a model to demonstrations, by AdamW with gradients clipped at norm 1.
-
-    Args:
-        model: trained in place.
-        batches: as many as ``steps``.
-        steps: length of the schedule: 30 steps up, flat until 30 % are done, then linear down to 3 %.
-    """
+    """Fit a model to demonstrations, by AdamW with gradients clipped at norm 1."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
     for batch in batches:
@@ -102,29 +83,13 @@ def train(model: LlamaForCausalLM, batches: Iterable[list[Demonstration]], steps
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Share of the peak learning rate at a step.
-
-    Args:
-        step: from 0.
-        steps: of the whole schedule.
-
-    Returns:
-        Up to 1 within 30 steps, 1 until 30 % of the steps are done, then linear down to 0.03.
-    """
+    """Share of the peak learning rate at a step."""
     progress = max(0.0, step / max(steps, 1) - _FLAT_SHARE) / (1 - _FLAT_SHARE)
     return min(1.0, (step + 1) / _WARM_UP_STEPS) * (1 - (1 - _FINAL_SHARE) * progress)
 
 
 def collate(batch: list[Demonstration]) -> tuple[Tensor, Tensor]:
-    """Pad demonstrations on the right.
-
-    Args:
-        batch: B demonstrations.
-
-    Returns:
-        Token ids [B, T], and weights [B, T] that are 0 where padded. Attention is causal, so padding on the right
-        needs no mask.
-    """
+    """Pad demonstrations on the right."""
     length = max(len(demonstration.token_ids) for demonstration in batch)
     token_ids = torch.zeros(len(batch), length, dtype=torch.long)
     weights = torch.zeros(len(batch), length)
@@ -135,16 +100,7 @@ def collate(batch: list[Demonstration]) -> tuple[Tensor, Tensor]:
 
 
 def weighted_loss(model: LlamaForCausalLM, token_ids: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean of the cross-entropy of each token given those before it.
-
-    Args:
-        model: the policy.
-        token_ids: [B, T].
-        weights: [B, T], 0 where padded.
-
-    Returns:
-        A scalar with gradient.
-    """
+    """Weighted mean of the cross-entropy of each token given those before it."""
     logits = model(input_ids=token_ids[:, :-1]).logits
     losses = F.cross_entropy(logits.flatten(0, 1), token_ids[:, 1:].flatten(), reduction="none")
     later = weights[:, 1:].flatten()

@@ -55,14 +55,7 @@ class Path:
 
 
 def build_world(seed: int) -> World:
-    """Build the world of a seed; 0 is the one that a config calls ``embedded``.
-
-    Args:
-        seed: any integer.
-
-    Returns:
-        600 documents, and questions for training (2000), validation (200) and test (200).
-    """
+    """Build the world of a seed; 0 is the one that a config calls ``embedded``."""
     key = f"world {seed}"
     facts = build_facts(key)
     documents = build_documents(key, facts)
@@ -78,14 +71,7 @@ def build_world(seed: int) -> World:
 
 
 def build_facts(key: str) -> dict[str, dict[str, str]]:
-    """Draw the entities of a world and what is true of them.
-
-    Args:
-        key: names the world.
-
-    Returns:
-        By title, then by relation: another title. The capital of a country lies in it.
-    """
+    """Draw the entities of a world and what is true of them."""
     titles = {kind.name: _draw_titles(kind, key) for kind in KINDS.values()}
     facts = {
         title: {
@@ -103,15 +89,7 @@ def build_facts(key: str) -> dict[str, dict[str, str]]:
 
 
 def build_documents(key: str, facts: dict[str, dict[str, str]]) -> tuple[Document, ...]:
-    """Write the passage of each entity, in one of two sentences.
-
-    Args:
-        key: names the world.
-        facts: as of ``build_facts``.
-
-    Returns:
-        One document per entity, in the order of ``facts``.
-    """
+    """Write the passage of each entity, in one of two sentences."""
     ids = [f"{kind.name}-{number}" for kind in KINDS.values() for number in range(kind.count)]
     documents = []
     for document_id, (title, told) in zip(ids, facts.items(), strict=True):
@@ -125,15 +103,7 @@ def build_documents(key: str, facts: dict[str, dict[str, str]]) -> tuple[Documen
 
 
 def find_paths(facts: dict[str, dict[str, str]], hops: int) -> list[Path]:
-    """All paths of so many relations that never meet an entity twice.
-
-    Args:
-        facts: as of ``build_facts``.
-        hops: relations per path.
-
-    Returns:
-        Paths from every entity.
-    """
+    """All paths of so many relations that never meet an entity twice."""
 
     def extend(path: Path) -> Iterator[Path]:
         if len(path.relations) == hops:
@@ -147,28 +117,13 @@ def find_paths(facts: dict[str, dict[str, str]], hops: int) -> list[Path]:
 
 
 def draw(*key: object) -> int:
-    """A random number that depends on the key alone.
-
-    Args:
-        *key: what is drawn.
-
-    Returns:
-        64 bits.
-    """
+    """A random number that depends on the key alone."""
     digest = blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def shuffle(texts: Iterable[str], *key: object) -> list[str]:
-    """Bring texts into a random order that depends on the key and the texts, not on the order given.
-
-    Args:
-        texts: distinct.
-        *key: names the shuffle.
-
-    Returns:
-        The same texts.
-    """
+    """Bring texts into a random order that depends on the key and the texts, not on the order given."""
     return sorted(texts, key=lambda text: draw(*key, text))
 
 

@@ -56,16 +56,6 @@ def group_arms(runs: Sequence[Run]) -> list[Arm]:
     An arm is called as a study calls it, by the folder that holds ``seed0``, ``seed1``, ...; else by what is left of
     its runs' names without the seed; else by a folder that holds its runs and no others. Where that is not one name, or
     several arms have it, what differs between them is said, and at last the path of the first run.
-
-    Args:
-        runs: at least one. Those of other programs belong together where their folders' names differ in a number at
-            the end only.
-
-    Returns:
-        Arms in the order of their first runs.
-
-    Raises:
-        UserError: two runs of an arm have one seed.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -161,27 +151,12 @@ def _joined(settings: Sequence[tuple[str, str]], longest: int | None) -> str:
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Compare the configs of runs.
-
-    Args:
-        runs: one per arm.
-
-    Returns:
-        For each setting that is not the same in all of our runs, its value in each run: empty where it has none, as in
-        every run of another program.
-    """
+    """Compare the configs of runs."""
     return {key: texts for key, texts in _settings(runs).items() if len(_values(texts, runs)) > 1}
 
 
 def shared_settings(runs: Sequence[Run]) -> dict[str, str]:
-    """The rest of what ``differing_settings`` compares.
-
-    Args:
-        runs: one per arm.
-
-    Returns:
-        For each setting that is the same in all of our runs, its value.
-    """
+    """The rest of what ``differing_settings`` compares."""
     values = {key: _values(texts, runs) for key, texts in _settings(runs).items()}
     return {key: found.pop() for key, found in values.items() if len(found) == 1}
 

@@ -60,17 +60,7 @@ class _Look:
 
 
 def chart_svg(chart: Chart, names: Sequence[str], prefix: str) -> str:
-    """Draw a chart for a page that defines the colours ``--arm-0``, ``--arm-1``, ... and ``--grid``.
-
-    Args:
-        chart: what to draw.
-        names: of all arms.
-        prefix: put before every id, so that several charts can stand in one page.
-
-    Returns:
-        An ``<svg>`` element. What belongs to an arm has the classes ``arm`` and ``arm-<number>``, bands also ``band``
-        and lines of single seeds ``seed``.
-    """
+    """Draw a chart for a page that defines the colours ``--arm-0``, ``--arm-1``, ... and ``--grid``."""
     colours = [_stand_in(place) for place in range(len(names))]
     return _themed(_as_svg(_draw(chart, names, _Look(colours, (4.9, 2.4), _INK, _GRID))), len(names), prefix)
 
@@ -89,16 +79,7 @@ def _stand_in(arm: int) -> str:
 
 
 def figure_svg(chart: Chart, names: Sequence[str], title: str) -> str:
-    """Draw a figure that stands alone, and follows the reader's choice of light or dark.
-
-    Args:
-        chart: what to draw.
-        names: of all arms.
-        title: of the vertical axis.
-
-    Returns:
-        An SVG file.
-    """
+    """Draw a figure that stands alone, and follows the reader's choice of light or dark."""
     look = _Look([_stand_in(place) for place in range(len(names))], _FIGURE_SIZE, _INK, _GRID, title)
     svg = _themed(_as_svg(_draw(_for_a_figure(chart), names, look)), len(names), "")
     chosen = styles(len(names))
@@ -115,16 +96,7 @@ def _variables(colours: Sequence[str], ink: str, grid: str) -> str:
 
 
 def figure_png(chart: Chart, names: Sequence[str], title: str) -> bytes:
-    """Draw the same figure in fixed colours on white.
-
-    Args:
-        chart: what to draw.
-        names: of all arms.
-        title: of the vertical axis.
-
-    Returns:
-        A PNG file.
-    """
+    """Draw the same figure in fixed colours on white."""
     colours = [style.light for style in styles(len(names))]
     figure = _draw(_for_a_figure(chart), names, _Look(colours, _FIGURE_SIZE, "#1f2328", "#d8dee4", title))
     return _saved(figure, format="png", dpi=160, facecolor="white", metadata={"Software": None})

@@ -35,15 +35,6 @@ def compare(runs: list[Path], out: Path, baseline: str | None = None, names: Pat
 
     Runs that differ in the seed only form an arm. Written are report.html, report.md, figure.svg and figure.png;
     results.json, which is the same for the same runs; and timing.json, with seconds, commands and the machine.
-
-    Args:
-        runs: Run folders, or folders that hold such at any depth, as a study's does.
-        out: Folder to write the report into; its files of these names are replaced when all is done.
-        baseline: Name of the arm that the others are compared with; by default grpo, or else the first.
-        names: Name map for the TensorBoard curves of other programs, YAML: 'our tag: their tag' a line.
-
-    Raises:
-        UserError: there is nothing to compare, or a file cannot be used; ``out`` is then left as it was.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"out '{out}' is not a folder; give one, or a name that is free")
@@ -57,19 +48,7 @@ def compare(runs: list[Path], out: Path, baseline: str | None = None, names: Pat
 def compare_runs(
     runs: Sequence[Path], baseline: str | None = None, names: Path | None = None
 ) -> tuple[Figures, list[Arm]]:
-    """Read runs and compute all figures of their comparison.
-
-    Args:
-        runs: as of ``compare``.
-        baseline: as of ``compare``.
-        names: as of ``compare``.
-
-    Returns:
-        The content of results.json, and the arms.
-
-    Raises:
-        UserError: as of ``compare``.
-    """
+    """Read runs and compute all figures of their comparison."""
     if not runs:
         raise UserError("runs names no folder; give run folders, or folders that hold such")
     mapped = {} if names is None else read_names(names, known_tags())
@@ -86,14 +65,7 @@ def compare_runs(
 
 
 def write_report(out: Path, figures: Figures, arms: Sequence[Arm], command: str | None = None) -> None:
-    """Write all files of a report, each whole or not at all.
-
-    Args:
-        out: the folder; it is made.
-        figures: the content of results.json.
-        arms: all.
-        command: what made the runs, if it is one.
-    """
+    """Write all files of a report, each whole or not at all."""
     timing = _timing(arms, command)
     sections = panel(arms)
     arm_names = [arm.name for arm in arms]
@@ -154,11 +126,7 @@ def _timing(arms: Sequence[Arm], command: str | None) -> dict[str, Any]:
 
 
 def print_figures(figures: Figures) -> None:
-    """Print what a report says in words.
-
-    Args:
-        figures: the content of results.json.
-    """
+    """Print what a report says in words."""
     console = Console(soft_wrap=True)
     for warning in figures["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)

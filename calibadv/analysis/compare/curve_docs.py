@@ -28,11 +28,7 @@ def _pattern(tag: str) -> re.Pattern[str]:
 
 @cache
 def known_tags() -> tuple[re.Pattern[str], ...]:
-    """The names of our curves.
-
-    Returns:
-        Patterns; a tag is ours if one of them matches the whole of it.
-    """
+    """The names of our curves."""
     return tuple(_pattern(tag) for tag in dict.fromkeys(_TAG.findall(_page())))
 
 
@@ -48,12 +44,5 @@ def _read_definitions() -> Iterator[tuple[re.Pattern[str], str]]:
 
 
 def meaning(tag: str) -> str:
-    """What a curve means.
-
-    Args:
-        tag: its name.
-
-    Returns:
-        Its definition in docs/curves.md as plain text; empty for a curve that the page does not define.
-    """
+    """What a curve means."""
     return next((text for pattern, text in _definitions() if pattern.fullmatch(tag)), "")

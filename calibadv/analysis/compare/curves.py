@@ -26,14 +26,7 @@ _MOST_SEED_LINES = 5
 
 
 def event_files(folder: Path) -> list[Path]:
-    """The event files that lie directly in a folder.
-
-    Args:
-        folder: of a run.
-
-    Returns:
-        In the order in which they were begun, which their names begin with.
-    """
+    """The event files that lie directly in a folder."""
     return sorted(path for path in folder.glob(_EVENT_FILES) if path.is_file())
 
 
@@ -42,15 +35,6 @@ def read_curves(folder: Path) -> Curves:
 
     Where a run was resumed, what earlier files hold beyond the point of resuming is dropped; where a step occurs twice,
     the later value counts.
-
-    Args:
-        folder: of a run; event files in folders below are not read.
-
-    Returns:
-        Steps and values by tag; steps are in order. Empty without event files.
-
-    Raises:
-        UserError: an event file is damaged. A last record that is cut off, as a killed run leaves it, is no damage.
     """
     curves: dict[str, Curve] = defaultdict(dict)
     for path in event_files(folder):
@@ -109,18 +93,7 @@ def _count_records(path: Path) -> int:
 
 
 def read_names(path: Path, known: Iterable[Any]) -> dict[str, str]:
-    """Read a name map: which curve of another program is which of ours.
-
-    Args:
-        path: YAML, one ``our tag: their tag`` a line.
-        known: patterns that our tags match, as ``meanings.known_tags`` gives them.
-
-    Returns:
-        Their tag by our tag.
-
-    Raises:
-        UserError: the file is no such map, or names a curve that we do not have.
-    """
+    """Read a name map: which curve of another program is which of ours."""
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -139,15 +112,7 @@ def read_names(path: Path, known: Iterable[Any]) -> dict[str, str]:
 
 
 def rename(curves: Curves, names: Mapping[str, str]) -> Curves:
-    """Take the curves of another program by our names.
-
-    Args:
-        curves: by their tags.
-        names: their tag by our tag.
-
-    Returns:
-        Those curves that the map names, by our tags.
-    """
+    """Take the curves of another program by our names."""
     return {ours: curves[theirs] for ours, theirs in names.items() if theirs in curves}
 
 
@@ -171,29 +136,14 @@ class Band:
 
 
 def windows(curves: Iterable[Curve]) -> list[list[int]]:
-    """Divide the steps of several curves, so that a plot has few points.
-
-    Args:
-        curves: all that share a plot.
-
-    Returns:
-        Up to 60 runs of neighbouring steps, equally many in each but the last.
-    """
+    """Divide the steps of several curves, so that a plot has few points."""
     steps = sorted({step for curve in curves for step in curve})
     width = max(1, -(-len(steps) // _MOST_POINTS))
     return [steps[start : start + width] for start in range(0, len(steps), width)]
 
 
 def band(curves: Sequence[Curve], grid: Sequence[Sequence[int]]) -> Band:
-    """Sum up one metric over the seeds of an arm.
-
-    Args:
-        curves: one per seed, at least one point in all.
-        grid: windows of steps; each curve is averaged within them first.
-
-    Returns:
-        Mean and spread; the standard deviation is that with S - 1, and 0 where one seed has a point.
-    """
+    """Sum up one metric over the seeds of an arm."""
     rows = np.array([[_mean_within(curve, window) for window in grid] for curve in curves])
     steps = np.array([sum(window) / len(window) for window in grid])
     present = np.isfinite(rows)

@@ -34,14 +34,7 @@ class ArmScores:
     reason: str
 
     def matrix(self, measure: str) -> Floats:
-        """The scores behind a measure that every run has.
-
-        Args:
-            measure: its name.
-
-        Returns:
-            [S, Q], NaN where a search failed; [S, 1], the runs' own figures, where questions are not known.
-        """
+        """The scores behind a measure that every run has."""
         if self.questions:
             return np.stack([run.by_question[measure] for run in self.runs])
         return np.array([[run.measures[measure]] for run in self.runs])
@@ -54,31 +47,13 @@ class ArmScores:
 
 
 def over(table: ArmScores) -> str:
-    """What an interval of an arm's figures is over.
-
-    Args:
-        table: the scores of the arm.
-
-    Returns:
-        ``seeds and questions``, one of the two, or ``nothing``.
-    """
+    """What an interval of an arm's figures is over."""
     parts = ["seeds"] * (len(table.runs) > 1) + ["questions"] * (len(table.questions) > 1)
     return " and ".join(parts) or "nothing"
 
 
 def difference(arm: Arm, baseline: Arm, tables: Mapping[str, ArmScores]) -> dict[str, Any]:
-    """Compare an arm with the baseline, run by run of equal seed and question by question.
-
-    Args:
-        arm: any other.
-        baseline: what it is compared with.
-        tables: the scores of both by name.
-
-    Returns:
-        ``final_f1`` and ``final_em``, each with mean and interval of the difference; ``seeds`` that are paired;
-        ``over``; and ``p`` of the sign-flip test on final F1 over the seeds and ``smallest_p``, with two seeds or more.
-        Where nothing can be paired, only ``verdict``, a sentence with the reason.
-    """
+    """Compare an arm with the baseline, run by run of equal seed and question by question."""
     reason = _refusal(arm, baseline, tables)
     if reason:
         return {"verdict": f"{arm.name} is not compared with {baseline.name}: {reason}."}
@@ -97,12 +72,7 @@ def difference(arm: Arm, baseline: Arm, tables: Mapping[str, ArmScores]) -> dict
 
 
 def conclude(differences: Mapping[str, dict[str, Any]], baseline: str) -> None:
-    """Correct the p values of a comparison for their number, and put every difference into words.
-
-    Args:
-        differences: of ``difference``, by the name of the arm; ``p_holm`` and ``verdict`` are added.
-        baseline: name of the arm that all are compared with.
-    """
+    """Correct the p values of a comparison for their number, and put every difference into words."""
     tested = [found for found in differences.values() if "p" in found]
     for found, corrected in zip(tested, holm([found["p"] for found in tested]), strict=True):
         found["p_holm"] = corrected

@@ -18,17 +18,7 @@ _NOTHING = "\u2013"
 def render_html(
     figures: Figures, timing: Mapping[str, Any], arms: Sequence[Arm], drawn: Sequence[tuple[Section, Sequence[str]]]
 ) -> str:
-    """Fill in the page.
-
-    Args:
-        figures: the content of results.json.
-        timing: the content of timing.json.
-        arms: all.
-        drawn: sections, each with the SVG of its charts.
-
-    Returns:
-        HTML that loads nothing.
-    """
+    """Fill in the page."""
     from markupsafe import Markup
 
     sections = [
@@ -53,17 +43,7 @@ def render_html(
 
 
 def render_markdown(figures: Figures, timing: Mapping[str, Any], arms: Sequence[Arm], has_figure: bool) -> str:
-    """Fill in the page without the curves.
-
-    Args:
-        figures: the content of results.json.
-        timing: the content of timing.json.
-        arms: all.
-        has_figure: whether there is a ``figure.svg`` to show.
-
-    Returns:
-        Markdown.
-    """
+    """Fill in the page without the curves."""
     template = _environment(escape=False).get_template("report.md")
     page: str = template.render(
         **_shared(figures, timing, arms), has_figure=has_figure, has_bands=len(arms) <= MOST_BANDS
@@ -72,15 +52,7 @@ def render_markdown(figures: Figures, timing: Mapping[str, Any], arms: Sequence[
 
 
 def draw_charts(sections: Sequence[Section], names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Draw every chart.
-
-    Args:
-        sections: as ``panel`` gives them.
-        names: of all arms.
-
-    Yields:
-        The name of the curve, and an SVG.
-    """
+    """Draw every chart."""
     charts = [chart for section in sections for chart in section.charts]
     for number, chart in enumerate(charts):
         yield chart.tag, chart_svg(chart, names, f"c{number}-")

@@ -40,14 +40,7 @@ class Style:
 
 
 def styles(count: int) -> list[Style]:
-    """Styles for arms.
-
-    Args:
-        count: how many arms.
-
-    Returns:
-        In order; no two of the first 56 have both colour and line style in common.
-    """
+    """Styles for arms."""
     return [
         Style(_LIGHT[place % len(_LIGHT)], _DARK[place % len(_DARK)], _DASHES[place % len(_DASHES)])
         for place in range(count)

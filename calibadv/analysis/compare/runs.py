@@ -85,18 +85,7 @@ class Run:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """Find the run folders among and below some folders.
-
-    Args:
-        folders: run folders, or folders that hold such at any depth.
-
-    Returns:
-        Absolute paths, each once: in the order of ``folders``, and below one of them by name, numbers by value; but
-        the arms of a study in its order.
-
-    Raises:
-        UserError: a folder does not exist, or has no run.
-    """
+    """Find the run folders among and below some folders."""
     found: dict[Path, None] = {}
     for folder in folders:
         if not folder.is_dir():
@@ -153,18 +142,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def read_runs(paths: Sequence[Path], names: Mapping[str, str]) -> Iterator[Run]:
-    """Read run folders.
-
-    Args:
-        paths: as ``find_runs`` gives them.
-        names: for the runs of other programs, their tag by our tag; empty to take tags as they are.
-
-    Yields:
-        One record per folder.
-
-    Raises:
-        UserError: a file is damaged, or a run of another program has none of our curves.
-    """
+    """Read run folders."""
     common = Path(os.path.commonpath([path.parent for path in paths]))
     for path in paths:
         label = path.relative_to(common).as_posix()

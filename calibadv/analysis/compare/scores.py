@@ -70,17 +70,7 @@ def _steps(validations: Sequence[Mapping[str, float]]) -> dict[str, list[int]]:
 
 
 def score_run(run: Run) -> RunScores:
-    """Read what a run achieved.
-
-    Args:
-        run: finished, with validations.
-
-    Returns:
-        Its figures, by question too if its rollout files hold the same validations as its results.json.
-
-    Raises:
-        UserError: a rollout file is damaged.
-    """
+    """Read what a run achieved."""
     if not run.ours:
         return RunScores(run, (), {}, "the run of another program has no rollouts of ours")
     needed = _steps(run.validations)

@@ -43,14 +43,7 @@ class Section:
 
 
 def panel(arms: Sequence[Arm]) -> list[Section]:
-    """Sort the curves of all arms into sections.
-
-    Args:
-        arms: all.
-
-    Returns:
-        Sections that hold something.
-    """
+    """Sort the curves of all arms into sections."""
     tags = list(dict.fromkeys(tag for arm in arms for run in arm.runs for tag in run.curves))
     ordered = [tag for tag in _FIRST if tag in tags] + [tag for tag in tags if tag not in _FIRST]
     titles: dict[str, list[str]] = {title: [] for title in (*_GROUPS.values(), _BY_SOURCE, _OTHER)}
@@ -81,15 +74,7 @@ def _section(title: str, tags: Sequence[str], arms: Sequence[Arm]) -> Section:
 
 
 def chart(tag: str, arms: Sequence[Arm]) -> Chart:
-    """Sum up one curve over the seeds of each arm.
-
-    Args:
-        tag: its name.
-        arms: all.
-
-    Returns:
-        The bands of those arms that have it.
-    """
+    """Sum up one curve over the seeds of each arm."""
     members = {place: [run.curves[tag] for run in arm.runs if tag in run.curves] for place, arm in enumerate(arms)}
     grid = windows(curve for curves in members.values() for curve in curves)
     bands = {place: band(curves, grid) for place, curves in members.items() if curves}
@@ -97,13 +82,6 @@ def chart(tag: str, arms: Sequence[Arm]) -> Chart:
 
 
 def step_window(arms: Sequence[Arm]) -> int:
-    """Over how many neighbouring steps the longest curves are averaged.
-
-    Args:
-        arms: all.
-
-    Returns:
-        1 where every step is drawn.
-    """
+    """Over how many neighbouring steps the longest curves are averaged."""
     curves = [curve for arm in arms for run in arm.runs for curve in run.curves.values()]
     return max((len(window) for window in windows(curves)), default=1)

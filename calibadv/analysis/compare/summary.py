@@ -19,30 +19,12 @@ _RECORDED = ("seed", "threads", "device", "versions", "machine")
 
 
 def default_baseline(names: Sequence[str]) -> str:
-    """The arm to compare with where none is named.
-
-    Args:
-        names: of all arms, in order.
-
-    Returns:
-        ``grpo``, or the first one if none is called that.
-    """
+    """The arm to compare with where none is named."""
     return "grpo" if "grpo" in names else names[0]
 
 
 def choose_baseline(arms: Sequence[Arm], name: str | None) -> Arm:
-    """The arm to compare with.
-
-    Args:
-        arms: all.
-        name: of the wanted one; None for the default.
-
-    Returns:
-        One of the arms.
-
-    Raises:
-        UserError: there is no arm of that name; the message lists them.
-    """
+    """The arm to compare with."""
     by_name = {arm.name: arm for arm in arms}
     name = default_baseline(list(by_name)) if name is None else name
     if name not in by_name:
@@ -51,16 +33,7 @@ def choose_baseline(arms: Sequence[Arm], name: str | None) -> Arm:
 
 
 def summarise(arms: Sequence[Arm], baseline: Arm, scores: Mapping[str, Sequence[RunScores]]) -> Figures:
-    """Compute all figures of a comparison.
-
-    Args:
-        arms: all.
-        baseline: one of them.
-        scores: of each arm's finished runs, by the name of the arm.
-
-    Returns:
-        The same figures for the same runs, whenever and wherever they are computed.
-    """
+    """Compute all figures of a comparison."""
     tables = {arm.name: _arm_scores(scores[arm.name]) for arm in arms}
     rows = [_arm_figures(arm, tables[arm.name]) for arm in arms]
     for arm, row in zip(arms, rows, strict=True):

@@ -29,35 +29,13 @@ class ReplayArm:
     without_effect: tuple[str, ...] = ()
 
     def apply(self, rollouts: Sequence[Rollout]) -> Outcome:
-        """Apply the method.
-
-        Args:
-            rollouts: B rollouts of one step, as recorded.
-
-        Returns:
-            The batch and its advantages.
-
-        Raises:
-            UserError: the estimator needs the model; the message names the arm.
-        """
+        """Apply the method."""
         with _said_of(self.name):
             return apply_method(rollouts, self.method)
 
 
 def load_arms(words: Sequence[str], common: Sequence[str]) -> list[ReplayArm]:
-    """Read and instantiate the methods.
-
-    Args:
-        words: ``NAME`` or ``NAME=OVERLAY[+OVERLAY...]``, as of a study. Without any there is one arm, with nothing but
-            what is common.
-        common: config files of all arms, which apply before their overlays.
-
-    Returns:
-        The arms, in this order.
-
-    Raises:
-        UserError: an arm or an overlay cannot be used.
-    """
+    """Read and instantiate the methods."""
     shared = [read_config(resolve_config(name)) for name in common]
     if not words:
         name = "+".join(config.name for config in shared) or "grpo"

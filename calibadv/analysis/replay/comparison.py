@@ -73,12 +73,7 @@ class Comparison:
         self._batches = self._groups = self._lone = self._trained = 0
 
     def add(self, rows: Sequence[int], outcomes: Mapping[str, Outcome]) -> None:
-        """Add one batch.
-
-        Args:
-            rows: of its B rollouts among those recorded.
-            outcomes: what each method makes of it, by name.
-        """
+        """Add one batch."""
         batch = next(iter(outcomes.values())).batch
         groups = _trained_groups(batch)
         self._batches += 1
@@ -92,14 +87,7 @@ class Comparison:
         self._turns += [(rows[place], turn) for place in trained for turn in range(last[place] + 1)]
 
     def figures(self, top: int) -> Figures:
-        """Sum up the batches so far, at least one.
-
-        Args:
-            top: the most turns to list for each two methods.
-
-        Returns:
-            The figures.
-        """
+        """Sum up the batches so far, at least one."""
         first, *others = self._totals
         return Figures(
             files=list(dict.fromkeys(map(str, self._recorded.files))),

@@ -50,15 +50,7 @@ class Outcome:
     calibrated: Tensor
 
     def records(self, recorded: Sequence[Record]) -> list[Record]:
-        """Fill in what was computed.
-
-        Args:
-            recorded: JSON objects of the B rollouts.
-
-        Returns:
-            New records in the same order: those given, with ``format_valid``, ``score``, ``step_correctness`` and
-            ``advantages`` set, and ``status`` and ``answer_score`` brought up to date where they are recorded.
-        """
+        """Fill in what was computed."""
         columns = zip(
             recorded,
             self.batch.rollouts,
@@ -83,36 +75,14 @@ def _fill(record: Record, rollout: Rollout, estimated: list[float] | None, calib
 
 
 def apply_method(rollouts: Sequence[Rollout], method: Method) -> Outcome:
-    """Score rollouts, credit their searches, and compute their advantages.
-
-    Args:
-        rollouts: B rollouts of one step, as recorded.
-        method: reward, estimator and calibrators.
-
-    Returns:
-        The batch and its advantages.
-
-    Raises:
-        UserError: the estimator needs the model, or a part returned what it must not.
-    """
+    """Score rollouts, credit their searches, and compute their advantages."""
     batch = collate(credit_rollouts(score_rollouts(rollouts, method.reward)))
     estimated, calibrated, _ = compute_advantages(batch, method.estimator, method.calibrators)
     return Outcome(batch, estimated, calibrated)
 
 
 def load_method(paths: Sequence[Path]) -> Method:
-    """Instantiate the parts of merged configs that decide advantages, and nothing else of them.
-
-    Args:
-        paths: config files in the order in which they apply; together they name a reward and an estimator.
-
-    Returns:
-        The reward, the estimator, and the calibrators of the AdvantageCalibration callback if there is one.
-
-    Raises:
-        UserError: a config names a part that there is not, gives one what it does not take, or combines what does not
-            go together.
-    """
+    """Instantiate the parts of merged configs that decide advantages, and nothing else of them."""
     configs = [read_config(path) for path in paths]
     installed = [entry for _, entry in calibrations(configs)]
     parser = ArgumentParser(exit_on_error=False)
@@ -140,12 +110,5 @@ def load_method(paths: Sequence[Path]) -> Method:
 
 
 def decides_advantages(key: str) -> bool:
-    """Whether a setting decides the advantages of given rollouts, calibrators not considered.
-
-    Args:
-        key: dotted name of the setting.
-
-    Returns:
-        True for the reward, the estimator, and what is set of them.
-    """
+    """Whether a setting decides the advantages of given rollouts, calibrators not considered."""
     return f"{key}.".startswith(("model.reward.", "model.estimator."))

@@ -30,22 +30,14 @@ class Recorded:
     rollouts: list[Rollout] = field(default_factory=list)
 
     def batches(self) -> list[list[int]]:
-        """The rollouts of one step of one file are a batch, as in training.
-
-        Returns:
-            Row numbers of each batch; together they are a permutation of ``range(B)``.
-        """
+        """The rollouts of one step of one file are a batch, as in training."""
         rows_of: dict[tuple[Path, int], list[int]] = defaultdict(list)
         for row, (file, rollout) in enumerate(zip(self.files, self.rollouts, strict=True)):
             rows_of[file, rollout.step].append(row)
         return list(rows_of.values())
 
     def refuse_to_join(self) -> None:
-        """Refuse to write the rollouts into one file where that would change their batches.
-
-        Raises:
-            UserError: two files hold the same step.
-        """
+        """Refuse to write the rollouts into one file where that would change their batches."""
         owners: dict[int, Path] = {}
         for file, rollout in zip(self.files, self.rollouts, strict=True):
             owner = owners.setdefault(rollout.step, file)
@@ -57,17 +49,7 @@ class Recorded:
 
 
 def read_recorded(files: Sequence[Path]) -> Recorded:
-    """Read rollout files.
-
-    Args:
-        files: JSON lines.
-
-    Returns:
-        Their rollouts, in order.
-
-    Raises:
-        UserError: a file is empty, or has a line that is not a rollout or holds a number that is not finite.
-    """
+    """Read rollout files."""
     recorded = Recorded()
     for file in files:
         before = len(recorded.records)

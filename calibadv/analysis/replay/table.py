@@ -18,12 +18,7 @@ _SHOWN_CHARACTERS = 100
 
 
 def print_figures(figures: Figures, arms: Sequence[ReplayArm]) -> None:
-    """Print what each method does, and where methods differ most.
-
-    Args:
-        figures: of the comparison.
-        arms: that were compared.
-    """
+    """Print what each method does, and where methods differ most."""
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(f"{_counts(figures)}\n")
     if figures.lone_groups:

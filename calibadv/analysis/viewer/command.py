@@ -23,16 +23,7 @@ _SCRIPTS = ("data.js", "filter.js", "rollout.js", "page.js")
 
 
 def view(rollouts: list[Path], out: Path) -> None:
-    """Make a page to read rollouts in a browser, which needs no network.
-
-    Args:
-        rollouts: One or more files of rollouts, as runs write them and calibadv replay does; or folders of runs or
-            studies, which stand for the train-step-*.jsonl in them.
-        out: HTML file to write, which appears when all is done.
-
-    Raises:
-        UserError: a rollout file cannot be used, or ``out`` is one of them or a folder; ``out`` then stays as it was.
-    """
+    """Make a page to read rollouts in a browser, which needs no network."""
     paths = find_rollout_files(rollouts)
     if out.is_dir():
         raise UserError(f"out '{out}' is a folder; give a file, such as {out / 'view.html'}")
@@ -49,14 +40,7 @@ def view(rollouts: list[Path], out: Path) -> None:
 
 
 def render(data: Record) -> str:
-    """Put data into the page.
-
-    Args:
-        data: in the form of ``calibadv.analysis.viewer.data``.
-
-    Returns:
-        HTML that loads nothing, and lets no script run but its own.
-    """
+    """Put data into the page."""
     folder = files("calibadv.analysis.viewer") / "templates"
     script = "".join((folder / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -73,12 +57,6 @@ def script_safe(value: Record) -> str:
 
     Without ``<`` it holds no ``</script>`` and no ``<!--``; U+2028 and U+2029 end lines in some parsers; and a lone
     surrogate, which UTF-8 cannot hold, becomes its JSON escape.
-
-    Args:
-        value: a JSON object.
-
-    Returns:
-        JSON that means the same.
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<\u2028\u2029":

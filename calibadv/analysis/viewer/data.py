@@ -49,15 +49,7 @@ class ViewerData:
     _sizes: list[float] = field(default_factory=list)
 
     def add_file(self, path: Path, name: str) -> None:
-        """Add the rollouts of a file.
-
-        Args:
-            path: JSON lines.
-            name: what to call it.
-
-        Raises:
-            UserError: the file has no rollout, or a line that is none.
-        """
+        """Add the rollouts of a file."""
         records: list[Record] = []
         rollouts: list[Rollout] = []
         for record, rollout in read_records(path):
@@ -72,11 +64,7 @@ class ViewerData:
         self._note_absent(name, records)
 
     def as_json(self) -> Record:
-        """The object that the page holds.
-
-        Returns:
-            A JSON object in the form above.
-        """
+        """The object that the page holds."""
         return {
             "files": self.files,
             "statuses": [{"name": name, "meaning": text} for name, text in status_meanings().items()],
@@ -148,11 +136,7 @@ class ViewerData:
 
 
 def status_meanings() -> dict[str, str]:
-    """What each status means, in the words of ``RolloutStatus``.
-
-    Returns:
-        A sentence or two by the name of the status.
-    """
+    """What each status means, in the words of ``RolloutStatus``."""
     texts = {
         entry.arg_name: entry.description or "" for entry in docstring_parser.parse_from_object(RolloutStatus).params
     }

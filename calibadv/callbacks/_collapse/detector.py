@@ -63,15 +63,7 @@ class Watch:
         self._states = {rule.curve: _State() for rule in self.rules}
 
     def observe(self, metrics: Metrics, step: int) -> list[Alarm]:
-        """Look at what was measured.
-
-        Args:
-            metrics: curves of a training step or of a validation; any may be missing.
-            step: the rollout step.
-
-        Returns:
-            What to raise the alarm for.
-        """
+        """Look at what was measured."""
         alarms = [alarm for rule in self.rules if (alarm := self._judge(rule, metrics, step)) is not None]
         return [replace(alarm, healthy_until=self.healthy_until(step)) for alarm in alarms]
 
@@ -97,14 +89,7 @@ class Watch:
         return Alarm(rule.curve, value, limit, "at" if value == limit else side, step, rule.meaning, rule.acts)
 
     def healthy_until(self, step: int) -> int:
-        """After how many rollout steps the policy was last healthy.
-
-        Args:
-            step: rollout steps done.
-
-        Returns:
-            ``step`` itself unless a curve is beyond its limit; -1 if one never was within.
-        """
+        """After how many rollout steps the policy was last healthy."""
         sick = [
             max(state.good - rule.lag, -1)
             for rule, state in zip(self.rules, self._states.values(), strict=True)
@@ -113,19 +98,11 @@ class Watch:
         return min([step, *sick])
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs to watch on.
-
-        Returns:
-            Numbers in lists and dictionaries.
-        """
+        """Give what a resumed run needs to watch on."""
         return {curve: asdict(state) for curve, state in self._states.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Watch on.
-
-        Args:
-            state_dict: of ``state_dict``.
-        """
+        """Watch on."""
         self._states = {rule.curve: _State(**state_dict.get(rule.curve, {})) for rule in self.rules}
 
 

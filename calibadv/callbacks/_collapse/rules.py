@@ -56,11 +56,7 @@ class Limits:
     """Steps of the running medians, and of the mean of ``credit/empty_silver``."""
 
     def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            UserError: one is out of its range.
-        """
+        """Check the numbers."""
         for name in (entry.name for entry in fields(self)):
             value, (low, high) = getattr(self, name), _RANGES.get(name, (1.0, math.inf))
             if not low <= value <= high:
@@ -101,65 +97,27 @@ class Rule:
 
 
 def fall(drop: float) -> Callable[[Sequence[float]], Bounds]:
-    """Bounds of a score that is to stay near its best, as ``outcome`` draws them: equal to the limit is below.
-
-    Args:
-        drop: how far below the best is too far.
-
-    Returns:
-        A function for ``Rule.bounds``.
-    """
+    """Bounds of a score that is to stay near its best, as ``outcome`` draws them: equal to the limit is below."""
     return lambda past: (math.nextafter(max(past) - drop + ROUNDING, math.inf) if past else -math.inf, math.inf)
 
 
 def at_least(limit: float) -> Callable[[Sequence[float]], Bounds]:
-    """Bounds of a share that should not fall; a policy that has never been above has nothing to lose.
-
-    Args:
-        limit: the lowest healthy value.
-
-    Returns:
-        A function for ``Rule.bounds``.
-    """
+    """Bounds of a share that should not fall; a policy that has never been above has nothing to lose."""
     return lambda past: (limit if max(past, default=-math.inf) >= limit else -math.inf, math.inf)
 
 
 def at_most(limit: float) -> Callable[[Sequence[float]], Bounds]:
-    """Bounds of a share that should be small.
-
-    Args:
-        limit: the highest healthy value.
-
-    Returns:
-        A function for ``Rule.bounds``.
-    """
+    """Bounds of a share that should be small."""
     return lambda past: (-math.inf, limit)
 
 
 def no_jump(factor: float, floor: float, window: int) -> Callable[[Sequence[float]], Bounds]:
-    """Bounds of a curve that may drift, but not jump up.
-
-    Args:
-        factor: of the running median.
-        floor: below this, nothing is a jump.
-        window: values of the running median.
-
-    Returns:
-        A function for ``Rule.bounds``; without bounds as long as there are too few values for a median.
-    """
+    """Bounds of a curve that may drift, but not jump up."""
     return lambda past: (-math.inf, max(factor * _usual(past, window), floor))
 
 
 def near(factor: float, window: int) -> Callable[[Sequence[float]], Bounds]:
-    """Bounds of a curve that may drift, but not jump up or down.
-
-    Args:
-        factor: of the running median; of its inverse for the lower bound.
-        window: values of the running median.
-
-    Returns:
-        A function for ``Rule.bounds``; without bounds as long as there are too few values for a median.
-    """
+    """Bounds of a curve that may drift, but not jump up or down."""
 
     def bounds(past: Sequence[float]) -> Bounds:
         usual = _usual(past, window)
@@ -177,12 +135,6 @@ def rules(limits: Limits) -> list[Rule]:
 
     Curves of training are read off rollouts that the policy of the step before has sampled; only ``kl_old`` is of the
     step's own update.
-
-    Args:
-        limits: the numbers.
-
-    Returns:
-        The rules.
     """
     wait, window = limits.patience, limits.window
     valid, valid_meaning = at_least(limits.format_valid), "above which it has been"

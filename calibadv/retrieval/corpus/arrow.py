@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from calibadv.errors import UserError, one_line
 from calibadv.retrieval._metadata import check_record, read_record
@@ -54,6 +55,7 @@ class ArrowCorpus(Corpus):
     def __iter__(self) -> Iterator[Document]:
         return self._stream(0, len(self))
 
+    @override
     def _read(self, rows: range) -> list[Document]:
         if rows.step == 1:
             return list(self._stream(rows.start, rows.stop))
@@ -78,18 +80,8 @@ class ArrowCorpus(Corpus):
             self._shards[shard] = open_shard(self.folder, shard, rows, self._batch_rows)
         return self._shards[shard][batch], offset
 
+    @override
     def row(self, doc_id: str) -> int:
-        """Find a document, by the hash of its id.
-
-        Args:
-            doc_id: its id.
-
-        Returns:
-            Its row.
-
-        Raises:
-            UserError: no document has this id.
-        """
         wanted = id_hash(doc_id)
         place = int(np.searchsorted(self._hashes, np.uint64(wanted)))
         while place < len(self) and self._hashes[place] == wanted:
@@ -100,38 +92,18 @@ class ArrowCorpus(Corpus):
         raise unknown_id(doc_id, len(self))
 
     @property
+    @override
     def checksum(self) -> str:
-        """Of all ids, titles and texts, as ``convert`` computed it."""
         return self._checksum
 
 
 def id_hash(doc_id: str) -> int:
-    """Hash an id, the same on every machine.
-
-    Args:
-        doc_id: the id.
-
-    Returns:
-        64 bits.
-    """
+    """Hash an id, the same on every machine."""
     return int.from_bytes(blake2b(doc_id.encode(), digest_size=8).digest(), "little")
 
 
 def open_shard(folder: Path, shard: int, rows: int, batch_rows: int) -> list[Any]:
-    """Map a shard into memory.
-
-    Args:
-        folder: of the corpus.
-        shard: its number.
-        rows: how many it has.
-        batch_rows: rows of each batch but the last, which may have fewer.
-
-    Returns:
-        Its record batches, which are immutable, so that threads may share them.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Map a shard into memory."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     path = folder / shard_name(shard)
@@ -148,14 +120,7 @@ def open_shard(folder: Path, shard: int, rows: int, batch_rows: int) -> list[Any
 
 
 def shard_name(shard: int) -> str:
-    """Name the file of a shard.
-
-    Args:
-        shard: its number.
-
-    Returns:
-        The name.
-    """
+    """Name the file of a shard."""
     return f"shard-{shard:05d}.arrow"
 
 
@@ -186,33 +151,14 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 
 def check_names(path: Path, files: dict[str, int], names: Sequence[str], remedy: str) -> None:
-    """Refuse a list of files in which one is not named.
-
-    Args:
-        path: where the list is from.
-        files: bytes by name.
-        names: what must be named.
-        remedy: what to do, for the message.
-
-    Raises:
-        UserError: a name is missing.
-    """
+    """Refuse a list of files in which one is not named."""
     for name in names:
         if name not in files:
             raise UserError(f"'{path}' is damaged (its files lack {name}); {remedy}")
 
 
 def check_sizes(folder: Path, files: dict[str, int], remedy: str) -> None:
-    """Refuse a folder in which a file is missing or has another size than it was written with.
-
-    Args:
-        folder: the folder.
-        files: bytes by name.
-        remedy: what to do, for the message.
-
-    Raises:
-        UserError: a file is missing or has another size.
-    """
+    """Refuse a folder in which a file is missing or has another size than it was written with."""
     for name, size in files.items():
         path = folder / name
         if not path.is_file():

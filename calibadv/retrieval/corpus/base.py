@@ -24,17 +24,7 @@ class Corpus(Sequence[Document]):
 
     @staticmethod
     def from_documents(documents: Iterable[Document]) -> Corpus:
-        """Hold documents in memory.
-
-        Args:
-            documents: in the order of the rows.
-
-        Returns:
-            The corpus.
-
-        Raises:
-            UserError: there is no document, or an id occurs twice.
-        """
+        """Hold documents in memory."""
         return MemoryCorpus(enumerate(documents, 1), "documents")
 
     @overload
@@ -94,6 +84,7 @@ class MemoryCorpus(Corpus):
     def __iter__(self) -> Iterator[Document]:
         return iter(self._documents)
 
+    @override
     def _read(self, rows: range) -> list[Document]:
         return [self._documents[row] for row in rows]
 
@@ -115,66 +106,27 @@ class MemoryCorpus(Corpus):
 
 
 def searched_text(document: Document) -> str:
-    """What is searched of a document, but by an encoder, which has a form of its own.
-
-    Args:
-        document: the document.
-
-    Returns:
-        Title and text, in two lines.
-    """
+    """What is searched of a document, but by an encoder, which has a form of its own."""
     return f"{document.title}\n{document.text}"
 
 
 def extend_checksum(state: bytes, document: Document) -> bytes:
-    """Chain one more document to the checksum of those before it.
-
-    Args:
-        state: checksum so far; empty at the start.
-        document: the next.
-
-    Returns:
-        16 bytes.
-    """
+    """Chain one more document to the checksum of those before it."""
     # With the lengths of the first two texts, no other three texts give the same bytes.
     lengths = f"{len(document.id)} {len(document.title)} "
     return blake2b(state + f"{lengths}{document.id}{document.title}{document.text}".encode(), digest_size=16).digest()
 
 
 def empty_corpus(name: str) -> UserError:
-    """The error for a corpus without a document.
-
-    Args:
-        name: of the corpus.
-
-    Returns:
-        What to raise.
-    """
+    """The error for a corpus without a document."""
     return UserError(f"corpus '{name}' is empty; it must hold at least one document")
 
 
 def repeated_id(place: str, doc_id: str, first: int) -> UserError:
-    """The error for an id that occurs twice.
-
-    Args:
-        place: file and line of the second.
-        doc_id: the id.
-        first: line of the first.
-
-    Returns:
-        What to raise.
-    """
+    """The error for an id that occurs twice."""
     return UserError(f"{place} repeats the id '{doc_id}' of line {first}; ids must be unique")
 
 
 def unknown_id(doc_id: str, documents: int) -> UserError:
-    """The error for an id that no document has.
-
-    Args:
-        doc_id: the id.
-        documents: size of the corpus.
-
-    Returns:
-        What to raise.
-    """
+    """The error for an id that no document has."""
     return UserError(f"none of the {documents} documents has the id '{doc_id}'; give an id of this corpus")

@@ -27,16 +27,6 @@ def cached_corpus(path: Path) -> ArrowCorpus:
 
     It lies in ``corpora`` below the folder that CALIBADV_CACHE names, or else ~/.cache/calibadv, under a name that
     follows the absolute path, the size and the time of the file. Of several processes that ask at once, one converts.
-
-    Args:
-        path: JSON-lines file, plain or gzip.
-
-    Returns:
-        The corpus.
-
-    Raises:
-        UserError: the file holds a mistake, its converted form is damaged, or the folder cannot be written or is on a
-            disk that is too small.
     """
     root = cache_folder() / "corpora"
     key = blake2b(f"{FORMAT} {file_source(path).identity}".encode(), digest_size=8).hexdigest()

@@ -62,33 +62,14 @@ class _Progress:
 
 
 def file_source(path: Path) -> Source:
-    """Documents of a JSON-lines file.
-
-    Args:
-        path: the file, which must exist.
-
-    Returns:
-        The source; numbers are lines.
-    """
+    """Documents of a JSON-lines file."""
     status = path.stat()
     identity = {"path": str(path.resolve()), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     return Source(str(path), identity, partial(read_documents, path))
 
 
 def convert(source: Source, folder: Path, shard_rows: int = SHARD_ROWS) -> ArrowCorpus:
-    """Write a corpus into a folder, going on behind the last whole shard of a run that was killed.
-
-    Args:
-        source: the documents.
-        folder: where to; made if it is not there. What a run on another source left in it is removed.
-        shard_rows: rows of a file; up to 4096, or a multiple of it.
-
-    Returns:
-        The corpus.
-
-    Raises:
-        UserError: the source holds a mistake, an id occurs twice, or there is no document.
-    """
+    """Write a corpus into a folder, going on behind the last whole shard of a run that was killed."""
     if not (folder / LAYOUT).exists():
         layout = {"format": FORMAT, "shard_rows": shard_rows, "batch_rows": min(BATCH_ROWS, shard_rows)}
         progress = _write_shards(source, folder, layout)
@@ -184,16 +165,7 @@ def _write_ids(source: Source, folder: Path, layout: dict[str, Any], progress: _
 def first_repeated(
     hashes: NDArray[np.uint64], rows: NDArray[np.uint64], id_of: Callable[[int], str]
 ) -> tuple[int, int] | None:
-    """Find the first row whose id an earlier row has. Equal hashes are not enough: the ids are compared.
-
-    Args:
-        hashes: [N] of the ids, in ascending order.
-        rows: [N] the row of each, ascending among equal hashes.
-        id_of: id of a row.
-
-    Returns:
-        The earlier row and the row, or None.
-    """
+    """Find the first row whose id an earlier row has. Equal hashes are not enough: the ids are compared."""
     places = np.flatnonzero(hashes[1:] == hashes[:-1]) + 1
     for place in places[np.argsort(rows[places])]:
         row = int(rows[place])

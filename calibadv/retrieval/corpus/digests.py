@@ -33,27 +33,12 @@ Stamps = dict[str, list[int]]
 
 
 def cache_folder() -> Path:
-    """Where files are kept that can be made again.
-
-    Returns:
-        The folder that CALIBADV_CACHE names, or else ~/.cache/calibadv.
-
-    Raises:
-        RuntimeError: there is neither the variable nor a home.
-    """
+    """Where files are kept that can be made again."""
     return Path(os.environ.get("CALIBADV_CACHE") or Path.home() / ".cache" / "calibadv")
 
 
 def seal(folder: Path, names: Collection[str]) -> tuple[dict[str, str], Stamps]:
-    """Read the files of a folder that has just been written.
-
-    Args:
-        folder: the folder.
-        names: of its files.
-
-    Returns:
-        The digest of each, and what ``remember`` wants.
-    """
+    """Read the files of a folder that has just been written."""
     stamps = _stamps(folder, names)
     size = sum(stamps[name][0] for name in names)
     with progress_bar("Computing digests", size, hidden=size < _LARGE_BYTES) as advance:
@@ -61,12 +46,7 @@ def seal(folder: Path, names: Collection[str]) -> tuple[dict[str, str], Stamps]:
 
 
 def remember(record: Path, stamps: Stamps) -> None:
-    """Keep it that the files of a folder were as their digests say, so that they are not read again.
-
-    Args:
-        record: the file in that folder which has the digests.
-        stamps: of the files, taken before they were read.
-    """
+    """Keep it that the files of a folder were as their digests say, so that they are not read again."""
     content = {"record": _digest(record), "stamps": stamps}
     memories = _memories(record.parent)
     for path in memories:
@@ -82,16 +62,7 @@ def remember(record: Path, stamps: Stamps) -> None:
 
 
 def check_digests(record: Path, digests: Mapping[str, str], remedy: str) -> None:
-    """Compare the files of a folder that were copied or changed since they were last compared.
-
-    Args:
-        record: the file in that folder which has the digests.
-        digests: of its other files, by their names; these files exist.
-        remedy: what to do, for the message.
-
-    Raises:
-        UserError: a file holds something else than was written, or cannot be read.
-    """
+    """Compare the files of a folder that were copied or changed since they were last compared."""
     folder = record.parent
     stamps = _stamps(folder, digests)
     known = [_remembered(path, record) for path in _memories(folder)]
@@ -107,16 +78,7 @@ def check_digests(record: Path, digests: Mapping[str, str], remedy: str) -> None
 
 
 def verify_digests(record: Path, digests: Mapping[str, str], remedy: str) -> None:
-    """Compare all files of a folder, whatever was compared before.
-
-    Args:
-        record: the file in that folder which has the digests.
-        digests: of its other files, by their names; these files exist.
-        remedy: what to do, for the message.
-
-    Raises:
-        UserError: a file holds something else than was written, or cannot be read.
-    """
+    """Compare all files of a folder, whatever was compared before."""
     folder = record.parent
     for path in _memories(folder):  # what is found damaged now is not opened later
         with suppress(OSError):

@@ -17,16 +17,6 @@ def read_documents(path: str | Path, after: int = 0) -> Generator[tuple[int, Doc
 
     ``{"id", "contents": "\"Title\"\ntext"}`` (Search-R1, FlashRAG) or ``{"id", "title", "text"}``; ids may be strings
     or integers.
-
-    Args:
-        path: JSON-lines file, plain or gzip.
-        after: leave out the lines up to this number.
-
-    Yields:
-        Line number, counted from 1, and document.
-
-    Raises:
-        UserError: the file is missing or damaged, or a line is not such an object.
     """
     with closing(read_jsonl(path, "corpus", after)) as lines:
         for number, record in lines:
@@ -34,18 +24,7 @@ def read_documents(path: str | Path, after: int = 0) -> Generator[tuple[int, Doc
 
 
 def parse_document(record: dict[str, Any], place: str) -> Document:
-    """Turn one object of a corpus file into a document.
-
-    Args:
-        record: the object.
-        place: file and line, for error messages.
-
-    Returns:
-        The document.
-
-    Raises:
-        UserError: a key is missing or has another type, or a text cannot be written as UTF-8.
-    """
+    """Turn one object of a corpus file into a document."""
     row_id = record.get("id")
     if isinstance(row_id, bool) or not isinstance(row_id, str | int):
         raise UserError(f"{place} has the id {row_id!r}; it must be a string or an integer")

@@ -60,29 +60,12 @@ class Sample:
         return self.scale(texts) + _ROW_BYTES * self.total
 
     def scale(self, amount: float) -> int:
-        """What the whole corpus has, where the sampled documents together have ``amount``.
-
-        Args:
-            amount: of the sample.
-
-        Returns:
-            The amount of the corpus, rounded.
-        """
+        """What the whole corpus has, where the sampled documents together have ``amount``."""
         return round(amount * self.total / len(self.documents))
 
 
 def sample_file(path: Path) -> Sample:
-    """Look at a part of a JSON-lines file. Lines that are no documents are passed over here, as converting names them.
-
-    Args:
-        path: the file, plain or gzip.
-
-    Returns:
-        The sample.
-
-    Raises:
-        UserError: there is no document in it, it is a damaged gzip file, or it cannot be read.
-    """
+    """Sample a JSON-lines file, plain or gzip. Lines that are no documents are skipped: converting names them."""
     try:
         with path.open("rb") as raw:
             packed = raw.read(2) == _GZIP_MAGIC
@@ -99,16 +82,7 @@ def sample_file(path: Path) -> Sample:
 
 
 def check_disk(needed: int, free: int, folder: Path) -> None:
-    """Refuse to fill a disk.
-
-    Args:
-        needed: bytes to write.
-        free: bytes that are free.
-        folder: where to write.
-
-    Raises:
-        UserError: more is needed than is free.
-    """
+    """Refuse to fill a disk."""
     if needed > free:
         raise UserError(
             f"'{folder}' needs about {decimal(needed)} and its disk has {decimal(free)} free; free "
@@ -117,14 +91,7 @@ def check_disk(needed: int, free: int, folder: Path) -> None:
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes that are free where a folder is or will be.
-
-    Args:
-        folder: need not be there yet.
-
-    Returns:
-        The bytes.
-    """
+    """Bytes that are free where a folder is or will be."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     return shutil.disk_usage(existing).free
 

@@ -76,25 +76,11 @@ class Encoder:
         self.dimension: int = self.encode_queries(["a"]).shape[1]
 
     def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Encode queries. What is longer than the model reads is cut off.
-
-        Args:
-            texts: N queries.
-
-        Returns:
-            [N, D].
-        """
+        """Encode queries. What is longer than the model reads is cut off."""
         return self._encode(self._model.encode_query, list(texts), self.query_prompt)
 
     def encode_passages(self, documents: Sequence[Document]) -> NDArray[np.float32]:
-        """Encode title and text. What is longer than the model reads is cut off.
-
-        Args:
-            documents: N passages.
-
-        Returns:
-            [N, D].
-        """
+        """Encode title and text. What is longer than the model reads is cut off."""
         return self._encode(self._model.encode_document, [_contents(d) for d in documents], self.passage_prompt)
 
     def _encode(self, encode: Any, texts: list[str], prompt: str) -> NDArray[np.float32]:

@@ -36,21 +36,7 @@ class ModelKind:
 def load_model(
     kind: ModelKind, name: str, device: str | None, make: Callable[..., Any], folder: Path | None = None
 ) -> Any:
-    """Load a model. The code of its folder is never run.
-
-    Args:
-        kind: what it is.
-        name: folder, or name on the Hugging Face hub.
-        device: where to, such as ``cpu`` or ``cuda:1``; by default an accelerator if there is one.
-        make: class of sentence-transformers.
-        folder: where it is, if it is not ``name`` that says so.
-
-    Returns:
-        What ``make`` makes of the folder.
-
-    Raises:
-        UserError: there is no such model, it does not load, or it has no safetensors or no words.
-    """
+    """Load a model. The code of its folder is never run."""
     called = f"{kind.what} '{name}'"
     folder = folder or _find_folder(kind, name, called)
     _check_files(called, folder)

@@ -72,19 +72,7 @@ class Batcher:
         self._searches.put(None)
 
     async def search(self, queries: Sequence[str], top_k: int) -> Results:
-        """Search together with whoever asks at the same time.
-
-        Args:
-            queries: texts to search for.
-            top_k: the most documents per query.
-
-        Returns:
-            One list per query, in the same order: what ``Retriever.search`` finds.
-
-        Raises:
-            BusyError: too many queries wait.
-            RetrievalError: the search of one of the queries failed.
-        """
+        """Search together with whoever asks at the same time."""
         if self._pending and self._pending + len(queries) > self._max_pending:
             raise BusyError(f"{self._pending} queries wait already, of {self._max_pending} at most; try again later")
         request = _Request(queries, top_k, asyncio.get_running_loop().create_future())

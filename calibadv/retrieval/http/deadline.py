@@ -8,6 +8,7 @@ import time
 from http.client import HTTPResponse
 from typing import Any
 
+from typing_extensions import override
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
@@ -16,12 +17,6 @@ def open_pool(connections: int) -> PoolManager:
     """Make a pool of connections, in which the total of a request's ``urllib3.Timeout`` bounds the whole answer.
 
     urllib3 by itself applies it to each receipt of bytes anew, so that one byte now and then holds the caller for ever.
-
-    Args:
-        connections: to one server, that are kept open.
-
-    Returns:
-        A pool that threads may share.
     """
     pool = PoolManager(maxsize=connections)
     pool.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
@@ -39,9 +34,11 @@ class _Stream(io.RawIOBase):
         assert seconds is not None
         self._deadline = time.monotonic() + seconds
 
+    @override
     def readable(self) -> bool:
         return True
 
+    @override
     def readinto(self, buffer: Any) -> int | None:
         left = self._deadline - time.monotonic()
         if left <= 0:
@@ -49,6 +46,7 @@ class _Stream(io.RawIOBase):
         self._connection.settimeout(left)
         return self._received.readinto(buffer)
 
+    @override
     def close(self) -> None:
         self._received.close()
         super().close()

@@ -44,18 +44,6 @@ def parse_request(body: bytes, default_top_k: int, max_queries: int, max_top_k: 
     """Read the body of ``POST /retrieve``.
 
     ``queries`` is a list or one text; some clients call it ``query``. ``topk`` may be missing or null.
-
-    Args:
-        body: JSON.
-        default_top_k: documents per query where the request does not say.
-        max_queries: that it may send.
-        max_top_k: documents that it may ask for per query.
-
-    Returns:
-        What it asks for.
-
-    Raises:
-        RequestError: the body is malformed or beyond the limits.
     """
     try:
         record = json.loads(body)
@@ -89,15 +77,7 @@ def _parse_queries(record: dict[str, Any], most: int) -> list[str]:
 
 
 def render_results(found: Results, return_scores: bool) -> dict[str, Any]:
-    """Shape results as the protocol has them.
-
-    Args:
-        found: one list per query.
-        return_scores: wrap each document together with its score; otherwise documents stand alone.
-
-    Returns:
-        ``{"result": [[...], ...]}``, a list per query.
-    """
+    """Shape results as the protocol has them."""
     if return_scores:
         return {"result": [[{"document": _render(hit.document), "score": hit.score} for hit in hits] for hits in found]}
     return {"result": [[_render(hit.document) for hit in hits] for hits in found]}
@@ -108,15 +88,7 @@ def _render(document: Document) -> dict[str, str]:
 
 
 def join_contents(title: str, text: str) -> str:
-    r"""Write title and text as one, in Search-R1's form: ``"\"Title\"\ntext"``, or the text alone without a title.
-
-    Args:
-        title: a line break in it becomes a space, because the first one ends the title.
-        text: as it is. Without a title, several lines are headed by ``""``, lest the first be taken for one.
-
-    Returns:
-        What the readers of the form split into the same two again.
-    """
+    r"""Write title and text as one, in Search-R1's form: ``"\"Title\"\ntext"``, or the text alone without a title."""
     if not title and "\n" not in text:
         return text
     title = title.replace("\n", " ")
@@ -129,17 +101,6 @@ def parse_results(body: bytes, queries: int, top_k: int) -> Results:
     A hit is ``{"document": ..., "score": ...}`` or the document alone, as servers send it without scores; where there
     is no score, the n-th hit has 1/n. A document is one of a corpus file. Servers that search the web send no id: the
     document then has one made of its texts, so that the same texts are the same document.
-
-    Args:
-        body: JSON.
-        queries: how many were asked.
-        top_k: the most documents per query; further ones are cut.
-
-    Returns:
-        One list per query.
-
-    Raises:
-        ValueError: the answer has another shape; the message says where.
     """
     try:
         answer = json.loads(body)

@@ -67,16 +67,6 @@ def make_app(retriever: Retriever, limits: ServerLimits | None = None) -> FastAP
     Requests that arrive together are searched for together; one of whose queries the search failed fails alone. Each
     error is ``{"error": reason}``, with status 400 (the body is not JSON), 413 (it is too long), 422 (it asks for what
     cannot be answered), 502 (the retriever reports a failure), 503 (too many queries wait, or the server stops) or 500.
-
-    Args:
-        retriever: what searches; called in one thread.
-        limits: of requests.
-
-    Returns:
-        An ASGI application.
-
-    Raises:
-        UserError: FastAPI or uvicorn is not installed.
     """
     _require_packages()
     from fastapi import FastAPI
@@ -126,15 +116,6 @@ def run_server(
 
     After a second signal, or 60 s, what is still in flight is answered 503. A search that runs then goes on in a thread
     that ends with the process.
-
-    Args:
-        retriever: what searches.
-        host: name or address to listen on.
-        port: to listen on; 0 takes a free one.
-        limits: of requests.
-
-    Raises:
-        UserError: FastAPI or uvicorn is not installed, or the address cannot be listened on.
     """
     app = make_app(retriever, limits)
     import uvicorn
@@ -215,18 +196,7 @@ def _require_packages() -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the socket that a server listens on.
-
-    Args:
-        host: name or address.
-        port: 0 takes a free one.
-
-    Returns:
-        A listening socket.
-
-    Raises:
-        UserError: the address cannot be listened on.
-    """
+    """Open the socket that a server listens on."""
     if not 0 <= port < 2**16:
         raise UserError(f"port is {port}; it must be from 0 to 65535")
     try:

@@ -53,11 +53,7 @@ class Postings:
         self._blocks: list[_Block] = []
 
     def add(self, texts: Sequence[Sequence[str]]) -> None:
-        """Add the next documents.
-
-        Args:
-            texts: words of each.
-        """
+        """Add the next documents."""
         numbers = self.vocabulary
         words = np.fromiter((numbers.setdefault(word, len(numbers)) for text in texts for word in text), np.int64)
         lengths = np.fromiter(map(len, texts), np.int64)
@@ -75,14 +71,6 @@ class Postings:
         Lucene's BM25 (Kamphuis et al. 2020, "Which BM25 Do You Mean?", without the constant factor k1 + 1): for a word
         in n of N documents, c times in one of length l where the mean length is m, it is
         log(1 + (N - n + 0.5) / (n + 0.5)) c / (c + k1 (1 - b + b l / m)).
-
-        Args:
-            k1: how soon more occurrences stop to count.
-            b: how much long documents are discounted, in [0, 1].
-
-        Returns:
-            ``data``, ``indices``, ``indptr`` (float32 and rows of a word w from indptr[w] to indptr[w + 1], ascending)
-            and ``num_docs``: what ``bm25s.BM25.scores`` holds.
         """
         having = np.zeros(len(self.vocabulary), np.int64)
         for block in self._blocks:
@@ -118,20 +106,7 @@ _LANGUAGES = (
 def build_bm25(
     documents: Sequence[Document], stopwords: str | list[str], stemmer: str | None, show_progress: bool
 ) -> Any:
-    """Index documents. Texts are read in blocks; at its peak this needs about 20 bytes per word and document.
-
-    Args:
-        documents: title and text of each are indexed.
-        stopwords: a language, ``none``, or a list of words.
-        stemmer: a Snowball language, or None.
-        show_progress: whether to show a progress bar.
-
-    Returns:
-        A ``bm25s.BM25``.
-
-    Raises:
-        UserError: ``stopwords`` or ``stemmer`` is unknown, or no document has a word.
-    """
+    """Index documents. Texts are read in blocks; at its peak this needs about 20 bytes per word and document."""
     bm25s = _import_bm25s()
     tokenize_words([], stopwords, stemmer)  # refuses unknown names before anything is read
     postings = Postings()
@@ -147,15 +122,7 @@ def build_bm25(
 
 
 def save_bm25(index: Any, folder: Path) -> None:
-    """Write an index: three arrays of numpy, and two JSON files.
-
-    Args:
-        index: of ``build_bm25``.
-        folder: made if it is not there.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written.
-    """
+    """Write an index: three arrays of numpy, and two JSON files."""
     index.save(folder, allow_pickle=False, show_progress=False)
     for name in ("data", "indices", "indptr"):
         # numpy, which writes them, does not notice where the last bytes find no space.

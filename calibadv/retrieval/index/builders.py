@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from calibadv.io.files import save_array
 from calibadv.io.progress_bar import progress_bar
@@ -65,14 +66,7 @@ class IndexBackend(ABC):
     settings: dict[str, Any]
 
     def check(self, documents: int) -> None:  # noqa: B027  # most kinds are built of any corpus
-        """Refuse a corpus that this kind of index cannot be built of.
-
-        Args:
-            documents: size of the corpus.
-
-        Raises:
-            UserError: it is too small.
-        """
+        """Refuse a corpus that this kind of index cannot be built of."""
 
     @abstractmethod
     def cost(self, sample: Sample) -> Cost:
@@ -109,15 +103,8 @@ class BM25Index(IndexBackend):
     def __init__(self, stopwords: str | list[str] = "english", stemmer: str | None = None) -> None:
         self.settings = {"stopwords": stopwords, "stemmer": stemmer}
 
+    @override
     def cost(self, sample: Sample) -> Cost:
-        """Estimate, by indexing the sample.
-
-        Args:
-            sample: of the corpus.
-
-        Returns:
-            The cost.
-        """
         from calibadv.retrieval.index.bm25 import build_bm25
 
         build_bm25(sample.documents[:8], **self.settings, show_progress=False)  # not timed: imports
@@ -131,14 +118,8 @@ class BM25Index(IndexBackend):
         memory = _BM25_BYTES + sample.scale(_BM25_BYTES_PER_WORD * sum(map(len, words)))
         return Cost(disk, 0, peak_memory() + memory, sample.scale(seconds))
 
+    @override
     def build(self, corpus: Corpus, target: Path, work: Path) -> None:
-        """Build the index in one go: it takes minutes, and bm25s cannot stop in between.
-
-        Args:
-            corpus: the documents.
-            target: folder to write.
-            work: not used.
-        """
         from calibadv.retrieval.index.bm25 import build_bm25, save_bm25
 
         save_bm25(build_bm25(corpus, **self.settings, show_progress=len(corpus) >= _LARGE_CORPUS), target)
@@ -184,25 +165,14 @@ class FaissIndex(IndexBackend):
         self._index = make_index(factory, self._encoder.dimension)
         self._size = index_size(self._index)
 
+    @override
     def check(self, documents: int) -> None:
-        """Refuse a corpus that is too small to train the index.
-
-        Args:
-            documents: size of the corpus.
-        """
         from calibadv.retrieval.index.faiss import check_count
 
         check_count(self._index, self.settings["factory"], documents)
 
+    @override
     def cost(self, sample: Sample) -> Cost:
-        """Estimate, by encoding a few passages.
-
-        Args:
-            sample: of the corpus.
-
-        Returns:
-            The cost.
-        """
         documents = sample.documents[:: max(1, len(sample.documents) // _TIMED_DOCUMENTS)][:_TIMED_DOCUMENTS]
         self._encoder.encode_passages(documents[:4])  # not timed: the first call prepares more than it encodes
         start = time.perf_counter()
@@ -216,14 +186,8 @@ class FaissIndex(IndexBackend):
         training = 0 if self._size.trained else min(embeddings, self._size.training)
         return Cost(index, embeddings, peak_memory() + index + training, seconds, unknown)
 
+    @override
     def build(self, corpus: Corpus, target: Path, work: Path) -> None:
-        """Encode the corpus in shards, and fill the index.
-
-        Args:
-            corpus: the documents.
-            target: file to write.
-            work: folder of the embeddings.
-        """
         from calibadv.retrieval.index.faiss import fill_index, save_faiss
 
         shards = encode_shards(corpus, self._encoder.encode_passages, work)
@@ -237,17 +201,7 @@ def encode_shards(
     folder: Path,
     shard_rows: int = SHARD_ROWS,
 ) -> list[NDArray[np.float32]]:
-    """Encode a corpus into ``embeddings-00000.npy`` and so on; those that are there already are kept.
-
-    Args:
-        corpus: N documents.
-        encode: gives float32 [n, D] for n documents.
-        folder: where to; it exists.
-        shard_rows: documents of a file.
-
-    Returns:
-        The embeddings of each file, memory-mapped: together [N, D].
-    """
+    """Encode a corpus into ``embeddings-00000.npy`` and so on; those that are there already are kept."""
     paths = [folder / f"embeddings-{shard:05d}.npy" for shard in range(-(-len(corpus) // shard_rows))]
     with progress_bar("Encoding the corpus", len(corpus), hidden=len(corpus) <= _STEP_ROWS) as advance:
         for shard, path in enumerate(paths):

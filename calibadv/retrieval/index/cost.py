@@ -27,14 +27,7 @@ class IndexSize:
 
 
 def index_size(index: Any) -> IndexSize:
-    """Say how large a FAISS index will be.
-
-    Args:
-        index: of ``make_index``, still empty.
-
-    Returns:
-        Its size.
-    """
+    """Say how large a FAISS index will be."""
     import faiss
 
     fixed, per_vector = _index_bytes(faiss, index)
@@ -63,11 +56,7 @@ def _index_bytes(faiss: Any, index: Any) -> tuple[int, float | None]:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had resident.
-
-    Returns:
-        Bytes.
-    """
+    """The most memory that this process has had resident."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -29,20 +29,7 @@ _FACTORIES = "Flat, IVF4096,Flat, HNSW32 or another string of faiss.index_factor
 
 
 def build_faiss(shards: Sequence[NDArray[np.float32]], count: int, dimension: int, factory: str) -> Any:
-    """Build an index in memory: ``make_index``, ``check_count`` and ``fill_index`` at once.
-
-    Args:
-        shards: arrays [n, D] that together are [N, D], such as memory-mapped files.
-        count: N.
-        dimension: D.
-        factory: as ``faiss.index_factory`` reads it; the metric is the inner product.
-
-    Returns:
-        A ``faiss.Index``.
-
-    Raises:
-        UserError: faiss does not make it, N is too small for it, or faiss cannot train or fill it.
-    """
+    """Build an index in memory: ``make_index``, ``check_count`` and ``fill_index`` at once."""
     index = make_index(factory, dimension)
     check_count(index, factory, count)
     fill_index(index, factory, shards, count)
@@ -50,18 +37,7 @@ def build_faiss(shards: Sequence[NDArray[np.float32]], count: int, dimension: in
 
 
 def make_index(factory: str, dimension: int) -> Any:
-    """Make an index without vectors, which shows what it will be like.
-
-    Args:
-        factory: as ``faiss.index_factory`` reads it; the metric is the inner product.
-        dimension: D of the vectors.
-
-    Returns:
-        A ``faiss.Index``.
-
-    Raises:
-        UserError: faiss does not make it for inner products, or it numbers its vectors itself.
-    """
+    """Make an index without vectors, which shows what it will be like."""
     import faiss
 
     try:
@@ -77,16 +53,7 @@ def make_index(factory: str, dimension: int) -> Any:
 
 
 def check_count(index: Any, factory: str, count: int) -> None:
-    """Refuse to train an index on too few vectors, before they are made.
-
-    Args:
-        index: of ``make_index``.
-        factory: what it was made of.
-        count: N, how many there will be.
-
-    Raises:
-        UserError: training it needs more.
-    """
+    """Refuse to train an index on too few vectors, before they are made."""
     centroids = most_centroids(index)
     if centroids > count:
         raise UserError(
@@ -96,17 +63,7 @@ def check_count(index: Any, factory: str, count: int) -> None:
 
 
 def fill_index(index: Any, factory: str, shards: Sequence[NDArray[np.float32]], count: int) -> None:
-    """Put vectors into an index. Where its type needs training, this takes vectors spread evenly over all.
-
-    Args:
-        index: of ``make_index``; changed in place.
-        factory: what it was made of.
-        shards: arrays [n, D] that together are [N, D]. They are read once, and once more for training.
-        count: N.
-
-    Raises:
-        UserError: faiss cannot train or fill it.
-    """
+    """Put vectors into an index. Where its type needs training, this takes vectors spread evenly over all."""
     train_plainly(index)
     try:
         if not index.is_trained:
@@ -126,15 +83,7 @@ def fill_index(index: Any, factory: str, shards: Sequence[NDArray[np.float32]], 
 
 
 def save_faiss(index: Any, path: Path) -> None:
-    """Write an index.
-
-    Args:
-        index: of ``build_faiss``.
-        path: file to write.
-
-    Raises:
-        OSError: the disk is full, or the file cannot be written.
-    """
+    """Write an index."""
     import faiss
 
     # FAISS's own writer does not notice where the last bytes find no space.
@@ -143,19 +92,7 @@ def save_faiss(index: Any, path: Path) -> None:
 
 
 def load_faiss(path: Path, count: int) -> Any:
-    """Open an index. A large one is memory-mapped: vectors and codes stay on disk, graphs and centroids are read.
-
-    Args:
-        path: file that FAISS wrote; it exists.
-        count: documents of the corpus.
-
-    Returns:
-        A ``faiss.Index``.
-
-    Raises:
-        UserError: the file is damaged, compares by another metric than the inner product, numbers its vectors itself,
-            or has another size.
-    """
+    """Open an index. A large one is memory-mapped: vectors and codes stay on disk, graphs and centroids are read."""
     import faiss
 
     try:
@@ -184,16 +121,7 @@ def load_faiss(path: Path, count: int) -> Any:
 
 
 def set_effort(index: Any, nprobe: int | None, ef_search: int | None) -> None:
-    """Say how much of an index a search looks at.
-
-    Args:
-        index: a ``faiss.Index``; changed in place.
-        nprobe: lists that an inverted file looks through; None leaves the index as it is.
-        ef_search: candidates that an HNSW graph keeps; None leaves the index as it is.
-
-    Raises:
-        UserError: a value is below 1, or the index has no such parameter.
-    """
+    """Say how much of an index a search looks at."""
     import faiss
 
     for name, key, kind, value in (("nprobe", "nprobe", "IVF", nprobe), ("ef_search", "efSearch", "HNSW", ef_search)):
@@ -214,15 +142,6 @@ def nearest_rows(index: Any, vectors: NDArray[np.float32], top_k: int) -> list[l
     For Flat this is exact, and does not depend on which queries are searched together: FAISS multiplies in blocks, so
     that its sums, and with them the order of equal vectors, depend on the position in a block. Other types are searched
     as FAISS does, and only what it finds is ordered.
-
-    Args:
-        index: a ``faiss.Index`` of N vectors.
-        vectors: [Q, D] float32.
-        top_k: the most rows of each.
-
-    Returns:
-        Rows and inner products of each vector, best first; fewer than ``top_k`` where N is smaller, or where the index
-        looks at fewer.
     """
     import faiss
 
@@ -282,14 +201,7 @@ def _reason(error: Exception) -> str:
 
 
 def has_numbers(index: Any) -> bool:
-    """Whether an index, or a part of it, stores a number with each vector in the place of its row.
-
-    Args:
-        index: a ``faiss.Index``.
-
-    Returns:
-        True for IDMap, wherever it stands.
-    """
+    """Whether an index, or a part of it, stores a number with each vector in the place of its row."""
     import faiss
 
     index = faiss.downcast_index(index)
@@ -301,14 +213,7 @@ def has_numbers(index: Any) -> bool:
 
 
 def most_centroids(index: Any) -> int:
-    """The largest number of centroids that one part of an index is trained for.
-
-    Args:
-        index: a ``faiss.Index``.
-
-    Returns:
-        The number; 0 where there are none.
-    """
+    """The largest number of centroids that one part of an index is trained for."""
     import faiss
 
     index = faiss.downcast_index(index)
@@ -326,9 +231,6 @@ def train_plainly(index: Any) -> None:
     """Leave out polysemous training (arXiv 1609.01882), which factory strings ask for where a part is called PQ.
 
     It numbers the centroids anew for a filter that no search of ours uses, and takes many times as long as the rest.
-
-    Args:
-        index: a ``faiss.Index``; changed in place.
     """
     import faiss
 

@@ -61,17 +61,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, backend: Backend, corpus: Corpus, settings: dict[str, Any]) -> Manifest:
-    """Write the manifest of a folder that holds everything else, which is read once more for its digests.
-
-    Args:
-        folder: the index.
-        backend: its kind.
-        corpus: what it was built of.
-        settings: how it was built.
-
-    Returns:
-        The manifest.
-    """
+    """Write the manifest of a folder that holds everything else, which is read once more for its digests."""
     index = folder / INDEX_NAMES[backend]
     paths = [*(folder / CORPUS_FOLDER).iterdir(), *(index.iterdir() if index.is_dir() else [index])]
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(paths)}
@@ -83,17 +73,7 @@ def write_manifest(folder: Path, backend: Backend, corpus: Corpus, settings: dic
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of an index. What it says of the folder is for ``open_index`` to check.
-
-    Args:
-        folder: the index.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        UserError: the folder is not a finished index of this format, or its manifest is damaged.
-    """
+    """Read the manifest of an index. What it says of the folder is for ``open_index`` to check."""
     if not folder.is_dir():
         raise UserError(f"index '{folder}' is not a folder; give a folder that 'calibadv index' wrote")
     path = folder / MANIFEST
@@ -125,16 +105,6 @@ def open_index(folder: Path) -> tuple[Manifest, Corpus]:
     """Open the corpus of an index, and check that the folder is whole.
 
     Files that were copied or changed since they were last compared with their digests are read for that.
-
-    Args:
-        folder: the index.
-
-    Returns:
-        The manifest, and the documents, memory-mapped.
-
-    Raises:
-        UserError: the folder is not a finished index of this format, a file is missing, has another size or holds
-            something else, or its corpus is another than the index was built of.
     """
     manifest = read_manifest(folder)
     check_sizes(folder, manifest.files, _REMEDY)
@@ -150,18 +120,7 @@ def open_index(folder: Path) -> tuple[Manifest, Corpus]:
 
 
 def verify_index(folder: Path) -> Manifest:
-    """Compare every byte of an index with the digests of its build.
-
-    Args:
-        folder: the index.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        UserError: the folder is not a finished index of this format, its manifest has no digests, or a file is missing
-            or holds something else.
-    """
+    """Compare every byte of an index with the digests of its build."""
     manifest = read_manifest(folder)
     if not manifest.digests:
         raise UserError(

@@ -20,18 +20,6 @@ def open_corpus(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Cor
 
     A large file is converted once to memory-mapped Arrow files, in the folder that the environment variable
     CALIBADV_CACHE names, or else in ~/.cache/calibadv.
-
-    Args:
-        path: JSON-lines file, plain or gzip (``read_documents`` has the formats); a folder of ``calibadv index``; or
-            ``embedded``, the passages of the embedded world.
-        in_memory_bytes: files above this size are converted, others are held in memory.
-
-    Returns:
-        The documents, in the order of the file.
-
-    Raises:
-        UserError: the file is missing or empty, a line is not a document, an id occurs twice, or the folder is not a
-            whole index.
     """
     if str(path) == "embedded":
         from calibadv.world import embedded_world
@@ -51,17 +39,7 @@ def open_corpus(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Cor
 
 
 def open_source(path: str) -> Source:
-    """Open whatever ``open_corpus`` opens, without reading a file of documents yet.
-
-    Args:
-        path: JSON-lines file, folder of ``calibadv index``, or ``embedded``.
-
-    Returns:
-        The source. The numbers of a file are its lines, those of others count the documents.
-
-    Raises:
-        UserError: there is no such file, or the folder is not a whole index.
-    """
+    """Open whatever ``open_corpus`` opens, without reading a file of documents yet."""
     if Path(path).is_file():
         return file_source(Path(path))
     corpus = open_corpus(path)  # of what is neither a folder nor a file, it says so
@@ -74,17 +52,7 @@ def open_source(path: str) -> Source:
 
 
 def sample_corpus(path: str) -> Sample:
-    """Look at a part of a corpus.
-
-    Args:
-        path: whatever ``open_corpus`` opens. Of a file, megabytes are read and not more.
-
-    Returns:
-        The sample.
-
-    Raises:
-        UserError: there is no document in it, or no such corpus.
-    """
+    """Look at a part of a corpus."""
     if Path(path).is_file():
         return sample_file(Path(path))
     corpus = open_corpus(path)
