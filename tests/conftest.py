@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from models import byte_level_folder, wordpiece_folder
+from support.models import byte_level_folder, wordpiece_folder
 
 from calibadv.policy.loading import load_policy
 from calibadv.policy.policy import Policy

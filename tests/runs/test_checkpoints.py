@@ -1,0 +1,162 @@
+"""Damaged and wrong checkpoints: found before anything is resumed from them, or deleted."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.fits import files, fit, results
+
+from calibadv.runs.checkpoints import damage
+from calibadv.runs.folder import RunFolder
+
+WORDS = ("--checkpoint.every_n_rollout_steps", "1", "--checkpoint.keep", "0", "--rollouts.every_n_rollout_steps", "1")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rollout steps."""
+    root = tmp_path_factory.mktemp("run")
+    assert fit(root, "run", *WORDS, "--model.rollout_steps", "2") == 0
+    return root / "run"
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> RunFolder:
+    """The same, to be damaged; last.ckpt is the newest checkpoint, as it is in the original."""
+    folder = RunFolder(Path(shutil.copytree(run, tmp_path / "run")))
+    folder.last.unlink()
+    folder.last.hardlink_to(folder.checkpoint(2))
+    return folder
+
+
+def change_bytes(path: Path, at: float, number: int) -> None:
+    content = bytearray(path.read_bytes())
+    start = int(len(content) * at)
+    content[start : start + number] = bytes(byte ^ 0xFF for byte in content[start : start + number])
+    path.write_bytes(content)
+
+
+def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        content = torch.load(path, weights_only=True)
+        change(content)
+        torch.save(content, path)
+
+    return apply
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "2000 bytes": (lambda path: change_bytes(path, 0.5, 2000), "bytes of its record .*data/.* have changed"),
+    "1 byte": (lambda path: change_bytes(path, 0.3, 1), "bytes of its record .* have changed"),
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-5000]), "it is no whole file"),
+    "empty": (lambda path: path.write_bytes(b""), "it is no whole file"),
+    "another format": (lambda path: path.write_text("a pickle, perhaps"), "it is no whole file"),
+    "no step": (edit(lambda c: c.pop("rollout_step")), "it has no 'rollout_step'"),
+    "step is text": (edit(lambda c: c.update(rollout_step="two")), "it has 'two' as 'rollout_step'"),
+    "step is nan": (edit(lambda c: c.update(rollout_step=float("nan"))), "it has nan as 'rollout_step'"),
+    "step -7": (edit(lambda c: c.update(rollout_step=-7)), "it has -7 as 'rollout_step'"),
+    "step 1": (edit(lambda c: c.update(rollout_step=1)), "it holds rollout step 1, which its name contradicts"),
+    "no version": (edit(lambda c: c.pop("pytorch-lightning_version")), "it has no 'pytorch-lightning_version'"),
+    "no loops": (edit(lambda c: c.pop("loops")), "it has no 'loops'"),
+    "no callbacks": (edit(lambda c: c.pop("callbacks")), "it has no 'callbacks'"),
+    "no results": (
+        edit(lambda c: c["callbacks"]["Results"].pop("validations")),
+        "in 'Results', it has no 'validations'",
+    ),
+    "no counters": (edit(lambda c: c["loops"].update(fit_loop=3)), "in 'fit_loop', it holds int"),
+    "no weights": (edit(lambda c: c.pop("state_dict")), "it has no 'state_dict'"),
+    "weights nan": (edit(lambda c: next(iter(c["state_dict"].values())).view(-1)[3:4].fill_(torch.nan)), "not finite"),
+    "a list": (lambda path: torch.save([1, 2], path), "it holds list, and not the parts of a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found_and_named(name: str, copy: RunFolder) -> None:
+    change, reason = DAMAGES[name]
+    assert damage(copy.checkpoint(2)) is None
+    change(copy.checkpoint(2))
+    assert re.search(reason, str(damage(copy.checkpoint(2))))
+
+
+@pytest.mark.parametrize("name", ["2000 bytes", "step -7", "weights nan"])
+def test_the_next_older_checkpoint_takes_the_place_of_a_damaged_one(
+    name: str, copy: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = copy.checkpoint(2)
+    DAMAGES[name][0](newest)
+    assert fit(copy.path.parent, "run", *WORDS, "--model.rollout_steps", "3", "--ckpt_path", "last") == 0
+    (warning,) = [message for message in caplog.messages if message.startswith("damaged checkpoints")]
+    assert f"{newest}: " in warning
+    assert warning.endswith(f"going on from {copy.checkpoint(1)}, which costs 1 rollout step")
+    assert [row["step"] for row in results(copy.path)["validations"]] == [0, 3]
+    assert copy.step_checkpoints() == [copy.checkpoint(step) for step in (1, 2, 3)]
+    assert damage(newest) is None  # made again
+
+
+@pytest.mark.parametrize("name", ["2000 bytes", "another format", "step -7"])
+def test_a_damaged_checkpoint_that_is_named_is_refused_in_one_line(
+    name: str, copy: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, reason = DAMAGES[name]
+    newest = copy.checkpoint(2)
+    change(newest)
+    before = files(copy.path)
+    assert fit(copy.path.parent, "run", *WORDS, "--model.rollout_steps", "3", "--ckpt_path", str(newest)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(reason, error)
+    assert f"{copy.checkpoint(1)} is whole: give that" in error
+    assert files(copy.path) == before
+
+
+def test_where_all_are_damaged_nothing_is_started_anew(copy: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (1, 2):
+        change_bytes(copy.checkpoint(step), 0.5, 2000)
+    before = files(copy.path)
+    for word in ("last", "auto"):
+        assert fit(copy.path.parent, "run", *WORDS, "--model.rollout_steps", "3", "--ckpt_path", word) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "every checkpoint of the run is damaged" in error
+    assert files(copy.path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda c: c["state_dict"].popitem(), r"the checkpoint has no model\..*, and the policy has model\..* of \["),
+        (
+            lambda c: c["state_dict"].update(more=torch.ones(2)),
+            r"the checkpoint has more of \[2\], and the policy has no",
+        ),
+        (
+            lambda c: c["state_dict"].update({k: v[:1] for k, v in list(c["state_dict"].items())[:1]}),
+            r"the checkpoint has model\..* of \[1.*\], and the policy has model",
+        ),
+        (lambda c: c["optimizer_states"].clear(), r"the checkpoint's optimizer state does not fit the policy"),
+        (
+            lambda c: c["optimizer_states"][0]["state"][0].update(exp_avg=torch.ones(3)),
+            r"the checkpoint's optimizer state does not fit the policy \(parameter 0\)",
+        ),
+        (lambda c: c["optimizer_states"][0].pop("param_groups"), r"optimizer state does not fit the policy"),
+        (lambda c: c["optimizer_states"][0]["param_groups"][0]["params"].pop(), r"optimizer state does not fit the po"),
+        (lambda c: c["optimizer_states"][0]["state"].pop(2), r"optimizer state does not fit the policy \(.* of "),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_before_anything_is_deleted(
+    change: Callable[[dict[str, Any]], Any], line: str, copy: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(change)(copy.checkpoint(1))
+    before = files(copy.path)
+    older = str(copy.checkpoint(1))
+    assert fit(copy.path.parent, "run", *WORDS, "--model.rollout_steps", "3", "--ckpt_path", older) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(line, error), error
+    assert files(copy.path) == before

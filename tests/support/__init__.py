@@ -1,0 +1,1 @@
+"""What tests share: agents, models, encoders, records, samplers, runs, services, faults and kills."""
