@@ -16,7 +16,7 @@ from rich.table import Table
 from calibadv.analysis.compare.runs import Run, find_runs, read_runs
 from calibadv.callbacks._collapse.detector import Alarm, Watch
 from calibadv.callbacks._collapse.rules import Limits
-from calibadv.runs.summary import outcome
+from calibadv.runs.summary import summarize_run
 
 
 def alarms(run: Run) -> list[Alarm]:
@@ -42,7 +42,7 @@ def main(folders: list[str]) -> None:
     for run in read_runs(find_runs([Path(folder) for folder in folders]), {}):
         found = alarms(run)
         acts = [alarm for alarm in found if alarm.acts]
-        result = outcome(run.validations)
+        result = summarize_run(run.validations)
         verdicts[bool(result["collapsed"]), bool(acts)] += 1
         when = "" if result["step_of_collapse"] is None else f", step {result['step_of_collapse']}"
         table.add_row(

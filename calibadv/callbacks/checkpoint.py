@@ -173,7 +173,7 @@ class RolloutCheckpoint(Callback):
                 remove(partial)
         self._saved_step = pl_module.rollout_step
         if trainer.is_global_zero:
-            folder.point_last_at(path)
+            folder.link_last(path)
             if self.keep:
                 for old in folder.step_checkpoints()[: -self.keep]:
                     remove(old)

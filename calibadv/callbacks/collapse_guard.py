@@ -198,8 +198,8 @@ class CollapseGuard(Callback):
         rollouts = folder.rollout_file("train", step)
         if rollouts.exists():
             replace_durably(rollouts, _free_name(folder.rollout_file("alarm", step)))  # which no resume removes
-        folder.drop_beyond(step_of(checkpoint))
-        folder.point_last_at(checkpoint)
+        folder.truncate_after(step_of(checkpoint))
+        folder.link_last(checkpoint)
         self._write(trainer, folder)
         checkpoints = installed(trainer, RolloutCheckpoint)
         told = (checkpoints and checkpoints.stopped_by) or 0

@@ -16,7 +16,7 @@ from calibadv.callbacks._utils import installed
 from calibadv.callbacks.collapse_guard import CollapseGuard
 from calibadv.io.files import write_atomically
 from calibadv.runs.folder import RunFolder
-from calibadv.runs.summary import outcome
+from calibadv.runs.summary import summarize_run
 from calibadv.runs.versions import machine, versions
 
 
@@ -78,7 +78,7 @@ class Results(Callback):
         guard = installed(trainer, CollapseGuard)
         return {
             "validations": self.validations,
-            **outcome(self.validations),
+            **summarize_run(self.validations),
             "statuses": dict(sorted(self.statuses.items())),
             **({} if guard is None else {"guard": guard.events, "stopped_by_guard": guard.stopping}),
             "wall_seconds": round(self.wall_seconds, 1),

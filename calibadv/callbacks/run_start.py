@@ -10,9 +10,9 @@ import yaml
 from typing_extensions import override
 
 from calibadv.io.files import write_atomically
-from calibadv.runs.logger import RunCurves
+from calibadv.runs.folder import StartPoint
+from calibadv.runs.logger import RunTensorBoardLogger
 from calibadv.runs.settings import changed_settings
-from calibadv.runs.setup import Start
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class RunStart(pl.Callback):
         config: the resolved config of the run, as YAML.
     """
 
-    def __init__(self, start: Start, config: str) -> None:
+    def __init__(self, start: StartPoint, config: str) -> None:
         self.start = start
         self.config = config
 
@@ -37,14 +37,14 @@ class RunStart(pl.Callback):
                 start.folder.clear()
             if start.checkpoint is not None and start.resumed_from is not None:
                 _warn_of_changes(start.folder.newest_config(), self.config)
-                start.folder.drop_beyond(start.resumed_from)
-                start.folder.point_last_at(start.checkpoint)
+                start.folder.truncate_after(start.resumed_from)
+                start.folder.link_last(start.checkpoint)
             if start.resumed_from is None:
-                start.folder.claim(self.config)
+                start.folder.create(self.config)
             else:
                 write_atomically(start.folder.config(start.resumed_from), self.config)
         for logger in trainer.loggers:
-            if isinstance(logger, RunCurves):
+            if isinstance(logger, RunTensorBoardLogger):
                 logger.open()
 
 

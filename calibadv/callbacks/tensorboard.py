@@ -13,7 +13,7 @@ from calibadv.batch import StepOutput
 from calibadv.callbacks._utils import installed, writers
 from calibadv.callbacks.results import Results
 from calibadv.runs.settings import as_text
-from calibadv.runs.summary import outcome
+from calibadv.runs.summary import summarize_run
 
 Setting = str | int | float | bool
 
@@ -98,7 +98,7 @@ class TensorBoardPages(Callback):
         results = installed(trainer, Results)
         if trainer.state.fn != "fit" or results is None:
             return
-        found = outcome(results.validations)
+        found = summarize_run(results.validations)
         for writer in writers(trainer):
             for name in ("best_f1", "final_f1", "collapsed"):
                 if name in found:

@@ -1,33 +1,35 @@
-"""The commands beside the four verbs: typed functions, whose signatures and docstrings are their options and help."""
+"""Typed commands: functions whose signatures and docstrings are the options and help of a command."""
 
 from __future__ import annotations
 
 import json
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pkgutil import resolve_name
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
 
+from calibadv.cli.command_table import COMMANDS
 from calibadv.config.errors import explain
-from calibadv.config.files import ConfigFile, read_words
-from calibadv.config.help import TOOLS, ToolHelp, describe_tool
+from calibadv.config.files import ConfigFile, Option, read_words
+from calibadv.config.help import CommandHelpFormatter, set_metavars
 from calibadv.errors import UserError
 
 Functions = dict[str, Callable[..., Any]]
 
 
-def run_tool(command: str, arguments: Sequence[str]) -> int:
-    """Run one tool command."""
-    functions = tool_functions(command)
-    parser = tool_parser(command)
+def run_command(command: str, arguments: Sequence[str]) -> int:
+    """Run one command, and return its exit status."""
+    functions = _functions(command)
+    parser = command_parser(command)
     try:
         parsed = parser.instantiate(parser.parse_args(_joined_lists(arguments, functions)))
     except ArgumentError as error:
         verb = next((word for word in arguments if word in functions), "")
-        # To a tool null says no more than leaving the option out.
+        # In a typed command, null means the same as leaving the option out.
         raise UserError(explain(str(error), _options(parser), verb).removesuffix(" or null")) from error
     chosen = parsed.pop("subcommand", None)
     options = (parsed[chosen] if chosen else parsed).as_dict()
@@ -40,34 +42,34 @@ def run_tool(command: str, arguments: Sequence[str]) -> int:
 
 
 def _run_and_report(function: Callable[..., Any], options: dict[str, Any]) -> None:
-    """Run a function that writes to ``out``, and say so."""
+    """Run a function that writes to ``out``, and print the path."""
     out = options["out"]
     try:
         function(**options)
     except OSError as error:
         raise UserError(f"out '{out}' cannot be written ({error.strerror or error}); give another --out") from error
-    if not options.get("json"):  # what is printed then is for a program to read
+    if not options.get("json"):  # the output is then for programs
         Console(soft_wrap=True).print(f"wrote {out}", highlight=False, markup=False)
 
 
-def tool_parser(command: str) -> ArgumentParser:
-    """Build the parser of a tool command."""
+def command_parser(command: str) -> ArgumentParser:
+    """Build the parser of a command."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    functions = tool_functions(command)
+    functions, summary = _functions(command), COMMANDS[command].summary
     if command in functions:
-        parser = _function_parser(f"calibadv {command}", TOOLS[command], functions[command])
+        parser = _function_parser(f"calibadv {command}", summary, functions[command])
         first = _first_parameter(functions[command])
         action = next(action for action in parser._actions if action.dest == first)
         action.help = f"{action.help} May stand first, without --{first}."
         usage = parser.format_usage().removeprefix("usage: ").rstrip("\n")
         parser.usage = usage.replace(f"--{first} ", "", 1)
         return parser
-    parser = _new_parser(f"calibadv {command}", TOOLS[command])
+    parser = _new_parser(f"calibadv {command}", summary)
     subcommands = parser.add_subcommands(title="what to do", help="One of these:")
     for name, function in functions.items():
-        summary = (function.__doc__ or "").partition("\n")[0]
-        own = _function_parser(f"calibadv {command} {name}", summary, function)
-        subcommands.add_subcommand(name, own, help=summary)
+        text = (function.__doc__ or "").partition("\n")[0]
+        own = _function_parser(f"calibadv {command} {name}", text, function)
+        subcommands.add_subcommand(name, own, help=text)
     return parser
 
 
@@ -77,16 +79,16 @@ def _function_parser(prog: str, description: str, function: Callable[..., Any]) 
     typed.add_function_arguments(function, as_group=False)
     parser = _new_parser(prog, description)
     parser.add_function_arguments(function, as_group=False, skip=set(flags))
-    for flag in flags:  # by its type it would want the word true behind it
+    for flag in flags:  # by its type, it would need the value true
         text = next(action.help for action in typed._actions if action.dest == flag)
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     _drop_dataclasses(parser)
-    describe_tool(parser)
+    set_metavars(parser)
     return parser
 
 
 def _drop_dataclasses(parser: ArgumentParser) -> None:
-    """Remove the option for the whole of a dataclass, which wants a file: each of its fields has one of its own."""
+    """Remove the options of whole dataclasses, which take a file; each field has an option of its own."""
     names = {action.dest for action in parser._actions}
     for group in parser._action_groups:
         for action in list(group._group_actions):
@@ -98,59 +100,47 @@ def _drop_dataclasses(parser: ArgumentParser) -> None:
 
 def _new_parser(prog: str, description: str) -> ArgumentParser:
     return ArgumentParser(
-        prog=prog, description=description, exit_on_error=False, allow_abbrev=False, formatter_class=ToolHelp
+        prog=prog,
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=CommandHelpFormatter,
     )
 
 
-def tool_functions(command: str) -> Functions:
-    """The functions behind a tool command. One that writes something has a parameter ``out``: where."""
-    if command == "replay":
-        from calibadv.analysis.replay import replay
-
-        return {"replay": replay}
-    if command == "compare":
-        from calibadv.analysis.compare.command import compare
-
-        return {"compare": compare}
-    if command == "view":
-        from calibadv.analysis.viewer.command import view
-
-        return {"view": view}
-    if command == "world":
-        from calibadv.world import command as world
-
-        return {"export": world.export, "policy": world.policy}
-    if command == "index":
-        from calibadv.retrieval.index.build import index
-
-        return {"index": index}
-    from calibadv.cli import retrieval
-
-    return {command: getattr(retrieval, command)}
+def _functions(command: str) -> Functions:
+    """Import the functions of a command. One that writes files has a parameter ``out``."""
+    functions = [resolve_name(path) for path in COMMANDS[command].functions]
+    return {function.__name__: function for function in functions}
 
 
 def _joined_lists(arguments: Sequence[str], functions: Functions) -> list[str]:
-    """``--config a --config b``, ``--config a b`` and ``--top_k 2 5`` become one option each, which holds a list."""
-    if arguments and not arguments[0].startswith("-") and len(functions) == 1:
-        # What stands before the first option is its first parameter: view FILE ..., compare RUN ...
-        (function,) = functions.values()
-        arguments = [f"--{_first_parameter(function)}", *arguments]
+    """Join the values of each list option, such as ``--config a --config b`` or ``--top_k 2 5``, into one JSON list."""
     kinds = {f"--{name}": kind for function in functions.values() for name, kind in get_type_hints(function).items()}
-    names: list[str] = []
+    settings = read_words(_with_first_option(arguments, functions))
+    words = _joined_options([setting for setting in settings if isinstance(setting, Option)], kinds)
+    configs = [str(setting.path) for setting in settings if isinstance(setting, ConfigFile)]
+    return [*words, "--config", json.dumps(configs)] if configs else words
+
+
+def _with_first_option(arguments: Sequence[str], functions: Functions) -> list[str]:
+    """Put ``--NAME`` before leading words, which are values of the first parameter: view FILE ..., compare RUN ..."""
+    if arguments and not arguments[0].startswith("-") and len(functions) == 1:
+        (function,) = functions.values()
+        return [f"--{_first_parameter(function)}", *arguments]
+    return list(arguments)
+
+
+def _joined_options(options: Sequence[Option], kinds: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
     lists: dict[str, list[str]] = {}
-    for setting in read_words(arguments):
-        if isinstance(setting, ConfigFile):
-            names.append(str(setting.path))
-            continue
-        name, equals, value = setting.words[0].partition("=")
+    for option in options:
+        name, equals, value = option.words[0].partition("=")
         if "list[" in str(kinds.get(name)):
-            lists.setdefault(name, []).extend([value] if equals else setting.words[1:])
+            lists.setdefault(name, []).extend([value] if equals else option.words[1:])
         else:
-            words += setting.words
-    for name, values in lists.items():
-        words += _joined(name, values, kinds[name])
-    return [*words, "--config", json.dumps(names)] if names else words
+            words += option.words
+    return words + [word for name, values in lists.items() for word in _joined(name, values, kinds[name])]
 
 
 def _first_parameter(function: Callable[..., Any]) -> str:
@@ -158,13 +148,13 @@ def _first_parameter(function: Callable[..., Any]) -> str:
 
 
 def _joined(name: str, values: Sequence[str], kind: Any) -> list[str]:
-    # One word is a list only where nothing else is accepted, and a list that is typed as JSON is one already.
+    # A single word is a list only if nothing else is accepted; a list in JSON stays as it is.
     several = len(values) > 1 or (_is_list(kind) and len(values) == 1)
     return [name, json.dumps(values)] if several and not values[0].startswith("[") else [name, *values]
 
 
 def _is_list(kind: Any) -> bool:
-    """Whether a word can only be an element: of a list, or of one that may be left out."""
+    """Return True for a list, or a list or None."""
     accepted = set(get_args(kind)) - {NoneType} if get_origin(kind) is UnionType else {kind}
     return all(get_origin(one) is list for one in accepted)
 

@@ -1,4 +1,4 @@
-"""The parser's errors, of up to some 70 lines, reduced to one: the innermost cause, and what would be accepted."""
+"""Reduction of the parser's errors, of up to 70 lines, to one line: the innermost cause and the accepted values."""
 
 from __future__ import annotations
 
@@ -29,28 +29,35 @@ _SEAMS = {
 }
 
 
+_TYPE_NAMES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a string",
+    "NoneType": "null",
+}
+
+
 def explain(message: str, options: Collection[str] = (), verb: str = "") -> str:
-    """Reduce a parser's error to its innermost cause."""
-    nested = _LAST_CALLBACK.search(message)
-    if nested:
+    """Reduce a parser's error to its innermost cause; ``options`` are those that the parser accepts."""
+    if nested := _LAST_CALLBACK.search(message):
         return _option_of_last_callback(*nested.groups())
-    unknown = re.search(r"unrecognized arguments: (\S+)", message)
-    if unknown:
+    if unknown := re.search(r"unrecognized arguments: (\S+)", message):
         return _unknown_option(unknown[1].partition("=")[0], options)
-    in_file = re.search(r"does not accept option '([^']+)'", message)
-    if in_file:
+    if in_file := re.search(r"does not accept option '([^']+)'", message):
         return _unknown_option(f"--{in_file[1].rstrip('+')}", options)
-    missing = re.search(r"arguments are required: (.+)", message)
     keys = list(dict.fromkeys(_KEY.findall(message)))
-    if missing:
+    if missing := re.search(r"arguments are required: (.+)", message):
         names = [name.removeprefix(f"{verb}.") for name in missing[1].strip().split(", ")]
         return _missing_options([".".join([*keys, name]) for name in names], has_configs="--config" in options)
-    where = f"{'.'.join(keys)}: " if keys else ""
+    return (f"{'.'.join(keys)}: " if keys else "") + _cause(message)
+
+
+def _cause(message: str) -> str:
     for pattern, describe in _CAUSES:
-        found = re.search(pattern, message)
-        if found:
-            return where + describe(found, message[: found.start()])
-    return where + " ".join(line.strip() for line in _KEY.sub("", message).splitlines() if line.strip(" :"))
+        if found := re.search(pattern, message):
+            return describe(found, message[: found.start()])
+    return " ".join(line.strip() for line in _KEY.sub("", message).splitlines() if line.strip(" :"))
 
 
 def _option_of_last_callback(class_path: str, cause: str, option: str) -> str:
@@ -64,7 +71,7 @@ def _option_of_last_callback(class_path: str, cause: str, option: str) -> str:
         return f"trainer.callbacks.{explain(cause)}"
     return (
         f"--trainer.callbacks.{option} sets an option of the last callback, which is {name} and takes "
-        f"{_listed(options_of(class_path))}; put the overlay of the one that is meant last, or set it in a config file"
+        f"{_listed(options_of(class_path))}; put the overlay of the intended callback last, or set it in a config file"
     )
 
 
@@ -110,16 +117,15 @@ def _not_a_choice(found: re.Match[str], before: str) -> str:
 
 
 def _not_a_type(found: re.Match[str], before: str) -> str:
-    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-    return f"'{found[2]}' is not accepted; it must be {kinds.get(found[1], found[1])}"
+    return f"'{found[2]}' is not accepted; it must be {_TYPE_NAMES.get(found[1], found[1])}"
 
 
 def _linked(found: re.Match[str], before: str) -> str:
-    return f"{found[1]} is set by --{found[2]}, and by nothing else; give that"
+    return f"{found[1]} is set by --{found[2]} only; give that"
 
 
 def _no_command(found: re.Match[str], before: str) -> str:
-    return f"say what to do: {' or '.join(found[1].split(','))}"
+    return f"the command is missing; choose {' or '.join(found[1].split(','))}"
 
 
 def _wrong_command(found: re.Match[str], before: str) -> str:
@@ -131,9 +137,8 @@ def _no_value(found: re.Match[str], before: str) -> str:
 
 
 def _none_of_types(found: re.Match[str], before: str) -> str:
-    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
     expected = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.+)\])", found[1])
-    accepted = [kinds.get(kind, kind) if kind else choices.replace(", ", " or ") for kind, choices in expected]
+    accepted = [_TYPE_NAMES.get(kind, kind) if kind else choices.replace(", ", " or ") for kind, choices in expected]
     return f"'{found[2]}' is not accepted; it must be {' or '.join(accepted)}"
 
 

@@ -1,4 +1,4 @@
-"""Config files by name, and mistakes in their order that the parser would accept silently."""
+"""Reading of config files, and of a command line as config files and options."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import yaml
 from calibadv.errors import UserError
 
 CALLBACKS = "trainer.callbacks"
-_OPTION = re.compile(r"--?[A-Za-z]")  # and not -1
+_OPTION = re.compile(r"--?[A-Za-z]")  # not a number such as -1
 
 
 def configs_folder() -> Path:
-    """The packaged configs."""
+    """Return the folder of the packaged configs."""
     package = Path(str(files("calibadv")))
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def resolve_config(name: str) -> Path:
-    """Find a config file."""
+    """Return the path of a packaged config or of a file."""
     folder = configs_folder()
     for candidate in (folder / f"{name}.yaml", Path(name)):
         if candidate.is_file():
@@ -40,7 +40,7 @@ def resolve_config(name: str) -> Path:
 
 
 def config_name(path: Path) -> str:
-    """What a user calls a config file."""
+    """Return the name of a packaged config, or the path of another file."""
     folder = configs_folder().resolve()
     if path.resolve().is_relative_to(folder):
         return path.resolve().relative_to(folder).with_suffix("").as_posix()
@@ -49,15 +49,20 @@ def config_name(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """One config file, flat: ``values`` maps dotted keys such as ``trainer.callbacks+`` to what is not a mapping."""
+    """A config file; ``values`` maps dotted keys such as ``trainer.callbacks+`` to their values."""
 
     name: str
     path: Path
     values: dict[str, Any]
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Words that name the file on a command line."""
+        return ("--config", self.name)
+
 
 def read_words(arguments: Sequence[str]) -> list[ConfigFile | Option]:
-    """Read the words of a command line: the config files that they name, and their options."""
+    """Read the words of a command line: config files and options, in their order."""
     settings: list[ConfigFile | Option] = []
     for words in _options(arguments):
         name, equals, value = words[0].partition("=")
@@ -72,8 +77,8 @@ def read_words(arguments: Sequence[str]) -> list[ConfigFile | Option]:
 
 
 def _options(arguments: Sequence[str]) -> Iterator[list[str]]:
-    """Each option with the words up to the next one."""
-    starts = [place for place, word in enumerate(arguments) if _OPTION.match(word)]
+    """Yield each option with the words up to the next one."""
+    starts = [index for index, word in enumerate(arguments) if _OPTION.match(word)]
     for start, end in zip([0, *starts], [*starts, len(arguments)], strict=True):
         if arguments[start:end]:
             yield list(arguments[start:end])
@@ -83,11 +88,11 @@ def _parse(given: list[str]) -> Any:
     try:
         return yaml.safe_load(" ".join(given))
     except yaml.YAMLError:
-        return None  # whatever it is, it names no callback; the parser will say what it thinks of it
+        return None  # not the name of a callback; the parser reports it
 
 
 def read_config(path: Path) -> ConfigFile:
-    """Read a YAML config."""
+    """Read a config file."""
     return ConfigFile(config_name(path), path, dict(_flatten(read_yaml(path), "")))
 
 
@@ -113,7 +118,7 @@ def _flatten(mapping: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option of the command line; ``words`` are those it was typed in, ``values`` is as in ``ConfigFile``."""
+    """An option of a command line; ``words`` are as typed, ``values`` is as in ``ConfigFile``."""
 
     name: str
     words: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What --help says of the commands, and of the options whose own text is wrong or missing here."""
+"""Texts of --help: of the commands that take a config of a run, and of options without a fitting text of their own."""
 
 from __future__ import annotations
 
@@ -18,21 +18,10 @@ VERBS = {
     "test": "Answer the test questions greedily and print the figures.",
     "predict": "Answer the test questions greedily and write the rollouts.",
 }
-# These take the options of fit, and their own.
-STUDY = {"study": "Train several methods over seeds with everything else equal, and report how they compare."}
-PLAN = {"plan": "Estimate the memory and the time that a run will take, before it is started."}
-TOOLS = {
-    "index": "Build an index of a corpus, to be searched by words or by meaning; or verify one.",
-    "search": "Search an index for one query and print what is found.",
-    "serve": "Answer searches of an index over HTTP.",
-    "audit": "Measure whether a corpus holds the answers to questions, and whether a search finds them.",
-    "compare": "Compare trained runs: a report with curves, intervals and paired tests.",
-    "view": "Make a page to read rollouts in a browser.",
-    "replay": "Apply one or several methods to recorded rollouts, without a model, and compare their advantages.",
-    "world": "Export the embedded world, or make its policy again from nothing.",
-}
-# What stands for the value of a tool's option, where the name of its type would not help.
-PLACEHOLDERS = {
+STUDY = "Train several methods over seeds with everything else equal, and report how they compare."
+PLAN = "Estimate the memory and the time that a run will take, before it is started."
+# Names of values in the help of typed commands, shown instead of the type.
+METAVARS = {
     "arm": "NAME[=OVERLAY[+OVERLAY...]]",
     "backend": "{bm25,faiss}",
     "config": "NAME_OR_FILE",
@@ -50,8 +39,8 @@ PLACEHOLDERS = {
     "top_k": "N",
     "verify": "DIR",
 }
-# Settings of the trainer that may not be changed, and why.
-STAYS: dict[str, tuple[float | None, str]] = {
+# Settings of the trainer that must keep their value, and why.
+FIXED_TRAINER_OPTIONS: dict[str, tuple[float | None, str]] = {
     "max_epochs": (-1, "model.rollout_steps says how long to train"),
     "max_steps": (-1, "model.rollout_steps says how long to train"),
     "min_epochs": (None, "the run would go on beyond model.rollout_steps, and no signal would stop it"),
@@ -66,39 +55,39 @@ STAYS: dict[str, tuple[float | None, str]] = {
     "gradient_clip_algorithm": (None, "model.clip_norm clips, and by the norm"),
     "default_root_dir": (None, "--run.root and --run.name place the run folder"),
 }
-HELP = {
-    **{f"trainer.{name}": f"Must stay as it is: {reason}." for name, (_, reason) in STAYS.items()},
+OPTION_HELP = {
+    **{f"trainer.{name}": f"Must stay as it is: {reason}." for name, (_, reason) in FIXED_TRAINER_OPTIONS.items()},
     "config": "Packaged config such as quickstart or calibrators/calibadv, or a YAML file; several apply in order.",
-    "seed": "Seed of the questions drawn, of sampling and of mini-batches; the initial policy does not depend on it.",
+    "seed_everything": "Seed of drawn questions, sampling and mini-batches; the initial policy does not depend on it.",
     "ckpt_path": "Checkpoint to start from, or last: the newest one of the run that --run.name names.",
     "weights_only": "Load tensors and numbers only from a checkpoint, and no other Python objects.",
-    "trainer.logger": "Logger or loggers in the place of TensorBoard's in the run folder; false for none.",
+    "trainer.logger": "Logger or loggers instead of TensorBoard's in the run folder; false for none.",
     "trainer.limit_train_batches": "Rollout steps of what Lightning calls an epoch; no question is repeated.",
-    "trainer.log_every_n_steps": "For the curves of other parts; ours have a point at every rollout step.",
-    "trainer.max_time": "Stop in an orderly way after DD:HH:MM:SS of training; a resumed run has all of it again.",
+    "trainer.log_every_n_steps": "Interval of other parts' curves; calibadv's have a point at every rollout step.",
+    "trainer.max_time": "Stop with a checkpoint after DD:HH:MM:SS of training; a resumed run has all of it again.",
     "trainer.precision": "32-true, bf16-mixed, bf16-true (with adapters or a high learning rate) or 64-true.",
     "trainer.val_check_interval": "Validate after every so many rollout steps, before the first and after the last.",
-    "trainer.enable_progress_bar": "Lightning's own progress bar, beside ours.",
-    "trainer.enable_checkpointing": "Lightning's own checkpoints, beside ours (--checkpoint).",
+    "trainer.enable_progress_bar": "Lightning's own progress bar, in addition to calibadv's.",
+    "trainer.enable_checkpointing": "Lightning's own checkpoints, in addition to calibadv's (--checkpoint).",
 }
 
 
-def describe(parser: ArgumentParser) -> None:
-    """Put our texts into a parser."""
+def set_option_help(parser: ArgumentParser) -> None:
+    """Set the help texts of ``OPTION_HELP`` in a parser."""
     for action in parser._actions:
-        if action.dest in HELP:
-            action.help = HELP[action.dest]
+        if action.dest in OPTION_HELP:
+            action.help = OPTION_HELP[action.dest]
     for group in parser._action_groups:
         if any(action.dest == "ckpt_path" for action in group._group_actions):
             group.title = "Checkpoint to start from"
 
 
-class ToolHelp(DefaultHelpFormatter):
-    """Help of a tool command: placeholders in the place of types, no second spelling of lists, no null."""
+class CommandHelpFormatter(DefaultHelpFormatter):
+    """Help of a typed command: metavars instead of types, one spelling of lists, no null."""
 
     @override
     def _get_type_str(self, action: Action) -> str | None:
-        return None if action.dest in PLACEHOLDERS else super()._get_type_str(action)
+        return None if action.dest in METAVARS else super()._get_type_str(action)
 
     @override
     def _expand_help(self, action: Action) -> str:
@@ -111,9 +100,9 @@ class ToolHelp(DefaultHelpFormatter):
         return re.sub(r", --\S+\+ .*", "", super()._format_action_invocation(action))
 
 
-def describe_tool(parser: ArgumentParser) -> None:
-    """Put our placeholders into a parser."""
+def set_metavars(parser: ArgumentParser) -> None:
+    """Set the metavars of ``METAVARS`` in a parser."""
     for action in parser._actions:
-        if action.dest in PLACEHOLDERS:
+        if action.dest in METAVARS:
             several = f"--{action.dest}+" in action.option_strings
-            action.metavar = PLACEHOLDERS[action.dest] + (" ..." if several else "")
+            action.metavar = METAVARS[action.dest] + (" ..." if several else "")

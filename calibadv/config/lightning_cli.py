@@ -1,8 +1,7 @@
-"""The verbs fit, validate, test and predict: LightningCLI with our run folders, defaults and manners."""
+"""LightningCLI for the verbs fit, validate, test and predict, with run folders, defaults and checks of calibadv."""
 
 from __future__ import annotations
 
-import logging
 import shlex
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -30,43 +29,38 @@ from calibadv.callbacks.results import Results
 from calibadv.callbacks.rollout_writer import RolloutWriter
 from calibadv.callbacks.run_start import RunStart
 from calibadv.callbacks.tensorboard import TensorBoardPages, swept_settings
-from calibadv.cli.threads import limit_threads
 from calibadv.config.errors import explain
 from calibadv.config.files import ConfigFile, Option, configs_folder
-from calibadv.config.help import HELP, VERBS, describe
-from calibadv.config.overlays import scan_settings
+from calibadv.config.help import OPTION_HELP, VERBS, set_option_help
+from calibadv.config.overlays import check_overlay_order
 from calibadv.config.run_setup import (
-    Run,
-    check_left_to_do,
+    RunOptions,
+    check_start,
     locate,
-    plan_start,
-    refuse_in_study,
-    refuse_second_run,
-    refuse_untrained,
+    resolve_start,
     resume_command,
 )
-from calibadv.config.trainer_checks import check_checkpoint, check_trainer, is_first_process, moment
+from calibadv.config.threads import limit_threads
+from calibadv.config.trainer_checks import check_checkpoint, check_trainer, is_first_process, run_timestamp
 from calibadv.data.datamodule import QuestionData
 from calibadv.errors import StopRequestedError, UserError
 from calibadv.module import SearchAgentModule
 from calibadv.policy.precision import check_rate
+from calibadv.runs.folder import StartPoint
 from calibadv.runs.lock import RunLock
-from calibadv.runs.logger import RunCurves
-from calibadv.runs.setup import Start
-
-log = logging.getLogger(__name__)
+from calibadv.runs.logger import RunTensorBoardLogger
 
 
 class CalibadvCLI(LightningCLI):
-    """LightningCLI, with a run folder decided before anything is built, and nothing written until all inputs are read.
+    """LightningCLI that decides the run folder before anything is built, and writes nothing until all inputs are read.
 
     Args:
         verb: ``fit``, ``validate``, ``test`` or ``predict``.
         settings: config files and options of the command line.
-        lock: of the run folder; without one everything is only built, and nothing is run.
+        lock: of the run folder; without one, everything is built and nothing is run.
     """
 
-    start: Start
+    start: StartPoint
     checkpoints: RolloutCheckpoint
 
     def __init__(self, verb: str, settings: Sequence[ConfigFile | Option], lock: RunLock | None = None) -> None:
@@ -93,11 +87,12 @@ class CalibadvCLI(LightningCLI):
 
     @override
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--seed_everything", type=int, default=self.seed_everything_default, help=HELP["seed"])
+        seed = self.seed_everything_default
+        parser.add_argument("--seed_everything", type=int, default=seed, help=OPTION_HELP["seed_everything"])
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_class_arguments(Run, "run")
+        parser.add_class_arguments(RunOptions, "run")
         parser.add_lightning_class_args(RolloutCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutWriter, "rollouts")
         parser.link_arguments("seed_everything", "model.seed")
@@ -106,7 +101,7 @@ class CalibadvCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         own = self._parser(self.verb)
-        describe(own)
+        set_option_help(own)
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
@@ -115,7 +110,7 @@ class CalibadvCLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Skip LightningCLI's reading of hyperparameters from checkpoints: ours hold none, and may be large."""
+        """Read no hyperparameters from checkpoints, as LightningCLI would: they hold none, and may be large."""
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -124,32 +119,27 @@ class CalibadvCLI(LightningCLI):
         prefix = [] if self.verb == "fit" else [self.verb]
         names = [setting.path.stem for setting in self.settings if isinstance(setting, ConfigFile)]
         seed = f"seed{config.seed_everything}"
-        default_name = "-".join([*prefix, *names, seed, moment()])
+        default_name = "-".join([*prefix, *names, seed, run_timestamp()])
         if config.ckpt_path == "auto" and self.verb != "fit":
             raise UserError("--ckpt_path auto is for fit, which may start anew; give last, or a checkpoint")
         folder = locate(config.run.root, config.run.name, default_name, config.ckpt_path)
         if self._lock is not None and is_first_process():
             self._lock.take(folder)
-        self.start = plan_start(folder, config.ckpt_path)
+        self.start = resolve_start(folder, config.ckpt_path)
         check_checkpoint(self.start.checkpoint, config.trainer)
         if self.verb == "predict":
-            config.return_predictions = False  # RolloutWriter writes them; Lightning would keep them all in memory
-        if self.verb == "fit":
-            refuse_in_study(self.start.folder)
-            refuse_second_run(self.start)
-            check_left_to_do(self.start, config.model.rollout_steps, config.ckpt_path)
-        else:
-            refuse_untrained(self.start, self.verb)
+            config.return_predictions = False  # RolloutWriter writes them; Lightning would keep all in memory
+        check_start(self.verb, self.start, config.model.rollout_steps, config.ckpt_path)
         config.ckpt_path = self.start.checkpoint and str(self.start.checkpoint)
 
     @property
     def resume_command(self) -> str:
-        """What to type to go on with this run, or to start it anew where it has no checkpoint yet."""
+        """Command that continues this run, or starts it again if it has no checkpoint yet."""
         ckpt_path = "last" if self.start.folder.checkpoints_newest_first() else "auto"
         return resume_command(self.verb, self.settings, self.start.folder, ckpt_path)
 
     def resolved_config(self) -> str:
-        """Give the whole config of this run."""
+        """Return the whole config of this run as YAML."""
         config = self.config[self.verb].clone()
         config.ckpt_path = None
         config.run.name = None
@@ -164,13 +154,13 @@ class CalibadvCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = dict(self._get(self.config_init, "trainer"))
         if settings["logger"] in (None, True):
-            curves = RunCurves(self.start.folder.path, self.start.resumed_from)
+            curves = RunTensorBoardLogger(self.start.folder.path, self.start.resumed_from)
             settings["logger"] = curves if self.verb == "fit" else False
         self.checkpoints = self._get(self.config_init, "checkpoint")
-        words = [word for setting in self.settings for word in words_of(setting)]
+        words = [word for setting in self.settings for word in setting.words]
         rollouts = self._get(self.config_init, "rollouts")
         swept = swept_settings(yaml.safe_load(self.resolved_config()))
-        # The user's callbacks run once RolloutWriter has written out the step, which is finished then. Checkpoints hold
+        # The user's callbacks run after RolloutWriter has written the step, which is finished then. Checkpoints hold
         # the state of all callbacks, so they come last.
         before = [
             RunStart(self.start, self.resolved_config()),
@@ -191,13 +181,13 @@ class CalibadvCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as stop:
-            if stop.code == 1:  # what Lightning makes of a KeyboardInterrupt
+            if stop.code == 1:  # Lightning exits so after a KeyboardInterrupt
                 raise KeyboardInterrupt from stop
             raise
         except StopRequestedError:
             pass  # an orderly stop: the last finished step is saved
         except Exception as error:
-            if isinstance(error, OSError) and error.filename is None:  # a write, where the system says no name
+            if isinstance(error, OSError) and error.filename is None:  # a failed write to an unnamed file
                 error.filename = str(self.start.folder.path)
             if self.checkpoints.kept:
                 error.add_note(f"{self.checkpoints.kept}; to go on:\n  {self.resume_command}")
@@ -205,19 +195,19 @@ class CalibadvCLI(LightningCLI):
 
 
 class ReadingCLI(CalibadvCLI):
-    """Reads what ``fit`` reads, by the same rules, and builds nothing of it.
+    """Reads and checks the settings of ``fit``, and builds nothing.
 
     Args:
         settings: config files and options.
     """
 
     def __init__(self, settings: Sequence[ConfigFile | Option]) -> None:
-        scan_settings(settings)
+        check_overlay_order(settings)
         super().__init__("fit", settings)
 
     @property
     def settings_of_fit(self) -> Namespace:
-        """What ``fit`` would be given."""
+        """Settings of ``fit``."""
         settings: Namespace = self.config["fit"]
         return settings
 
@@ -233,13 +223,8 @@ class ReadingCLI(CalibadvCLI):
 
 
 def command_words(settings: Sequence[ConfigFile | Option]) -> list[str]:
-    """What LightningCLI parses: the packaged base, then what the user gave, with paths in the place of names."""
+    """Return the words that LightningCLI parses: the packaged base, then the settings, with paths for names."""
     words = ["--config", str(configs_folder() / "base.yaml")]
     for setting in settings:
         words += ["--config", str(setting.path)] if isinstance(setting, ConfigFile) else setting.words
     return words
-
-
-def words_of(setting: ConfigFile | Option) -> list[str]:
-    """How a setting is typed."""
-    return ["--config", setting.name] if isinstance(setting, ConfigFile) else list(setting.words)

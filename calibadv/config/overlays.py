@@ -1,4 +1,4 @@
-"""Checks of the order of overlays."""
+"""Checks of the order of config files: settings that later files would silently discard."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from calibadv.config.files import CALLBACKS, ConfigFile, Option
 from calibadv.errors import UserError
 
 
-def scan_settings(settings: Sequence[ConfigFile | Option]) -> None:
-    """Refuse what the parser would accept without doing what is meant."""
-    for place, setting in enumerate(settings):
-        _refuse_if_lost(setting, [later for later in settings[place + 1 :] if isinstance(later, ConfigFile)])
-    names = [name for name, _ in calibrations(settings)]
+def check_overlay_order(settings: Sequence[ConfigFile | Option]) -> None:
+    """Check that no setting is discarded by a later file, and that one AdvantageCalibration at most is installed."""
+    for index, setting in enumerate(settings):
+        _check_not_overridden(setting, [later for later in settings[index + 1 :] if isinstance(later, ConfigFile)])
+    names = [name for name, _ in installed_calibrations(settings)]
     if len(names) > 1:
         raise UserError(
             f"{' and '.join(repr(name) for name in names)} each install an AdvantageCalibration; give one overlay that "
@@ -23,15 +23,15 @@ def scan_settings(settings: Sequence[ConfigFile | Option]) -> None:
         )
 
 
-def _refuse_if_lost(setting: ConfigFile | Option, later: Sequence[ConfigFile]) -> None:
-    owners = {key: _set_again_by(key, later) for key in setting.values}
+def _check_not_overridden(setting: ConfigFile | Option, later: Sequence[ConfigFile]) -> None:
+    owners = {key: _overridden_by(key, later) for key in setting.values}
     last = next((other.name for other in reversed(later) if other.name in owners.values()), None)
     if last is None:
         return
     if all(owners.values()):
         raise UserError(
-            f"nothing of '{setting.name}' remains: what comes later sets all of it again; leave it out, "
-            f"or put it after '{last}'"
+            f"'{setting.name}' has no effect: later configs override all its keys; leave it out, or put it after "
+            f"'{last}'"
         )
     for key, owner in owners.items():
         if key.endswith("+") and owner:
@@ -41,18 +41,18 @@ def _refuse_if_lost(setting: ConfigFile | Option, later: Sequence[ConfigFile]) -
             )
 
 
-def _set_again_by(key: str, later: Sequence[ConfigFile]) -> str | None:
-    """The last file that sets the key, or what contains it, or puts a class without such an option in its place."""
+def _overridden_by(key: str, later: Sequence[ConfigFile]) -> str | None:
+    """Return the last file that sets the key or a parent of it, or a class without such an option."""
     parts = key.removesuffix("+").split(".")
     for config in reversed(later):
         for end in range(1, len(parts) + 1):
-            if ".".join(parts[:end]) in config.values or _drops(parts[:end], parts[end:], config):
+            if ".".join(parts[:end]) in config.values or _removes_option(parts[:end], parts[end:], config):
                 return config.name
     return None
 
 
-def _drops(owner: list[str], rest: list[str], config: ConfigFile) -> bool:
-    """Whether a file sets a class for ``owner`` that does not take the option ``rest``."""
+def _removes_option(owner: list[str], rest: list[str], config: ConfigFile) -> bool:
+    """Return True if a file sets a class for ``owner`` that does not take the option ``rest``."""
     new = config.values.get(".".join([*owner, "class_path"]))
     option = rest[rest[:1] == ["init_args"] :]
     if not isinstance(new, str) or not option:
@@ -60,33 +60,30 @@ def _drops(owner: list[str], rest: list[str], config: ConfigFile) -> bool:
     try:
         accepted = options_of(new)
     except (ImportError, AttributeError, ValueError):
-        return False  # the parser will say what it thinks of that class
+        return False  # the parser reports the class
     return option[0] not in accepted and all(entry.kind is not entry.VAR_KEYWORD for entry in accepted.values())
 
 
 def options_of(class_path: str) -> Mapping[str, inspect.Parameter]:
-    """What a class is made with."""
+    """Return the parameters of a class's constructor."""
     module, _, name = class_path.rpartition(".")
     return inspect.signature(getattr(import_module(module), name)).parameters
 
 
-def calibrations(configs: Sequence[ConfigFile | Option]) -> list[tuple[str, Any]]:
-    """The AdvantageCalibration callbacks that are in effect after all files and options."""
+def installed_calibrations(configs: Sequence[ConfigFile | Option]) -> list[tuple[str, Any]]:
+    """Return the AdvantageCalibration callbacks left after all files and options, each with the name of its setting."""
     found: list[tuple[str, Any]] = []
     for config in configs:
         if CALLBACKS in config.values:
             found = []
         for key in (CALLBACKS, f"{CALLBACKS}+"):
-            entries = config.values.get(key) or []
-            found += [(config.name, entry) for entry in _as_list(entries) if is_calibration(entry)]
+            value = config.values.get(key) or []
+            entries = value if isinstance(value, list) else [value]
+            found += [(config.name, entry) for entry in entries if is_calibration_callback(entry)]
     return found
 
 
-def _as_list(entries: Any) -> list[Any]:
-    return entries if isinstance(entries, list) else [entries]
-
-
-def is_calibration(entry: Any) -> bool:
-    """Whether an entry of ``trainer.callbacks`` is an AdvantageCalibration."""
+def is_calibration_callback(entry: Any) -> bool:
+    """Return True if an entry of ``trainer.callbacks`` is an AdvantageCalibration."""
     name = entry.get("class_path") if hasattr(entry, "get") else entry
     return isinstance(name, str) and name.rpartition(".")[2] == "AdvantageCalibration"

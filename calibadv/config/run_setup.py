@@ -1,4 +1,4 @@
-"""Where a run's files go, and what it starts from: decided before anything is loaded."""
+"""Run folder and start point, decided and checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from calibadv.config.files import ConfigFile, Option
 from calibadv.config.trainer_checks import is_first_process, job_name
 from calibadv.errors import UserError
 from calibadv.runs.checkpoints import damage, read_content
-from calibadv.runs.folder import RunFolder, step_of
-from calibadv.runs.setup import Start
+from calibadv.runs.folder import RunFolder, StartPoint, step_of
 
 log = logging.getLogger(__name__)
 
 _RUN_ROOT = "runs"
-# In the environment of a study's runs: what they are started with.
+# Environment variable that marks the processes of a study's runs: the words of their command.
 STUDY_WORDS = "CALIBADV_STUDY_WORDS"
 
 
 @dataclass
-class Run:
-    """Where the run's files go: ``<root>/<name>/``."""
+class RunOptions:
+    """Folder of the run: ``<root>/<name>/``."""
 
     root: str = _RUN_ROOT
     """Folder of all runs."""
@@ -35,7 +34,7 @@ class Run:
 
 
 def locate(root: str, name: str | None, default_name: str, ckpt_path: str | None) -> RunFolder:
-    """Decide where a run's files go. The checkpoint of a run continues in that run's folder, unless a name is given."""
+    """Return the run folder: the named one, that of the run of a given checkpoint, or one of the default name."""
     if name is not None:
         return _writable(RunFolder(Path(root) / name))
     if ckpt_path == "last":
@@ -43,13 +42,13 @@ def locate(root: str, name: str | None, default_name: str, ckpt_path: str | None
     if ckpt_path == "auto" and job_name() is None:
         raise UserError("--ckpt_path auto: name the run with --run.name, so that the next attempt finds this one")
     named = ckpt_path not in (None, "auto")
-    return _writable((owner(Path(str(ckpt_path))) if named else None) or RunFolder(Path(root) / default_name))
+    return _writable((_owner(Path(str(ckpt_path))) if named else None) or RunFolder(Path(root) / default_name))
 
 
-def plan_start(folder: RunFolder, ckpt_path: str | None) -> Start:
-    """Decide what a run starts from, and check it."""
+def resolve_start(folder: RunFolder, ckpt_path: str | None) -> StartPoint:
+    """Return the start point for ``--ckpt_path``, and check its checkpoint."""
     if ckpt_path is None:
-        return Start(folder)
+        return StartPoint(folder)
     if ckpt_path not in ("last", "auto"):
         _check_whole(Path(ckpt_path))
         return _start_from(Path(ckpt_path), folder)
@@ -57,23 +56,23 @@ def plan_start(folder: RunFolder, ckpt_path: str | None) -> Start:
     if ckpt_path == "last" and not candidates:
         raise UserError(_no_checkpoint(folder))
     if ckpt_path == "auto" and _stopped_by_guard(folder, candidates) and not folder.is_finished:
-        candidates = candidates[1:]  # killed before it could say so: it does its last part again
+        candidates = candidates[1:]  # killed before its end was recorded: repeat the last part
     if candidates:
         return _start_from(_newest_whole(candidates), folder)
-    return Start(folder, starts_over=folder.holds_run)
+    return StartPoint(folder, starts_over=folder.holds_run)
 
 
 def _stopped_by_guard(folder: RunFolder, candidates: Sequence[Path]) -> bool:
-    """Whether the newest checkpoint is the one with which a guard has stopped the run."""
+    """Return True if a guard has stopped the run at its newest checkpoint."""
     return bool(candidates) and step_of(candidates[0]) in stops_of_guard(folder)[-1:]
 
 
-def _start_from(checkpoint: Path, folder: RunFolder) -> Start:
-    return Start(folder, checkpoint, read_content(checkpoint)["rollout_step"])
+def _start_from(checkpoint: Path, folder: RunFolder) -> StartPoint:
+    return StartPoint(folder, checkpoint, read_content(checkpoint)["rollout_step"])
 
 
 def _newest_whole(candidates: Sequence[Path]) -> Path:
-    """The first checkpoint that is not damaged; names those that are."""
+    """Return the first checkpoint that is not damaged, and warn of those that are."""
     found: list[str] = []
     for checkpoint in candidates:
         reason = damage(checkpoint)
@@ -83,7 +82,7 @@ def _newest_whole(candidates: Sequence[Path]) -> Path:
         if found and is_first_process():
             lost = step_of(candidates[0]) - int(read_content(checkpoint)["rollout_step"])
             log.warning(
-                "damaged checkpoints are passed over (%s); going on from %s, which costs %d rollout step%s",
+                "damaged checkpoints are passed over (%s); %s is used instead, %d rollout step%s earlier",
                 "; ".join(found),
                 checkpoint,
                 lost,
@@ -102,10 +101,10 @@ def _check_whole(checkpoint: Path) -> None:
     reason = damage(checkpoint)
     if reason is None:
         return
-    own = owner(checkpoint)
+    own = _owner(checkpoint)
     others = [path for path in (own.checkpoints_newest_first() if own else []) if not path.samefile(checkpoint)]
     whole = next((path for path in others if damage(path) is None), None)
-    remedy = "give a file of a run's checkpoints folder" if whole is None else f"{whole} is whole: give that"
+    remedy = "give a file of a run's checkpoints folder" if whole is None else f"{whole} is not damaged: give that"
     raise UserError(
         f"--ckpt_path {checkpoint} is not a checkpoint of a calibadv run, or is damaged ({reason}); {remedy}"
     )
@@ -114,52 +113,68 @@ def _check_whole(checkpoint: Path) -> None:
 def _no_checkpoint(folder: RunFolder) -> str:
     remedy = "name the run to resume with --run.name, or start one without --ckpt_path"
     if folder.holds_run:
-        remedy = "the run ended before its first: --ckpt_path auto starts it anew"
+        remedy = "the run ended before its first one: --ckpt_path auto starts it again"
     return f"--ckpt_path last: there is no checkpoint in {folder.checkpoints}; {remedy}"
 
 
-def owner(checkpoint: Path) -> RunFolder | None:
-    """The run that a checkpoint belongs to."""
+def _owner(checkpoint: Path) -> RunFolder | None:
+    """Return the folder of the run that a checkpoint belongs to."""
     folder = checkpoint.parent if checkpoint.parent.name else checkpoint.absolute().parent
     return RunFolder(folder.parent) if folder.name == "checkpoints" else None
 
 
-def refuse_in_study(folder: RunFolder) -> None:
-    """Refuse to train inside the folder of a study, whose runs only the study starts."""
-    owner = next((path for path in folder.path.absolute().parents[:2] if RunFolder(path).holds_study), None)
-    if owner is not None and STUDY_WORDS not in os.environ:
+def check_start(verb: str, start: StartPoint, rollout_steps: int, ckpt_path: str | None) -> None:
+    """Check that a run may start in its folder, and that something is left to do."""
+    if verb == "fit":
+        _check_not_in_study(start.folder)
+        _check_not_started(start)
+        _check_not_done(start, rollout_steps, ckpt_path)
+    elif start.checkpoint is None and start.folder.holds_run:
         raise UserError(
-            f"{folder.path} lies in the folder of a study; its own command continues it: choose another --run.root"
+            f"{start.folder.path} holds a run, and without a checkpoint {verb} evaluates the policy before training; "
+            "add --ckpt_path last, or choose another --run.name"
         )
 
 
-def refuse_second_run(start: Start) -> None:
-    """Refuse to train in the folder of another run."""
+def _check_not_in_study(folder: RunFolder) -> None:
+    in_study = any(RunFolder(path).holds_study for path in folder.path.absolute().parents[:2])
+    if in_study and STUDY_WORDS not in os.environ:
+        raise UserError(
+            f"{folder.path} is inside the folder of a study, which only its own command continues; choose another "
+            "--run.root"
+        )
+
+
+def _check_not_started(start: StartPoint) -> None:
+    """Check that the folder holds no other run than the one to be continued."""
     folder = start.folder
-    own = owner(start.checkpoint) if start.checkpoint else None
-    if start.starts_over or not folder.holds_run or (own and own.path.resolve() == folder.path.resolve()):
+    if start.starts_over or not folder.holds_run or _run_of(start) == folder.path.resolve():
         return
     settings = [ConfigFile(str(folder.newest_config()), folder.newest_config(), {})]
     has_checkpoint = bool(folder.checkpoints_newest_first())
     command = resume_command("fit", settings, folder, "last" if has_checkpoint else "auto")
-    remedy = "resume it" if has_checkpoint else "it has no checkpoint: start it anew"
+    remedy = "resume it" if has_checkpoint else "it has no checkpoint: start it again"
     raise UserError(f"{folder.path} holds a run already; {remedy} with '{command}', or choose another --run.name")
 
 
+def _run_of(start: StartPoint) -> Path | None:
+    """Return the path of the run whose checkpoint is started from."""
+    own = _owner(start.checkpoint) if start.checkpoint else None
+    return own.path.resolve() if own else None
+
+
 class FinishedError(Exception):
-    """A run that is put into the queue again has nothing left to do."""
+    """A requeued run is finished already."""
 
 
-def check_left_to_do(start: Start, rollout_steps: int, ckpt_path: str) -> None:
-    """Tell apart what is left of a run to train, or to write, and what is finished."""
+def _check_not_done(start: StartPoint, rollout_steps: int, ckpt_path: str | None) -> None:
+    """Check that something is left to train or to write; ``--ckpt_path auto`` raises ``FinishedError`` otherwise."""
     done = start.resumed_from
     if done is None:
         return
-    own = owner(start.checkpoint) if start.checkpoint else None
-    finished = start.folder.is_finished and (own is None or own.path.resolve() == start.folder.path.resolve())
-    if ckpt_path == "auto" and finished and (done >= rollout_steps or stops_of_guard(start.folder)[-1:] == [done]):
-        why = "" if done >= rollout_steps else ", where its guard stopped it; --ckpt_path last goes on"
-        raise FinishedError(f"{start.folder.path} is finished at rollout step {done}{why}")
+    finished = start.folder.is_finished and _run_of(start) in (None, start.folder.path.resolve())
+    if ckpt_path == "auto" and finished:
+        _check_not_finished(start.folder, done, rollout_steps)
     if done > rollout_steps or (done == rollout_steps and finished):
         raise UserError(
             f"nothing is left to do: the checkpoint holds {done} rollout steps and model.rollout_steps is "
@@ -167,24 +182,22 @@ def check_left_to_do(start: Start, rollout_steps: int, ckpt_path: str) -> None:
         )
 
 
-def refuse_untrained(start: Start, verb: str) -> None:
-    """Refuse to evaluate the policy as it was before training in the folder of a run."""
-    if start.checkpoint is None and start.folder.holds_run:
-        raise UserError(
-            f"{start.folder.path} holds a run, and without a checkpoint {verb} evaluates the policy before training; "
-            "add --ckpt_path last, or choose another --run.name"
+def _check_not_finished(folder: RunFolder, done: int, rollout_steps: int) -> None:
+    if done >= rollout_steps:
+        raise FinishedError(f"{folder.path} is finished at rollout step {done}")
+    if stops_of_guard(folder)[-1:] == [done]:
+        raise FinishedError(
+            f"{folder.path} is finished at rollout step {done}, where its guard stopped it; --ckpt_path last goes on"
         )
 
 
 def resume_command(
     verb: str, settings: Sequence[ConfigFile | Option], folder: RunFolder, ckpt_path: str = "last"
 ) -> str:
-    """What to type to go on with a run."""
+    """Return the command that continues a run."""
     words = [verb]
     for setting in settings:
-        if isinstance(setting, ConfigFile):
-            words += ["--config", setting.name]
-        elif setting.name not in ("--run.root", "--run.name", "--ckpt_path"):
+        if setting.name not in ("--run.root", "--run.name", "--ckpt_path"):
             words += setting.words
     if folder.path.parent != Path(_RUN_ROOT):
         words += ["--run.root", str(folder.path.parent)]

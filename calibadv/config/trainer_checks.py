@@ -1,4 +1,4 @@
-"""What the trainer's settings may be, and what its processes must agree on before they know of each other."""
+"""Checks of the trainer's settings, and values that all ranks share before the process group exists."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Timer
 
-from calibadv.config.help import STAYS
+from calibadv.config.help import FIXED_TRAINER_OPTIONS
 from calibadv.errors import UserError
 from calibadv.policy.precision import check_precision
 
-# Lightning starts further processes with a copy of the first one's environment.
-_MOMENT = "CALIBADV_MOMENT"
+# Set in the environment, of which Lightning gives further processes a copy.
+_TIMESTAMP = "CALIBADV_RUN_TIMESTAMP"
 _JOB_IDS = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
-# What launchers tell a process of its place; the first one has 0 in all of them that are set.
+# Ranks in the environment by several launchers; the first process has 0 in all of them that are set.
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK", "GROUP_RANK")
 
 
-def moment() -> str:
-    """Tell this run from others of the same configs, with one answer in all its processes."""
-    return job_name() or os.environ.setdefault(_MOMENT, datetime.now().strftime("%Y%m%d-%H%M%S"))
+def run_timestamp() -> str:
+    """Return the last part of a run's default name, the same in all its processes: its job, or the time."""
+    return job_name() or os.environ.setdefault(_TIMESTAMP, datetime.now().strftime("%Y%m%d-%H%M%S"))
 
 
 def job_name() -> str | None:
-    """Name the job that a launcher has started, which is the same when it is put into the queue again."""
+    """Return the name of the launcher's job, which stays the same if it is requeued, or None."""
     ids = (os.environ.get(name, "none") for name in _JOB_IDS)  # "none" is torchrun's default id
     return next((f"job{number}" for number in ids if number != "none"), None)
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes the run's files, before the processes know of each other."""
+    """Return True in the process that writes the run's files."""
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuse settings of the trainer that contradict ours."""
-    for name, (value, reason) in STAYS.items():
+    """Check the settings of the trainer; ``UserError`` names the first that is not supported."""
+    for name, (value, reason) in FIXED_TRAINER_OPTIONS.items():
         if trainer[name] not in (value, str(value)):
             raise UserError(f"trainer.{name} is {trainer[name]}; it must stay {json.dumps(value)}: {reason}")
     check_precision(trainer.precision)
@@ -61,7 +61,7 @@ def check_trainer(trainer: Any) -> None:
 
 
 def _check_length(trainer: Any) -> None:
-    """Refuse what would end a run before it begins."""
+    """Check that the run is not ended before it begins."""
     limit, time = trainer.limit_train_batches, trainer.max_time
     if limit is not None and (limit < 1 or limit % 1):  # the parser makes floats of whole numbers
         raise UserError(
@@ -73,7 +73,7 @@ def _check_length(trainer: Any) -> None:
 
 
 def number_of_processes(trainer: Any) -> int:
-    """Count the processes of a run by Lightning's rules; for devices that it would look for, those of this machine."""
+    """Return the number of processes of a run, by Lightning's rules; ``auto`` counts the devices of this machine."""
     devices = trainer.devices
     if devices in ("auto", -1, "-1"):
         here = max(1, torch.cuda.device_count())
@@ -85,7 +85,7 @@ def number_of_processes(trainer: Any) -> int:
 
 
 def check_checkpoint(checkpoint: Path | None, trainer: Any) -> None:
-    """Refuse a sharded checkpoint where parameters are not sharded."""
+    """Check that a sharded checkpoint is loaded with sharded parameters."""
     if checkpoint is not None and checkpoint.is_dir() and _name(trainer.strategy) != "ModelParallelStrategy":
         raise UserError(
             f"checkpoint {checkpoint} is sharded, and trainer.strategy is {_name(trainer.strategy)}; add --config "
@@ -98,7 +98,7 @@ def _name(strategy: Any) -> str:
 
 
 def _check_strategy(strategy: Any) -> None:
-    """Processes share the work of the passes, and expect gradients to be averaged and nothing else to be changed."""
+    """Check that the strategy is data parallel: one that averages gradients and changes nothing else."""
     if strategy in ("auto", "ddp"):
         return
     name = _name(strategy)

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Atomic and durable writing of files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# What systems say that cannot open a folder, or cannot be told to write something to disk now.
+# Errors of systems that cannot open a folder or do not support fsync.
 _UNABLE = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or the folder that a sharded checkpoint is."""
+    """Remove a file, or a folder with its content, such as a sharded checkpoint."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -24,7 +24,7 @@ def remove(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str, partial: Path | None = None) -> None:
-    """Write a text file whole or not at all, also where the power fails."""
+    """Write a text file whole or not at all, even if the power fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial or path.with_name(path.name + ".partial")
     try:
@@ -35,9 +35,9 @@ def write_atomically(path: Path, text: str, partial: Path | None = None) -> None
 
 
 def replace_durably(partial: Path, path: Path) -> None:
-    """Rename what is written to its place, so that after a power cut it is complete there, or was never there.
+    """Rename a file or folder to its final path, after its content has reached the disk.
 
-    Without this the name may reach the disk before the content does.
+    Without this, the name may reach the disk before the content, and a power failure would leave an incomplete file.
     """
     for written in (*partial.rglob("*"), partial):
         if not written.is_symlink():
@@ -47,7 +47,7 @@ def replace_durably(partial: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk, if the system can do so."""
+    """Flush a file, or the names in a folder, to the disk, if the system supports it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -59,8 +59,8 @@ def _sync(path: Path) -> None:
             raise
 
 
-def _create(path: Path, text: str) -> None:
-    """Write a text file that must not be there yet, and nothing of it where that fails."""
+def create_durably(path: Path, text: str) -> None:
+    """Write a text file that must not exist yet; nothing remains of it if that fails."""
     with path.open("x", encoding="utf-8") as file:
         try:
             file.write(text)
@@ -75,7 +75,7 @@ def _create(path: Path, text: str) -> None:
 def save_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array as ``numpy.save`` does, whole or not at all.
 
-    numpy hands a file to C, and does not notice where the last bytes find no space.
+    ``numpy.save`` does not notice if the disk has no room for the last bytes.
     """
     partial = path.with_suffix(".partial")
     try:

@@ -1,4 +1,4 @@
-"""JSON lines, plain or gzip: how corpora and question files are read."""
+"""Reading of JSON lines, plain or gzip."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 class UnreadableError(UserError):
-    """The system does not let us read a file, which says nothing of what it holds."""
+    """A file that the system cannot read; nothing is known of its content."""
 
 
 def read_jsonl(path: str | Path, what: str, after: int = 0) -> Generator[tuple[int, dict[str, Any]], None, None]:
-    """Read one JSON object per line, UTF-8, plain or gzip (told by the content, not by the name).
+    """Read one JSON object per line, UTF-8, plain or gzip (detected by content, not by name).
 
     Blank lines are skipped. Large files show a progress bar on standard error. The file is open until the last line is
     read: a caller that may stop earlier uses ``contextlib.closing``.
@@ -48,9 +48,11 @@ def read_jsonl(path: str | Path, what: str, after: int = 0) -> Generator[tuple[i
 
 
 def unreadable(what: str, path: Path, error: OSError) -> UnreadableError:
-    """The error for a file that the system does not let us read."""
+    """Return the error for a file that the system cannot read."""
     reason = error.strerror or error
-    return UnreadableError(f"{what} '{path}' cannot be read ({reason}); see to the file, or copy it again")
+    return UnreadableError(
+        f"{what} '{path}' cannot be read ({reason}); check its permissions and disk, or copy it again"
+    )
 
 
 @contextmanager

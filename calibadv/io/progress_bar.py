@@ -1,4 +1,4 @@
-"""Progress bars on standard error: only in a terminal, only for what takes time, and gone at the end."""
+"""Progress bars on standard error, shown on terminals only and cleared when done."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _T = TypeVar("_T")
 
 @contextmanager
 def progress_bar(description: str, total: int, hidden: bool) -> Iterator[Callable[[int], None]]:
-    """Show how much is done."""
+    """Show a progress bar, and return a function that advances it."""
     console = Console(stderr=True)
-    hidden = hidden or not console.is_terminal  # there it would leave an empty line
+    hidden = hidden or not console.is_terminal  # elsewhere it would leave an empty line
     with Progress(console=console, transient=True, disable=hidden) as progress:
         yield partial(progress.advance, progress.add_task(description, total=total))
 
 
 def tracked(items: Iterable[_T], description: str, total: int) -> Iterator[_T]:
-    """Show how many items are behind."""
+    """Iterate over items under a progress bar."""
     with progress_bar(description, total, hidden=False) as advance:
         for item in items:
             yield item
@@ -31,7 +31,7 @@ def tracked(items: Iterable[_T], description: str, total: int) -> Iterator[_T]:
 
 
 def blocks(items: Sequence[_T], size: int, description: str, hidden: bool) -> Iterator[Sequence[_T]]:
-    """Cut into slices, and show how many items are behind. A corpus on disk is read as it lies there."""
+    """Iterate over slices under a progress bar. Slices of a corpus on disk are read in its order."""
     with progress_bar(description, len(items), hidden) as advance:
         for start in range(0, len(items), size):
             block = items[start : start + size]

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import AutoConfig
 from typing_extensions import override
 
-from calibadv.cli.logging import quiet_libraries
 from calibadv.config.files import read_words
 from calibadv.config.help import PLAN
 from calibadv.config.lightning_cli import ReadingCLI
+from calibadv.config.logging import quiet_libraries
 from calibadv.config.trainer_checks import number_of_processes
 from calibadv.errors import UserError
 from calibadv.planning.job import GIB, GPUS, PRECISIONS, Assumptions, Gpu, Job, Precision, Sampler
@@ -97,7 +97,7 @@ class PlanCLI(ReadingCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         own = self._parser(self.verb)
         own.usage = "calibadv plan [--config NAME_OR_FILE ...] [--option VALUE ...]"
-        own.description = PLAN["plan"]
+        own.description = PLAN
         super().parse_arguments(parser, args)
 
 

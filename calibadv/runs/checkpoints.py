@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole, and checked before anything is resumed from them."""
+"""Checkpoint files: writing, digests, and checks for damage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from calibadv.runs.folder import step_of
 
 _META = "meta.pt"  # what Lightning writes of a sharded checkpoint beside the shards
 _DIGESTS = "digests.json"
-# What a checkpoint of a run holds; in a sharded one, weights and optimizer lie in the shards.
+# Keys of a checkpoint and their types; those of a sharded one are without weights and optimizer, which the shards hold.
 _Kinds = Mapping[str, type | UnionType]
 _KINDS: _Kinds = {
     "pytorch-lightning_version": str,
@@ -36,7 +36,7 @@ _KINDS: _Kinds = {
     "loops": dict,
 }
 _TENSOR_KINDS: _Kinds = {"state_dict": dict, "optimizer_states": list}
-# What callbacks and Lightning's loops go on from.
+# Keys in the states of callbacks and of Lightning's loops.
 _RESULTS_KINDS: _Kinds = {"validations": list, "statuses": dict, "wall_seconds": int | float}
 _GUARD_KINDS: _Kinds = {"watch": dict, "events": list}
 _LOOP_KINDS: _Kinds = {"epoch_loop.batch_progress": dict, "epoch_progress": dict}
@@ -48,10 +48,10 @@ _NOT_READABLE = (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueE
 class CheckpointFile(TorchCheckpointIO):
     """Writes a checkpoint straight to its file; Lightning's own makes copies in memory and in the temporary folder.
 
-    Processes wait for the one that writes, so its error is kept until they can be told.
+    The other processes wait for the one that writes, so an error is kept until all can raise it.
 
     Attributes:
-        failure: why the last checkpoint could not be written, or None.
+        failure: reason why the last checkpoint could not be written, or None.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class CheckpointFile(TorchCheckpointIO):
 
 
 def _system_reason(error: BaseException) -> str:
-    """What the system said; torch hides it behind an error of its own."""
+    """Return the message of the system, which torch wraps into an error of its own."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
@@ -77,7 +77,7 @@ def _system_reason(error: BaseException) -> str:
 
 
 def write_digests(folder: Path, processes: Processes) -> None:
-    """Write the digests of a sharded checkpoint's files; every process reads those that it has written."""
+    """Write the digests of a sharded checkpoint's files; each process computes those of its own files."""
     own = [file for file in sorted(folder.iterdir()) if _shard_owner(file) == processes.rank]
     found = processes.gather({file.name: _digest(file) for file in own})
     if processes.rank == 0:
@@ -85,16 +85,16 @@ def write_digests(folder: Path, processes: Processes) -> None:
 
 
 def _shard_owner(file: Path) -> int:
-    """The rank that has written a file: ``__1_0.distcp`` is of rank 1, all else of rank 0."""
+    """Return the rank that has written a file: 1 for ``__1_0.distcp``, 0 for files of other names."""
     rank = file.name.removeprefix("__").partition("_")[0]
     return int(rank) if file.suffix == ".distcp" and rank.isdecimal() else 0
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Read all of a checkpoint, and look for what is wrong with it.
+    """Read all of a checkpoint, and return the first fault found, or None.
 
     The records of a checkpoint file carry their checksums (CRC-32), since it is a zip file; the files of a sharded one
-    have digests beside them, unless it is from before these were written.
+    have digests beside them, unless an earlier version has written them.
     """
     changed = _changed_shard(checkpoint) if checkpoint.is_dir() else _changed_record(checkpoint)
     if changed is not None:
@@ -107,7 +107,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def read_content(checkpoint: Path) -> Any:
-    """Read what a checkpoint says of its run, and its tensors, which stay on disk."""
+    """Load a checkpoint; its tensors are memory-mapped, and left out of a sharded one."""
     file = checkpoint / _META if checkpoint.is_dir() else checkpoint
     return torch.load(file, weights_only=True, mmap=True, map_location="cpu")
 
@@ -117,10 +117,10 @@ def _changed_record(file: Path) -> str | None:
     try:
         with zipfile.ZipFile(file) as archive, _progress(size) as advance:
             for name in archive.namelist():
-                with archive.open(name) as record:  # which compares the checksum at its end
+                with archive.open(name) as record:  # compares the checksum at its end
                     while block := record.read(_BLOCK):
                         advance(len(block))
-    # zipfile meets changed bytes with errors of many kinds, a wrong method of compression and encryption among them.
+    # zipfile raises errors of many kinds on changed bytes, such as an unknown compression or a missing password.
     except Exception as error:
         return f"bytes of its record {name} have changed" if name else f"it is no whole file: {error}"
     return None
@@ -164,24 +164,32 @@ def _wrong_kind(content: Any, kinds: _Kinds) -> str | None:
 
 def _wrong_content(content: Any, checkpoint: Path) -> str | None:
     kinds = _KINDS if checkpoint.is_dir() else {**_KINDS, **_TENSOR_KINDS}
-    if wrong := _wrong_kind(content, kinds):
-        return wrong
-    for part, key, inner in (
+    return _wrong_kind(content, kinds) or _wrong_state(content) or _wrong_value(content, step_of(checkpoint))
+
+
+def _wrong_state(content: Any) -> str | None:
+    for part, key, kinds in (
         (content["callbacks"], "Results", _RESULTS_KINDS),
         (content["callbacks"], "CollapseGuard", _GUARD_KINDS),
         (content["loops"], "fit_loop", _LOOP_KINDS),
     ):
-        if key in part and (wrong := _wrong_kind(part[key], inner)):
+        if key in part and (wrong := _wrong_kind(part[key], kinds)):
             return f"in '{key}', {wrong}"
-    step, named = content["rollout_step"], step_of(checkpoint)
+    return None
+
+
+def _wrong_value(content: Any, named_step: int) -> str | None:
+    step = content["rollout_step"]
     if step < 0:
         return f"it has {step} as 'rollout_step'"
-    if named not in (-1, step):
+    if named_step not in (-1, step):
         return f"it holds rollout step {step}, which its name contradicts"
-    for name, tensor in content.get("state_dict", {}).items():
-        if not isinstance(tensor, Tensor) or (tensor.is_floating_point() and not tensor.isfinite().all()):
-            return f"its weight {name} is not finite"
-    return None
+    broken = (name for name, tensor in content.get("state_dict", {}).items() if not _is_finite(tensor))
+    return next((f"its weight {name} is not finite" for name in broken), None)
+
+
+def _is_finite(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and (not tensor.is_floating_point() or bool(tensor.isfinite().all()))
 
 
 def _digest(path: Path) -> str:

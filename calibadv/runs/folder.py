@@ -1,4 +1,4 @@
-"""The run folder: where a run's config, curves, checkpoints, rollouts and results lie, and how it is resumed."""
+"""The run folder: paths of a run's config, curves, checkpoints, rollouts and results, and its preparation."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from calibadv.errors import UserError
-from calibadv.io.files import _create, remove, replace_durably
+from calibadv.io.files import create_durably, remove, replace_durably
 
-STUDY_FILE = "study.json"  # in the folder of a study; run folders lie below it
+STUDY_FILE = "study.json"  # in the folder of a study, above its run folders
 _STEP = re.compile(r"step[-=](\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """One run's folder; a method per thing that lies in it."""
+    """The folder of one run."""
 
     path: Path
 
@@ -30,7 +30,7 @@ class RunFolder:
 
     @property
     def last(self) -> Path:
-        """The newest checkpoint once more, under a name that does not change."""
+        """The newest checkpoint, under a fixed name."""
         return self.checkpoints / "last.ckpt"
 
     @property
@@ -40,32 +40,32 @@ class RunFolder:
 
     @property
     def results(self) -> Path:
-        """File of the figures of every validation, and what they were made with."""
+        """File of the figures of every validation, and of the settings, versions and machine behind them."""
         return self.path / "results.json"
 
     @property
     def holds_study(self) -> bool:
-        """Whether this is the folder of a study, and so of no run."""
+        """True for the folder of a study, which is not that of a run."""
         return (self.path / STUDY_FILE).exists()
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run has been started here."""
+        """True once a run has been started here."""
         return any(self.path.glob("config*.yaml"))
 
     def config(self, resumed_from: int | None) -> Path:
-        """Where the resolved config is saved."""
+        """File of the resolved config."""
         return self.path / ("config.yaml" if resumed_from is None else f"config-resume-{resumed_from:06d}.yaml")
 
     def newest_config(self) -> Path:
-        """Where the config of the last part of this run is saved."""
+        """File of the config since the last resume."""
         return max(self.path.glob("config-resume-*.yaml"), default=self.config(None))
 
-    def claim(self, config: str) -> None:
-        """Make this the folder of a run that starts from nothing, and of no other."""
+    def create(self, config: str) -> None:
+        """Create the folder of a run that starts from nothing, with its config; refuse if another run has it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _create(self.config(None), config)
+            create_durably(self.config(None), config)
         except FileExistsError as error:
             raise UserError(f"{self.path} holds a run already; choose another --run.name") from error
         except OSError as error:
@@ -74,30 +74,30 @@ class RunFolder:
             ) from error
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint of a rollout step is saved."""
+        """File, or folder if it is sharded, of the checkpoint of a rollout step."""
         return self.checkpoints / f"rollout-step={step:06d}.ckpt"
 
     def rollout_file(self, split: str, step: int) -> Path:
-        """Where rollouts are written."""
+        """File of the rollouts of a split and rollout step."""
         return self.rollouts / f"{split}-step-{step:06d}.jsonl"
 
     def nonfinite_step(self, step: int) -> Path:
-        """Where the mini-batch is written that stopped a run because its gradient was not finite."""
+        """File of the mini-batch whose gradient was not finite, which stopped the run."""
         return self.path / f"nonfinite-step-{step:06d}.pt"
 
     def checkpoints_newest_first(self) -> list[Path]:
-        """The checkpoints that a run can go on from."""
+        """Return the checkpoints that a run can be resumed from."""
         found = self.step_checkpoints()[::-1]
         if self.last.exists() and not any(self.last.samefile(path) for path in found):
             found.insert(1, self.last)
         return found
 
     def step_checkpoints(self) -> list[Path]:
-        """The checkpoints that are named by their rollout step."""
+        """Return the checkpoints named by their rollout step, the oldest first."""
         return sorted(self.checkpoints.glob("rollout-step=*.ckpt"))
 
-    def point_last_at(self, checkpoint: Path) -> None:
-        """Make ``last.ckpt`` the same as another checkpoint, at no cost where the file system can."""
+    def link_last(self, checkpoint: Path) -> None:
+        """Make ``last.ckpt`` a link to a checkpoint, or a copy on file systems without links."""
         if self.last.exists() and self.last.samefile(checkpoint):
             return
         partial = self.last.with_suffix(".partial")
@@ -117,11 +117,11 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has come to its end, with everything written."""
+        """True if the run has ended and all its files are written."""
         return bool(self.read_results().get("finished", False))
 
     def clear(self) -> None:
-        """Remove what an attempt has left that ended before its first checkpoint; files that are not ours stay."""
+        """Remove the files of an attempt that ended before its first checkpoint; other files stay."""
         for pattern in ("config*.yaml", "events.*", "results.json", "guard.json", "*.partial"):
             for path in self.path.glob(pattern):
                 remove(path)
@@ -129,7 +129,7 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def read_results(self) -> dict[str, Any]:
-        """Read what earlier parts of this run recorded."""
+        """Read ``results.json``; empty if there is none."""
         try:
             content: Any = json.loads(self.results.read_text("utf-8")) if self.results.exists() else {}
             return dict(content)
@@ -138,10 +138,10 @@ class RunFolder:
                 f"'{self.results}' is damaged ({error}); remove it: a resumed run writes it again"
             ) from error
 
-    def drop_beyond(self, step: int) -> None:
-        """Remove rollout files and checkpoints beyond a step, which a resumed run writes again, and partial files."""
+    def truncate_after(self, step: int) -> None:
+        """Remove partial files, and the files of later steps, which a resumed run writes again."""
         written = [*self.rollouts.glob("train-*.jsonl"), *self.rollouts.glob("val-*.jsonl"), *self.step_checkpoints()]
-        written += self.path.glob("config-resume-*.yaml")  # of an attempt of which nothing remains
+        written += self.path.glob("config-resume-*.yaml")
         for path in written:
             if step_of(path) > step:
                 remove(path)
@@ -150,7 +150,24 @@ class RunFolder:
                 remove(path)
 
 
+@dataclass(frozen=True, slots=True)
+class StartPoint:
+    """The folder of a run and the checkpoint that it starts from.
+
+    Attributes:
+        folder: of the run.
+        checkpoint: to start from, or None.
+        resumed_from: rollout steps done at the checkpoint, None for a run that starts from nothing.
+        starts_over: True if the folder holds an attempt that ended before its first checkpoint, to be replaced.
+    """
+
+    folder: RunFolder
+    checkpoint: Path | None = None
+    resumed_from: int | None = None
+    starts_over: bool = False
+
+
 def step_of(path: Path) -> int:
-    """Read a rollout step off a file's name."""
+    """Return the rollout step in a file's name, or -1."""
     found = _STEP.search(path.name)
     return int(found[1]) if found else -1

@@ -1,4 +1,4 @@
-"""One process at a time writes into a run folder."""
+"""Lock of a run folder, so that one process at a time writes into it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _NAME = ".lock"
 
 
 class RunLock:
-    """The lock of the folder that this process writes into, held until the context ends or the process dies.
+    """Lock of the run folder of this process, held until the context ends or the process dies.
 
-    It lies in the run folder, which is made for it. Child processes do not inherit it.
+    The lock file is in the run folder, which is made for it. Child processes do not inherit the lock.
     """
 
     def __init__(self) -> None:
@@ -30,16 +30,16 @@ class RunLock:
         self._made: list[Path] = []
 
     def __enter__(self) -> RunLock:
-        """Hold nothing yet."""
+        """Return the lock, which is not taken yet."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the lock back, and remove a folder that was made for it alone."""
+        """Release the lock, and remove folders that were made for it and are empty."""
         if self._path is None:
             return
-        self._path.unlink(missing_ok=True)  # whoever has opened it meanwhile notices, and opens the next one
+        self._path.unlink(missing_ok=True)  # a process that has opened it meanwhile notices this and tries again
         self._close()
         for folder in self._made:
             if folder.is_dir() and not any(folder.iterdir()):
@@ -47,7 +47,7 @@ class RunLock:
         self._path = None
 
     def take(self, folder: RunFolder) -> None:
-        """Take the lock of a run folder; nothing happens if this process holds it already."""
+        """Take the lock of a run folder, unless this process holds it already."""
         path = folder.path / _NAME
         if self._path == path:
             return
@@ -59,14 +59,14 @@ class RunLock:
             pass
 
     def _lock(self, path: Path) -> bool:
-        """Lock the file; False if it was removed meanwhile by the process that held it."""
+        """Lock the file. False if the process that held it has removed it meanwhile."""
         try:
             import fcntl
         except ImportError:  # Windows
-            log.warning("this system has no file locks: see to it that no other process writes into %s", path.parent)
+            log.warning("this system has no file locks: make sure that no other process writes into %s", path.parent)
             return True
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        os.register_at_fork(after_in_child=self._close)  # else a child that outlives this process would keep the lock
+        os.register_at_fork(after_in_child=self._close)  # a child that outlives this process would keep the lock
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -80,16 +80,16 @@ class RunLock:
         return True
 
     def _not_locked(self, path: Path, error: OSError) -> bool:
-        holder = os.read(self._descriptor, 200).decode(errors="replace") or "which has not said its number yet"
+        holder = os.read(self._descriptor, 200).decode(errors="replace") or "of unknown number"
         self._close()
         if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
             self._path = None
             raise UserError(
-                f"another process ({holder}) is at work in {path.parent}; wait for it or stop it, or choose another "
-                "--run.name"
+                f"another process ({holder}) is writing into {path.parent}; wait for it or stop it, or choose "
+                "another --run.name"
             ) from error
         log.warning(
-            "%s cannot be locked (%s): see to it that no other process writes into it", path.parent, error.strerror
+            "%s cannot be locked (%s): make sure that no other process writes into it", path.parent, error.strerror
         )
         return True
 

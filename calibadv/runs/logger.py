@@ -1,4 +1,4 @@
-"""The curves of a run, as TensorBoard events in its folder."""
+"""TensorBoard logger that writes the curves of a run into its folder."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
 
-class RunCurves(TensorBoardLogger):
-    """TensorBoard's logger for a run folder: nothing is written before ``open``, and no file of hyperparameters.
+class RunTensorBoardLogger(TensorBoardLogger):
+    """TensorBoard logger of a run folder, which writes nothing before ``open`` and no hyperparameter file.
 
     Args:
-        folder: of the run; the event files lie directly in it.
-        resumed_from: rollout steps done at the checkpoint; what earlier event files hold beyond it is hidden. None for
+        folder: of the run; event files are written directly into it.
+        resumed_from: rollout steps done at the checkpoint; later points of earlier event files are hidden. None for
             a run that starts from nothing.
     """
 
     def __init__(self, folder: Path, resumed_from: int | None) -> None:
-        # TensorBoard hides what lies beyond from the second marked start on, so the first one is marked too.
+        # TensorBoard hides points only from the second event file with a purge step on, so the first has one too.
         super().__init__(folder, name="", version="", purge_step=0 if resumed_from is None else resumed_from + 1)
         self._is_open = False
 
     def open(self) -> None:
-        """Let the event file be made: all that can be refused has been."""
+        """Allow the event file to be made, once all inputs are checked."""
         self._is_open = True
 
     @property

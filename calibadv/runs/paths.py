@@ -10,7 +10,7 @@ from calibadv.errors import UserError
 
 
 def find_rollout_files(paths: Sequence[Path]) -> list[Path]:
-    """Name the rollout files."""
+    """Return the rollout files among the paths and in the folders among them."""
     found: list[Path] = []
     for path in paths:
         files = sorted(path.rglob("train-step-*.jsonl")) if path.is_dir() else [path]
@@ -24,8 +24,8 @@ def find_rollout_files(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def refuse_to_replace(outs: Iterable[Path], files: Sequence[Path]) -> None:
-    """Refuse to write over what is read."""
+def check_not_input(outs: Iterable[Path], files: Sequence[Path]) -> None:
+    """Check that no output is one of the rollout files, which it would replace."""
     read = {file.resolve() for file in files}
     for out in outs:
         if out.resolve() in read:
@@ -33,7 +33,7 @@ def refuse_to_replace(outs: Iterable[Path], files: Sequence[Path]) -> None:
 
 
 def short_names(files: Sequence[Path]) -> list[str]:
-    """Tell files apart by as much of their paths as is needed."""
+    """Return the paths relative to their common folder."""
     paths = [path.resolve() for path in files]
     folder = os.path.commonpath([path.parent for path in paths])
     return [path.relative_to(folder).as_posix() for path in paths]

@@ -21,11 +21,11 @@ TurnValues = Sequence[Sequence[float] | None]
 def rollout_to_json(
     rollout: Rollout, estimated: Sequence[float] | None = None, calibrated: Sequence[float] | None = None
 ) -> Record:
-    """The record of one rollout. Token ids and log-probabilities are not kept.
+    """Return the record of one rollout, without token ids and log-probabilities.
 
     Args:
-        rollout: a finished rollout, scored and credited or not.
-        estimated: advantage of each policy segment; None for a rollout that has none.
+        rollout: a finished rollout, with or without score and step correctness.
+        estimated: advantage of each policy segment; None for a rollout without advantages.
         calibrated: the same after the calibrators.
 
     Returns:
@@ -87,7 +87,7 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        # A lone surrogate, which JSON may hold and UTF-8 may not, becomes \udXXX: that is its JSON escape.
+        # A lone surrogate, valid in JSON but not in UTF-8, is written as its JSON escape \udXXX.
         with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         replace_durably(partial, path)
@@ -112,13 +112,13 @@ def read_rollouts(path: Path) -> Iterator[Rollout]:
 
 
 def read_records(path: Path) -> Iterator[tuple[Record, Rollout]]:
-    """Read the rollouts of a file, each beside the record as it stands there.
+    """Read the rollouts of a file, each with its record.
 
     Args:
         path: JSON lines.
 
     Yields:
-        The JSON object, with keys that are not ours too, and the rollout that it describes.
+        The JSON object, with any unknown keys, and its rollout.
 
     Raises:
         UserError: a line is not a rollout; the message names the file, the line and the remedy.
@@ -131,18 +131,18 @@ def read_records(path: Path) -> Iterator[tuple[Record, Rollout]]:
 
 
 def rollout_from_json(record: Record, line_number: int) -> Rollout:
-    """Read the record of one rollout.
+    """Return the rollout of a record.
 
-    The status is that of the text: ``answered`` if every message is valid. A recorded ``search_failed`` stays, and so
-    does a recorded reason why an invalid rollout ended.
+    The status follows from the text: ``answered`` if every message is valid. A recorded ``search_failed`` is kept, and
+    so is a recorded reason why an invalid rollout ended.
 
     Args:
         record: a JSON object.
-        line_number: where it stands, for the message.
+        line_number: of the record, for error messages.
 
     Returns:
         A rollout without token ids. Computed values are taken as recorded; ``answer``, ``f1``, ``em`` and ``cover_em``,
-        which files do not hold, are left at their defaults.
+        which files do not contain, have their defaults.
 
     Raises:
         UserError: the record is not a rollout; the message names the line, what is wrong and the remedy.

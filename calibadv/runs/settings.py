@@ -1,4 +1,4 @@
-"""Settings of a run: laid side by side, compared, and written in one line."""
+"""Settings of a run: flattened, compared, and as text."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# What may differ between the runs of one arm: it changes no figure, or is the seed.
-_FREE = (
+# Settings that may differ between the runs of one arm: they change no figure, or are the seed.
+_IGNORED_SETTINGS = (
     "seed_everything",
     "run",
     "ckpt_path",
@@ -21,8 +21,8 @@ _FREE = (
 )
 
 
-def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Put nested settings side by side."""
+def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings and lists to dotted keys."""
     if isinstance(settings, dict) and settings:
         items = list(settings.items())
     elif isinstance(settings, list) and settings:
@@ -31,37 +31,34 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: settings}
     found: dict[str, Any] = {}
     for key, value in items:
-        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+        found |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return found
 
 
-def flat_parts(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Put a config side by side, as people read it."""
-    flat: dict[str, Any] = {}
+def method_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that define an arm, with dotted keys."""
+    ignored = tuple(f"{name}." for name in _IGNORED_SETTINGS)
+    return {key: value for key, value in _flatten_parts(config).items() if not f"{key}.".startswith(ignored)}
+
+
+def _flatten_parts(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten mappings, with ``class_path`` and ``init_args`` left out of the keys."""
+    found: dict[str, Any] = {}
     for key, value in config.items():
         name = prefix if key in ("class_path", "init_args") else f"{prefix}.{key}" if prefix else key
-        if isinstance(value, dict):
-            flat |= flat_parts(value, name)
-        else:
-            flat[name] = value
-    return flat
-
-
-def method_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells one arm from another."""
-    free = tuple(f"{name}." for name in _FREE)
-    return {key: value for key, value in flat_parts(config).items() if not f"{key}.".startswith(free)}
+        found |= _flatten_parts(value, name) if isinstance(value, dict) else {name: value}
+    return found
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Name what a resume has changed."""
-    first, second = method_of(before), method_of(now)
+    """Return the keys of method settings that a resume has changed."""
+    first, second = method_settings(before), method_settings(now)
     keys = dict.fromkeys([*first, *second])
     return [key for key in keys if first.get(key) != second.get(key) and key != "model.rollout_steps"]
 
 
 def as_text(value: Any) -> str:
-    """Write a setting in one line, classes as calls."""
+    """Format a setting in one line, classes as calls."""
     if isinstance(value, dict) and "class_path" in value:
         arguments = ", ".join(f"{key}={as_text(item)}" for key, item in (value.get("init_args") or {}).items())
         name = value["class_path"].rpartition(".")[2]

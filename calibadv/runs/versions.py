@@ -1,4 +1,4 @@
-"""With which versions, and on which machine, results are made."""
+"""Versions and machine that results are made with."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _PACKAGES = ("calibadv", "torch", "transformers", "lightning")
 
 
 def versions() -> dict[str, str]:
-    """What results depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
 def machine() -> dict[str, str | int | None]:
-    """What times depend on, and roundings sometimes."""
+    """Return processor, cores and platform, which times and sometimes rounding depend on."""
     return {"processor": _processor(), "cores": os.cpu_count(), "platform": platform.platform()}
 
 
 def _processor() -> str:
-    """The processor's name; Python knows it on some systems only."""
+    """Return the name of the processor, which Python knows on some systems only."""
     described = Path("/proc/cpuinfo")
     if described.is_file():
         for line in described.read_text("utf-8", errors="replace").splitlines():

@@ -14,8 +14,8 @@ from calibadv.calibrators import check_combination
 from calibadv.callbacks import AdvantageCalibration
 from calibadv.config.files import ConfigFile, Option, read_config, resolve_config
 from calibadv.config.lightning_cli import ReadingCLI
-from calibadv.config.overlays import scan_settings
-from calibadv.config.user_errors import message_for_users
+from calibadv.config.overlays import check_overlay_order
+from calibadv.config.user_errors import user_message
 from calibadv.errors import UserError
 from calibadv.io.progress_bar import tracked
 from calibadv.study.options import refuse_per_run
@@ -79,13 +79,13 @@ def _read_arm(word: str) -> Arm:
 
 def resolve_arms(arms: Sequence[Arm], common: Sequence[ConfigFile | Option]) -> dict[str, Settings]:
     """Make the settings of every arm, as ``fit`` would."""
-    scan_settings(common)
+    check_overlay_order(common)
     resolved: dict[str, Settings] = {}
     for arm in tracked(arms, "Checking arms", len(arms)):
         try:
             resolved[arm.name] = _resolve(arm, common)
         except ValueError as error:
-            raise UserError(f"arm '{arm.name}': {message_for_users(error) or error}") from error
+            raise UserError(f"arm '{arm.name}': {user_message(error) or error}") from error
     return resolved
 
 

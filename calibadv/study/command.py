@@ -16,9 +16,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from typing_extensions import override
 
-from calibadv.cli.logging import quiet_libraries
 from calibadv.config.files import Option, read_words
-from calibadv.config.help import describe
+from calibadv.config.help import STUDY, set_option_help
+from calibadv.config.logging import quiet_libraries
 from calibadv.errors import UserError
 from calibadv.runs.folder import RunFolder
 from calibadv.runs.versions import versions
@@ -31,7 +31,6 @@ from calibadv.study.runs import runs_of, write_config
 from calibadv.study.table import Tables
 
 _LOCK = ".study.lock"
-_DESCRIPTION = "Train several methods over seeds with everything else equal, and report how they compare."
 
 
 class StudyHelp(ArmCLI):
@@ -48,8 +47,8 @@ class StudyHelp(ArmCLI):
         own.usage = (
             "calibadv study --out DIR --arm NAME[=OVERLAY+...] ... --seeds N ... [--config NAME_OR_FILE ...] ..."
         )
-        own.description = _DESCRIPTION
-        describe(own)
+        own.description = STUDY
+        set_option_help(own)
         for action in own._actions:
             if action.dest.partition(".")[0] in PER_RUN:
                 action.help = SUPPRESS

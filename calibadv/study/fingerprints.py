@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import calibadv
-from calibadv.runs.settings import flat
+from calibadv.runs.settings import flatten
 from calibadv.study.arms import Settings
 
 _PARTS = ("data.", "model.")  # other sections name places to write to
@@ -27,7 +27,7 @@ def digests(arms: Iterable[Settings]) -> dict[str, str]:
     # Reports are written of finished runs, so the code that writes them may change.
     found = {_OURS: _digest(Path(calibadv.__file__).parent, without="analysis/")}
     for settings in arms:
-        for key, text in flat(settings).items():
+        for key, text in flatten(settings).items():
             if isinstance(text, str) and text not in found:
                 path = _module(text) if key.endswith("class_path") else _named(key, text)
                 if path is not None and path.exists():

@@ -11,7 +11,7 @@ from typing import Any
 from calibadv.errors import UserError
 from calibadv.io.files import write_atomically
 from calibadv.runs.folder import STUDY_FILE
-from calibadv.runs.settings import flat, method_of
+from calibadv.runs.settings import flatten, method_settings
 from calibadv.runs.versions import versions
 from calibadv.study.arms import Settings
 from calibadv.study.fingerprints import digests
@@ -73,7 +73,7 @@ class Record:
         """See that the arms differ in something that a run depends on: only then can a report tell them apart."""
         methods: dict[str, dict[str, Any]] = {}
         for name, settings in self.arms.items():
-            method = method_of(settings)
+            method = method_settings(settings)
             same = next((other for other, known in methods.items() if known == method), None)
             if same is not None:
                 raise UserError(f"arms '{same}' and '{name}' have the same settings; leave one of them out")
@@ -92,7 +92,7 @@ class Record:
         yield from _changed(self.versions, given.versions)
         yield from _changed_sources(self.sources, given.sources)
         known = {name: arm for name, arm in self.arms.items() if name in given.arms}
-        changes = {name: list(_changed(flat(arm), flat(given.arms[name]))) for name, arm in known.items()}
+        changes = {name: list(_changed(flatten(arm), flatten(given.arms[name]))) for name, arm in known.items()}
         common = [text for text in next(iter(changes.values()), []) if all(text in other for other in changes.values())]
         yield from common
         for name, texts in changes.items():

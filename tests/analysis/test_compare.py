@@ -24,7 +24,7 @@ from calibadv.analysis.compare.differences import conclude
 from calibadv.rewards import F1
 from calibadv.rewards.scoring import score_rollouts
 from calibadv.runs.rollouts import write_rollouts
-from calibadv.runs.summary import outcome
+from calibadv.runs.summary import summarize_run
 from calibadv.types import Question, Rollout, RolloutStatus, Segment
 
 CALIBADV = [{"class_path": "calibadv.callbacks.AdvantageCalibration", "init_args": {"calibrators": []}}]
@@ -88,7 +88,7 @@ def write_run(
         "versions": {"calibadv": "0.1.0"},
         "command": f"calibadv fit --seed_everything {seed}",
         "validations": validations,
-        **outcome(validations),
+        **summarize_run(validations),
         "wall_seconds": seconds,
     }
     (folder / "results.json").write_text(json.dumps(results))

@@ -10,7 +10,7 @@ from support.records import answer, rollout, search
 from calibadv.analysis.replay import load_method, replay
 from calibadv.calibrators import AnswerRebalance, SoftPenalty
 from calibadv.config.files import config_name, configs_folder, read_config, resolve_config
-from calibadv.config.overlays import scan_settings
+from calibadv.config.overlays import check_overlay_order
 from calibadv.estimators import GRPO
 from calibadv.rewards import F1, ExactMatch
 from calibadv.runs.rollouts import Record, rollout_to_json, write_records
@@ -142,7 +142,7 @@ def test_an_unknown_config_lists_the_known_ones() -> None:
 def test_a_config_that_is_no_mapping_is_an_error_of_one_line(tmp_path: Path, text: str) -> None:
     path = overlay(tmp_path / "own.yaml", text)
     with pytest.raises(ValueError, match=r"config '.*own\.yaml'") as caught:
-        scan_settings([read_config(path)])
+        check_overlay_order([read_config(path)])
     assert "\n" not in str(caught.value)
 
 
@@ -186,7 +186,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
     ],
 )
 def test_orders_that_keep_everything_are_accepted(files: dict[str, Path], order: list[str]) -> None:
-    scan_settings([read_config(files[name]) for name in order])
+    check_overlay_order([read_config(files[name]) for name in order])
 
 
 @pytest.mark.parametrize(
@@ -207,14 +207,14 @@ def test_an_overlay_of_which_nothing_remains_is_refused(
     files: dict[str, Path], order: list[str], lost: str, owner: str
 ) -> None:
     with pytest.raises(
-        ValueError, match=rf"nothing of '.*/{lost}\.yaml' remains: .*; leave it out, or put it after '.*/{owner}\.yaml'"
+        ValueError, match=rf"'.*/{lost}\.yaml' has no effect: .*; leave it out, or put it after '.*/{owner}\.yaml'"
     ):
-        scan_settings([read_config(files[name]) for name in order])
+        check_overlay_order([read_config(files[name]) for name in order])
 
 
 def test_an_appended_list_that_is_lost_is_refused_even_if_the_rest_remains(files: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=r"appends to trainer.callbacks is lost: .*base\.yaml' sets the whole list"):
-        scan_settings([read_config(files["soft_and_more"]), read_config(files["base"])])
+        check_overlay_order([read_config(files["soft_and_more"]), read_config(files["base"])])
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_an_appended_list_that_is_lost_is_refused_even_if_the_rest_remains(files
 )
 def test_two_calibration_callbacks_are_refused(files: dict[str, Path], order: list[str]) -> None:
     with pytest.raises(ValueError, match="each install an AdvantageCalibration; give one overlay that lists all"):
-        scan_settings([read_config(files[name]) for name in order])
+        check_overlay_order([read_config(files[name]) for name in order])
 
 
 def test_replay_refuses_the_same_orders(tmp_path: Path) -> None:

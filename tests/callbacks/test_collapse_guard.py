@@ -20,7 +20,7 @@ from calibadv.callbacks._collapse.rules import Limits
 from calibadv.cli.main import main
 from calibadv.runs.folder import RunFolder
 from calibadv.runs.rollouts import read_rollouts
-from calibadv.runs.summary import outcome
+from calibadv.runs.summary import summarize_run
 
 RECORDED = Path(__file__).parents[1] / "recorded"
 # A checkpoint after every step.
@@ -83,7 +83,7 @@ def test_the_score_falls_where_the_tables_say_so(name: str) -> None:
     ]
     found = [alarm.step for alarm in alarms(rows) if alarm.curve == "val/f1"]
     assert found == ([30] if name == "collapsed" else [])
-    assert outcome(validations)["step_of_collapse"] == (found[0] if found else None)
+    assert summarize_run(validations)["step_of_collapse"] == (found[0] if found else None)
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=12))
@@ -93,7 +93,7 @@ def test_a_fall_is_a_fall_for_the_guard_and_for_the_tables(twentieths: list[int]
     for step in range(len(scores)):
         watch.observe({"val/f1": scores[step]}, step)
         rows = [{"step": k, "f1": v, "format_valid": 1.0} for k, v in enumerate(scores[: step + 1])]
-        is_down = outcome(rows)["step_of_collapse"] is not None
+        is_down = summarize_run(rows)["step_of_collapse"] is not None
         assert (watch.healthy_until(step) < step) == is_down
 
 

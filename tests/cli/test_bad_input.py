@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from calibadv.cli.main import main
-from calibadv.config.user_errors import message_for_users
+from calibadv.config.user_errors import user_message
 from calibadv.data.questions import read_questions
 from calibadv.errors import UserError
 from calibadv.runs.folder import RunFolder
@@ -140,7 +140,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
         r"model.schedule: 'linear' is not accepted; choose one of 'constant', 'cosine'",
     ),
     "below the limit": ("--model.group_size 0", r"model.group_size is 0; it must be at least 1"),
-    "seed of the model": ("--model.seed 3", r"model.seed is set by --seed_everything, and by nothing else"),
+    "seed of the model": ("--model.seed 3", r"model.seed is set by --seed_everything only; give that"),
     "random seed": ("--seed_everything true", r"seed_everything: '[Tt]rue' is not accepted; it must be a whole number"),
     "budget": ("--model.protocol.max_rollout_tokens 8", r"has \d+ tokens and protocol.max_rollout_tokens is 8; raise"),
     "template": (
@@ -244,11 +244,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "overlay first": (
         "fit --config calibrators/calibadv --config quickstart",
-        r"nothing of 'calibrators/calibadv' remains: .*; leave it out, or put it after 'quickstart'",
+        r"'calibrators/calibadv' has no effect: .*; leave it out, or put it after 'quickstart'",
     ),
     "overlay of a class that a later one replaces": (
         "fit --config quickstart --config losses/dual_clip --config losses/cispo",
-        r"nothing of 'losses/dual_clip' remains: .*; leave it out, or put it after 'losses/cispo'",
+        r"'losses/dual_clip' has no effect: .*; leave it out, or put it after 'losses/cispo'",
     ),
     "option of the last callback": (
         "fit --config quickstart --config callbacks/collapse_guard --config calibrators/calibadv "
@@ -265,7 +265,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "option before the config that sets it": (
         "fit --config quickstart --model.rollout_steps 2 --config first.yaml",
-        r"nothing of '--model.rollout_steps' remains: .*; leave it out, or put it after 'first.yaml'",
+        r"'--model.rollout_steps' has no effect: .*; leave it out, or put it after 'first.yaml'",
     ),
     "validate of no checkpoint": ("validate --config quickstart --ckpt_path no.ckpt", r"no.ckpt is not a file"),
     "replay of no file": ("replay --rollouts no.jsonl --out o.jsonl", r"rollout file 'no.jsonl' does not exist; give"),
@@ -296,7 +296,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "world below a file": ("world export --out ok.jsonl/o", r"out 'ok.jsonl/o' cannot be written \(.*\); give another"),
     "replay with no config": ("replay --rollouts ok.jsonl --out o --config", r"--config has no value"),
-    "world without command": ("world", r"say what to do: export or policy"),
+    "world without command": ("world", r"the command is missing; choose export or policy"),
     "world with another": ("world exprt", r"there is no command 'exprt'; choose one of 'export', 'policy'"),
     "world without out": ("world export", r"--out VALUE is missing$"),
     "world abbreviated": ("world export --ou o", r"--ou is not accepted; did you mean --out\?"),
@@ -343,7 +343,7 @@ def test_a_run_name_that_exists(here: Path, capsys: pytest.CaptureFixture[str]) 
     words = [*QUICKSTART, "--run.name", "mine"]
     check(
         words,
-        r"runs/mine holds a run already; it has no checkpoint: start it anew with '.* --ckpt_path auto', or choose",
+        r"runs/mine holds a run already; it has no checkpoint: start it again with '.* --ckpt_path auto', or choose",
         here,
         capsys,
     )
@@ -424,6 +424,6 @@ def test_only_errors_for_users_are_shown_in_one_line() -> None:
         read_questions(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="invalid literal") as python:
         int("x")
-    assert [message_for_users(error.value) for error in (ours, bug, python)] == [str(ours.value), None, None]
+    assert [user_message(error.value) for error in (ours, bug, python)] == [str(ours.value), None, None]
     python.value.__cause__ = ours.value  # as jsonargparse does, where a value fits none of several types
-    assert message_for_users(python.value) == str(ours.value)
+    assert user_message(python.value) == str(ours.value)

@@ -18,15 +18,17 @@ from support.fits import SMALL, files, fit, results
 from support.records import answer, rollout, search
 
 from calibadv import calibrators, callbacks, engines, estimators, losses, retrieval, rewards
-from calibadv.cli.commands import tool_parser
-from calibadv.cli.logging import quiet_environment
+from calibadv.cli.command_table import COMMANDS
+from calibadv.cli.commands import command_parser
 from calibadv.cli.main import main
 from calibadv.config.files import read_words
-from calibadv.config.help import TOOLS, VERBS
+from calibadv.config.help import VERBS
 from calibadv.config.lightning_cli import CalibadvCLI
+from calibadv.config.logging import quiet_environment
 from calibadv.runs.rollouts import read_rollouts, rollout_to_json, write_records
 from calibadv.world import embedded_world
 
+TYPED = [name for name, command in COMMANDS.items() if command.functions]
 PROGRAM = [sys.executable, "-m", "calibadv.cli.main"]
 
 
@@ -60,9 +62,9 @@ def test_every_option_of_a_verb_has_a_text(verb: str) -> None:
     assert blank(verb_parser(verb)) == []
 
 
-@pytest.mark.parametrize("command", TOOLS)
-def test_every_option_of_a_tool_has_a_text(command: str) -> None:
-    parser = tool_parser(command)
+@pytest.mark.parametrize("command", TYPED)
+def test_every_option_of_a_typed_command_has_a_text(command: str) -> None:
+    parser = command_parser(command)
     below = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
     parsers = [parser, *(sub for choices in below for sub in choices.values())]
     assert [blank(one) for one in parsers] == [[]] * len(parsers)
@@ -83,11 +85,11 @@ def test_every_parameter_of_a_part_has_a_text(package: ModuleType) -> None:
 def test_help_lists_each_command_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for name, line in {**VERBS, **TOOLS}.items():
-        assert f"{name} {line}" in text
+    for name, command in COMMANDS.items():
+        assert f"{name} {command.summary}" in text
 
 
-@pytest.mark.parametrize("words", ["fit", "test", *TOOLS, "world export", "world policy"])
+@pytest.mark.parametrize("words", ["fit", "test", *TYPED, "world export", "world policy"])
 def test_help_of_a_command(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*words.split(), "--help"])

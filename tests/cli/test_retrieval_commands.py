@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from calibadv.cli.commands import tool_parser
+from calibadv.cli.command_table import COMMANDS
+from calibadv.cli.commands import command_parser
 from calibadv.cli.main import main
 from calibadv.cli.retrieval import open_retriever
 from calibadv.config.files import config_name, configs_folder
-from calibadv.config.help import TOOLS
 from calibadv.retrieval import BM25, Cached, Dense, Remote
 
 PROGRAM = [sys.executable, "-m", "calibadv.cli.main"]
@@ -376,10 +376,10 @@ def test_an_empty_query_is_a_mistake(query: str, here: Path, capsys: pytest.Capt
     assert "query is empty; give --query at least one word" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", TOOLS)
+@pytest.mark.parametrize("command", [name for name, command in COMMANDS.items() if command.functions])
 def test_help_speaks_of_files_and_not_of_types(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    parser = tool_parser(command)
+    parser = command_parser(command)
     below = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
     for one in [parser, *(sub for choices in below for sub in choices.values())]:
         text = one.format_help()

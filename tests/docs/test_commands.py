@@ -19,12 +19,13 @@ import yaml
 from support.fits import fit
 from torch.utils.tensorboard import SummaryWriter
 
-from calibadv.cli.commands import tool_parser
-from calibadv.cli.logging import quiet_environment
+from calibadv.cli.command_table import COMMANDS
+from calibadv.cli.commands import command_parser
 from calibadv.cli.main import main
 from calibadv.config.files import read_words
-from calibadv.config.help import PLAN, STUDY, TOOLS, VERBS
+from calibadv.config.help import VERBS
 from calibadv.config.lightning_cli import CalibadvCLI
+from calibadv.config.logging import quiet_environment
 from calibadv.study.command import read_study
 
 ROOT = Path(__file__).parents[2]
@@ -62,9 +63,9 @@ def commands() -> Iterator[Any]:
                 yield pytest.param(words, id=f"{page.name}: {' '.join(words)}")
 
 
-COMMANDS = list(commands())
+DOCUMENTED = list(commands())
 # What builds the index that a page's other commands search.
-INDEXING = [words for (words,) in (command.values for command in COMMANDS) if words[0] == "index"]
+INDEXING = [words for (words,) in (command.values for command in DOCUMENTED) if words[0] == "index"]
 BUILDERS = {words[words.index("--out") + 1]: words for words in INDEXING if "--out" in words}
 
 
@@ -111,7 +112,7 @@ def there(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_pages_hold_commands() -> None:
-    pages = {str(command.id).partition(":")[0] for command in COMMANDS}
+    pages = {str(command.id).partition(":")[0] for command in DOCUMENTED}
     assert pages >= {
         "README.md",
         "configuration.md",
@@ -121,7 +122,7 @@ def test_the_pages_hold_commands() -> None:
         "quickstart.md",
         "retrieval.md",
     }
-    assert {command.values[0][0] for command in COMMANDS} >= {*VERBS, *TOOLS}
+    assert {command.values[0][0] for command in DOCUMENTED} == set(COMMANDS)
 
 
 def run_retrieval(words: tuple[str, ...]) -> None:
@@ -134,37 +135,38 @@ def run_retrieval(words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.usefixtures("there")
-@pytest.mark.parametrize("words", COMMANDS)
+@pytest.mark.parametrize("words", DOCUMENTED)
 def test_a_command_is_accepted(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    """Tools run; of a verb, which may need a finished run or hours, everything is parsed and the config printed."""
+    """Typed commands run; a verb, which may need a finished run or hours, is parsed and prints its config."""
     command = words[0]
     words = tuple(
         name for word in words for name in (map(str, Path().glob(word)) if word.endswith("*.jsonl") else [word])
     )
     if command == "serve":  # it would not end
-        parsed = tool_parser(command).parse_args(list(words[1:]))
+        parsed = command_parser(command).parse_args(list(words[1:]))
         assert Path(parsed.retriever).is_file() if parsed.retriever else str(parsed.index) in BUILDERS
         return
     if command in ("search", "audit") or "--verify" in words:
         run_retrieval(words)
         assert capsys.readouterr().out
         return
-    if command in TOOLS and "--out" not in words:
+    is_typed = bool(COMMANDS[command].functions)
+    if is_typed and "--out" not in words:
         assert main(words) == 0
         assert capsys.readouterr().out
         return
-    if command in TOOLS:
+    if is_typed:
         out = Path(words[words.index("--out") + 1])
         if out.is_dir():  # another command needed it before
             shutil.rmtree(out)
         assert main(words) == 0
         assert any(out.iterdir()) if out.is_dir() else out.stat().st_size
         return
-    if command in STUDY:
+    if command == "study":
         _, record = read_study(words[1:])
         assert len(record.arms) == sum(word == "--arm" for word in words)
         return
-    if command in PLAN:  # takes the config of a run, and options of its own behind it
+    if command == "plan":  # takes the config of a run, and options of its own behind it
         words = ("fit", *words[1 : words.index("--gpu") if "--gpu" in words else None])
     assert words[0] in VERBS
     asked = [] if "--print_config" in words else ["--print_config"]

@@ -47,17 +47,17 @@ def test_a_folder_holds_a_run_from_its_first_file_on(folder: RunFolder) -> None:
     assert folder.holds_run
 
 
-def test_a_folder_is_claimed_once(folder: RunFolder) -> None:
-    folder.claim("seed: 0")
+def test_a_folder_is_created_once(folder: RunFolder) -> None:
+    folder.create("seed: 0")
     with pytest.raises(ValueError, match=r"run holds a run already; choose another --run.name"):
-        folder.claim("seed: 1")
+        folder.create("seed: 1")
     assert folder.config(None).read_text() == "seed: 0"
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     touch(tmp_path / "file")
     with pytest.raises(ValueError, match=r"run folder '.*' cannot be written to \(.*\); choose another --run.root"):
-        RunFolder(tmp_path / "file" / "run").claim("")
+        RunFolder(tmp_path / "file" / "run").create("")
 
 
 def test_checkpoints_from_the_newest_down(folder: RunFolder) -> None:
@@ -67,14 +67,14 @@ def test_checkpoints_from_the_newest_down(folder: RunFolder) -> None:
     touch(folder.checkpoint(20), folder.checkpoint(100))
     # A last.ckpt that is a copy, where there are no hard links, may be whole where the newest one is not.
     assert folder.checkpoints_newest_first() == [folder.checkpoint(100), folder.last, folder.checkpoint(20)]
-    folder.point_last_at(folder.checkpoint(20))
+    folder.link_last(folder.checkpoint(20))
     assert folder.checkpoints_newest_first() == [folder.checkpoint(100), folder.checkpoint(20)]
 
 
 def test_last_follows_a_checkpoint(folder: RunFolder) -> None:
     touch(folder.checkpoint(1), folder.checkpoint(2))
     for step in (2, 1, 1):
-        folder.point_last_at(folder.checkpoint(step))
+        folder.link_last(folder.checkpoint(step))
         assert folder.last.read_text() == folder.checkpoint(step).name
     assert folder.checkpoint(2).exists()
 
@@ -95,7 +95,7 @@ def test_what_lies_beyond_a_checkpoint_is_dropped(folder: RunFolder) -> None:
         folder.path / "results.json.partial",
     ]
     touch(*kept, *dropped)
-    folder.drop_beyond(20)
+    folder.truncate_after(20)
     assert sorted(path for path in folder.path.rglob("*") if path.is_file()) == sorted(kept)
 
 
@@ -122,7 +122,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "rollouts": lambda path: write_records(path, [{"a": 1}]),
     "array": lambda path: save_array(path, np.ones(3)),
     "corpus": convert_one,
-    "config": lambda path: RunFolder(path.parent).claim("seed: 0"),
+    "config": lambda path: RunFolder(path.parent).create("seed: 0"),
 }
 
 
@@ -192,7 +192,7 @@ def test_a_disk_without_room_for_a_copy_leaves_last_as_it_was(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     touch(folder.checkpoint(20), folder.checkpoint(40))
-    folder.point_last_at(folder.checkpoint(20))
+    folder.link_last(folder.checkpoint(20))
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -200,6 +200,6 @@ def test_a_disk_without_room_for_a_copy_leaves_last_as_it_was(
     monkeypatch.setattr(os, "link", refuse)  # a file system without hard links
     monkeypatch.setattr(shutil, "copyfile", refuse)
     with pytest.raises(OSError, match="No space left"):
-        folder.point_last_at(folder.checkpoint(40))
+        folder.link_last(folder.checkpoint(40))
     assert folder.last.samefile(folder.checkpoint(20))
     assert not list(folder.checkpoints.glob("*.partial"))

@@ -56,7 +56,7 @@ def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path, capsy
             error = capsys.readouterr().err
             assert error.count("\n") == 1
             assert f"another process ({process.pid} on " in error
-            assert f") is at work in {tmp_path / 'run'}; wait for it or stop it, or choose another" in error
+            assert f") is writing into {tmp_path / 'run'}; wait for it or stop it, or choose another" in error
         assert files(tmp_path / "run") == before
     finally:
         end(process)
@@ -101,7 +101,7 @@ def test_a_file_system_without_locks_gets_one_warning(
     (warning,) = caplog.messages
     assert (
         warning
-        == f"{tmp_path / 'run'} cannot be locked (No locks available): see to it that no other process writes into it"
+        == f"{tmp_path / 'run'} cannot be locked (No locks available): make sure that no other process writes into it"
     )
 
 

@@ -22,8 +22,8 @@ from rich.console import Console
 from support.fits import SMALL, curves
 
 from calibadv.analysis.compare.command import compare
-from calibadv.cli.logging import quiet_environment
 from calibadv.cli.main import main as calibadv
+from calibadv.config.logging import quiet_environment
 from calibadv.runs.versions import versions
 from calibadv.study import study
 from calibadv.study.command import plan, read_study
@@ -379,7 +379,7 @@ def test_fit_leaves_the_folder_of_a_study_alone(whole: Path, capsys: pytest.Capt
 def test_fit_starts_no_run_inside_a_study(whole: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["fit", "--config", "quickstart", "--run.root", str(whole / place), "--run.name", "mine"]
     assert calibadv(words) == 2
-    assert "lies in the folder of a study; its own command continues it" in capsys.readouterr().err
+    assert "is inside the folder of a study, which only its own command continues" in capsys.readouterr().err
     assert not (whole / place / "mine").exists()
 
 

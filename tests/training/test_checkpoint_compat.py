@@ -128,7 +128,7 @@ def test_resume_from_an_older_checkpoint_drops_what_lies_beyond(copy: Path, caps
 
 def test_last_is_the_highest_step_even_if_a_kill_came_before_it_was_renewed(copy: Path) -> None:
     folder = RunFolder(copy)
-    folder.point_last_at(folder.checkpoint(2))
+    folder.link_last(folder.checkpoint(2))
     (folder.checkpoints / "rollout-step=000009.partial").write_text("killed while it was written")
     assert folder.checkpoints_newest_first()[0] == folder.checkpoint(6)
 

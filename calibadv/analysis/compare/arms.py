@@ -15,7 +15,7 @@ from calibadv.analysis.compare.runs import Run
 from calibadv.errors import UserError
 from calibadv.runs.settings import as_text
 
-# What fit puts at the end of a run's name: calibadv.config.trainer_checks.moment.
+# What fit puts at the end of a run's name: calibadv.config.trainer_checks.run_timestamp.
 _MOMENT = re.compile(r"(?<=\d)-(?:\d{8}-\d{6}|job[^-]+)$")
 _SHORT_VALUE = 40
 _SEED_FOLDER = re.compile(r"(?:seed)?[-_=.]?\d+")

@@ -17,7 +17,7 @@ from calibadv.analysis.compare.curve_docs import known_tags
 from calibadv.analysis.compare.curves import Curves, event_files, read_curves, rename
 from calibadv.errors import UserError
 from calibadv.runs.folder import STUDY_FILE, RunFolder
-from calibadv.runs.settings import changed_settings, method_of
+from calibadv.runs.settings import changed_settings, method_settings
 
 _SEED = re.compile(r"(?:^|seed|[-_=.])(\d+)$")
 _DIGITS = re.compile(r"(\d+)")
@@ -173,7 +173,7 @@ def _read_ours(path: Path, label: str) -> Run:
         path=path,
         label=label,
         seed=seed if isinstance(seed, int) else None,
-        settings=method_of(last),
+        settings=method_settings(last),
         results=results,
         curves={**curves, **validations},
         planned=int(last["model"]["rollout_steps"]),

@@ -17,7 +17,7 @@ from calibadv.rewards.answer import F1
 from calibadv.rewards.scoring import score_rollouts
 from calibadv.runs.folder import RunFolder
 from calibadv.runs.rollouts import read_rollouts
-from calibadv.runs.summary import final_validations, outcome
+from calibadv.runs.summary import final_validations, summarize_run
 
 Floats = NDArray[np.float64]
 MEASURES = ("final_f1", "final_em", "best_f1", "best_em", "untrained_f1", "untrained_em")
@@ -42,7 +42,7 @@ class RunScores:
     @cached_property
     def outcome(self) -> dict[str, Any]:
         """As ``calibadv.runs.summary`` defines it; a run without format validity cannot collapse by that."""
-        return outcome([{"format_valid": 1.0, **row} for row in self.run.validations])
+        return summarize_run([{"format_valid": 1.0, **row} for row in self.run.validations])
 
     @cached_property
     def measures(self) -> dict[str, float]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from calibadv.analysis.replay.method import Method, Outcome, apply_method, decides_advantages, load_method
 from calibadv.config.files import CALLBACKS, ConfigFile, configs_folder, read_config, resolve_config
-from calibadv.config.overlays import is_calibration, scan_settings
-from calibadv.config.user_errors import message_for_users
+from calibadv.config.overlays import check_overlay_order, is_calibration_callback
+from calibadv.config.user_errors import user_message
 from calibadv.errors import UserError
 from calibadv.types import Rollout
 
@@ -51,7 +51,7 @@ def load_arms(words: Sequence[str], common: Sequence[str]) -> list[ReplayArm]:
 
 
 def _load(configs: Sequence[ConfigFile]) -> Method:
-    scan_settings(configs)
+    check_overlay_order(configs)
     return load_method([configs_folder() / "base.yaml", *(config.path for config in configs)])
 
 
@@ -68,7 +68,7 @@ def _without_effect(overlays: Iterable[ConfigFile]) -> list[str]:
 
 def _only_calibrates(key: str, value: object) -> bool:
     entries = value if isinstance(value, list) else [value]
-    return key.removesuffix("+") == CALLBACKS and all(is_calibration(entry) for entry in entries)
+    return key.removesuffix("+") == CALLBACKS and all(is_calibration_callback(entry) for entry in entries)
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def _said_of(arm: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        message = message_for_users(error)
+        message = user_message(error)
         if message is None:
             raise
         raise UserError(f"arm '{arm}': {message}") from error

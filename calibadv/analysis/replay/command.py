@@ -16,7 +16,7 @@ from calibadv.analysis.replay.results import Figures
 from calibadv.analysis.replay.table import print_figures
 from calibadv.errors import UserError
 from calibadv.io.progress_bar import tracked
-from calibadv.runs.paths import find_rollout_files, refuse_to_replace
+from calibadv.runs.paths import check_not_input, find_rollout_files
 from calibadv.runs.rollouts import Record, write_records
 
 
@@ -39,7 +39,7 @@ def replay(
     files = find_rollout_files(rollouts)
     arms = load_arms(arm or [], [str(name) for name in config or []])
     outs = {} if out is None else {each.name: out / f"{each.name}.jsonl" if arm else out for each in arms}
-    refuse_to_replace(outs.values(), files)
+    check_not_input(outs.values(), files)
     recorded = read_recorded(files)
     if outs:
         recorded.refuse_to_join()

@@ -16,7 +16,7 @@ from calibadv.calibrators import check_combination
 from calibadv.callbacks.calibration import AdvantageCalibration
 from calibadv.config.errors import explain
 from calibadv.config.files import CALLBACKS, read_config
-from calibadv.config.overlays import calibrations
+from calibadv.config.overlays import installed_calibrations
 from calibadv.errors import UserError
 from calibadv.interfaces import AdvantageEstimator, Calibrator, Reward
 from calibadv.rewards.evidence import credit_rollouts
@@ -84,7 +84,7 @@ def apply_method(rollouts: Sequence[Rollout], method: Method) -> Outcome:
 def load_method(paths: Sequence[Path]) -> Method:
     """Instantiate the parts of merged configs that decide advantages, and nothing else of them."""
     configs = [read_config(path) for path in paths]
-    installed = [entry for _, entry in calibrations(configs)]
+    installed = [entry for _, entry in installed_calibrations(configs)]
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--model.reward", type=Reward, required=True)
     parser.add_argument("--model.estimator", type=AdvantageEstimator, required=True)

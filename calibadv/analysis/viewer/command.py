@@ -16,7 +16,7 @@ from rich.text import Text
 from calibadv.analysis.viewer.data import ViewerData
 from calibadv.errors import UserError
 from calibadv.io.files import write_atomically
-from calibadv.runs.paths import find_rollout_files, refuse_to_replace, short_names
+from calibadv.runs.paths import check_not_input, find_rollout_files, short_names
 from calibadv.runs.rollouts import Record
 
 _SCRIPTS = ("data.js", "filter.js", "rollout.js", "page.js")
@@ -27,7 +27,7 @@ def view(rollouts: list[Path], out: Path) -> None:
     paths = find_rollout_files(rollouts)
     if out.is_dir():
         raise UserError(f"out '{out}' is a folder; give a file, such as {out / 'view.html'}")
-    refuse_to_replace([out], paths)
+    check_not_input([out], paths)
     data = ViewerData()
     console = Console(stderr=True)
     for path, name in zip(paths, short_names(paths), strict=True):

@@ -97,7 +97,7 @@ class Rule:
 
 
 def fall(drop: float) -> Callable[[Sequence[float]], Bounds]:
-    """Bounds of a score that is to stay near its best, as ``outcome`` draws them: equal to the limit is below."""
+    """Bounds of a score that is to stay near its best, as ``summarize_run`` draws them: equal to the limit is below."""
     return lambda past: (math.nextafter(max(past) - drop + ROUNDING, math.inf) if past else -math.inf, math.inf)
 
 

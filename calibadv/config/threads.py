@@ -1,4 +1,4 @@
-"""CPU threads: no more than help a small model, and none that waits at work."""
+"""CPU threads: one for small models, and no spinning while idle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SMALL_MODEL = 10_000_000
 
 
 def sleep_while_waiting() -> None:
-    """Let OpenMP's threads sleep where they would spin, which takes other processes' time; before torch is loaded."""
+    """Let idle threads of OpenMP sleep instead of spin, to spare other processes; call before torch is loaded."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
