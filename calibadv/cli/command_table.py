@@ -1,4 +1,4 @@
-"""Table of the commands of ``calibadv``: the line of each in --help, and the function behind it."""
+"""Table of the commands of ``calibadv``: the line of each in --help, and its function."""
 
 from __future__ import annotations
 

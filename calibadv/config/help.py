@@ -21,7 +21,7 @@ VERBS = {
 STUDY = "Train several methods over seeds with everything else equal, and report how they compare."
 PLAN = "Estimate the memory and the time that a run will take, before it is started."
 # Names of values in the help of typed commands, shown instead of the type.
-METAVARS = {
+_METAVARS = {
     "arm": "NAME[=OVERLAY[+OVERLAY...]]",
     "backend": "{bm25,faiss}",
     "config": "NAME_OR_FILE",
@@ -87,7 +87,7 @@ class CommandHelpFormatter(DefaultHelpFormatter):
 
     @override
     def _get_type_str(self, action: Action) -> str | None:
-        return None if action.dest in METAVARS else super()._get_type_str(action)
+        return None if action.dest in _METAVARS else super()._get_type_str(action)
 
     @override
     def _expand_help(self, action: Action) -> str:
@@ -101,8 +101,8 @@ class CommandHelpFormatter(DefaultHelpFormatter):
 
 
 def set_metavars(parser: ArgumentParser) -> None:
-    """Set the metavars of ``METAVARS`` in a parser."""
+    """Set the metavars of ``_METAVARS`` in a parser."""
     for action in parser._actions:
-        if action.dest in METAVARS:
+        if action.dest in _METAVARS:
             several = f"--{action.dest}+" in action.option_strings
-            action.metavar = METAVARS[action.dest] + (" ..." if several else "")
+            action.metavar = _METAVARS[action.dest] + (" ..." if several else "")

@@ -78,7 +78,7 @@ class CalibadvCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             parser_kwargs={**manners, verb: {**manners, "usage": usage, "description": VERBS[verb]}},
-            args=[verb, *command_words(settings)],
+            args=[verb, *_command_words(settings)],
         )
 
     @override
@@ -222,7 +222,7 @@ class ReadingCLI(CalibadvCLI):
         """Build nothing."""
 
 
-def command_words(settings: Sequence[ConfigFile | Option]) -> list[str]:
+def _command_words(settings: Sequence[ConfigFile | Option]) -> list[str]:
     """Return the words that LightningCLI parses: the packaged base, then the settings, with paths for names."""
     words = ["--config", str(configs_folder() / "base.yaml")]
     for setting in settings:

@@ -40,7 +40,7 @@ class RunFolder:
 
     @property
     def results(self) -> Path:
-        """File of the figures of every validation, and of the settings, versions and machine behind them."""
+        """File of the figures of every validation, with the settings, versions and machine."""
         return self.path / "results.json"
 
     @property
