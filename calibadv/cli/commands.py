@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pkgutil import resolve_name
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -19,6 +20,7 @@ from calibadv.config.help import CommandHelpFormatter, set_metavars
 from calibadv.errors import UserError
 
 Functions = dict[str, Callable[..., Any]]
+_new_parser = partial(ArgumentParser, exit_on_error=False, allow_abbrev=False, formatter_class=CommandHelpFormatter)
 
 
 def run_command(command: str, arguments: Sequence[str]) -> int:
@@ -64,7 +66,7 @@ def command_parser(command: str) -> ArgumentParser:
         usage = parser.format_usage().removeprefix("usage: ").rstrip("\n")
         parser.usage = usage.replace(f"--{first} ", "", 1)
         return parser
-    parser = _new_parser(f"calibadv {command}", summary)
+    parser = _new_parser(prog=f"calibadv {command}", description=summary)
     subcommands = parser.add_subcommands(title="what to do", help="One of these:")
     for name, function in functions.items():
         text = (function.__doc__ or "").partition("\n")[0]
@@ -75,9 +77,9 @@ def command_parser(command: str) -> ArgumentParser:
 
 def _function_parser(prog: str, description: str, function: Callable[..., Any]) -> ArgumentParser:
     flags = [name for name, kind in get_type_hints(function).items() if kind is bool]
-    typed = _new_parser(prog, description)
+    typed = _new_parser(prog=prog, description=description)
     typed.add_function_arguments(function, as_group=False)
-    parser = _new_parser(prog, description)
+    parser = _new_parser(prog=prog, description=description)
     parser.add_function_arguments(function, as_group=False, skip=set(flags))
     for flag in flags:  # by its type, it would need the value true
         text = next(action.help for action in typed._actions if action.dest == flag)
@@ -96,16 +98,6 @@ def _drop_dataclasses(parser: ArgumentParser) -> None:
                 group._remove_action(action)
                 for option in action.option_strings:
                     del parser._option_string_actions[option]
-
-
-def _new_parser(prog: str, description: str) -> ArgumentParser:
-    return ArgumentParser(
-        prog=prog,
-        description=description,
-        exit_on_error=False,
-        allow_abbrev=False,
-        formatter_class=CommandHelpFormatter,
-    )
 
 
 def _functions(command: str) -> Functions:

@@ -29,13 +29,8 @@ _SEAMS = {
 }
 
 
-_TYPE_NAMES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "a string",
-    "NoneType": "null",
-}
+_TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
+_TYPE_NAMES |= {"NoneType": "null"}
 
 
 def explain(message: str, options: Collection[str] = (), verb: str = "") -> str:
