@@ -231,7 +231,7 @@ class Unlucky(BM25):
 def overlay(folder: Path, name: str, **arguments: Any) -> tuple[str, ...]:
     path = folder / f"{name}.yaml"
     given = {"corpus": "embedded", **arguments}
-    path.write_text(f"model: {{retriever: {{class_path: test_outages.{name}, init_args: {given}}}}}")
+    path.write_text(f"model: {{retriever: {{class_path: {__name__}.{name}, init_args: {given}}}}}")
     return ("--config", str(path))
 
 

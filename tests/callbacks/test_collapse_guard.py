@@ -231,7 +231,7 @@ class Breaks(Callback):
             pl_module.agent.engine.sync(pl_module.policy)
 
 
-BREAKS = ("--trainer.callbacks+=test_guard.Breaks", "--trainer.callbacks.step=4")
+BREAKS = (f"--trainer.callbacks+={__name__}.Breaks", "--trainer.callbacks.step=4")
 ROLLBACK = (*BREAKS, "--trainer.callbacks.rate=2e-4", *GUARD, "--trainer.callbacks.action=rollback", *EVERY)
 
 
