@@ -19,7 +19,7 @@ from calibadv.errors import ServiceError
 from calibadv.types import Completion, Document, DrawKey, Metrics, Question, Rollout, Sampling, ScoredDocument
 
 if TYPE_CHECKING:
-    from calibadv.distributed import Processes
+    from calibadv.distributed import ProcessGroup
     from calibadv.policy.policy import Policy
 
 
@@ -213,17 +213,17 @@ class AdvantageEstimator(ABC):
     """Turns rewards into advantages.
 
     Attributes:
-        credits_evidence: whether it already turns step correctness into advantages, so that a calibrator which does so
-            too would count it twice.
-        learns_from_ties: whether it is made to learn from groups whose rewards are all equal too, so that a filter
-            which drops these would throw away what it is for.
+        uses_step_correctness: whether it turns step correctness into advantages, so that a calibrator which does so too
+            would count it twice.
+        uses_zero_variance_groups: whether it also learns from groups whose rewards are all equal, so that a filter must
+            not drop these.
     """
 
-    credits_evidence: bool = False
-    learns_from_ties: bool = False
+    uses_step_correctness: bool = False
+    uses_zero_variance_groups: bool = False
 
     def prepare(
-        self, batch: RolloutBatch, policy: Policy, micro_batch_tokens: int, processes: Processes
+        self, batch: RolloutBatch, policy: Policy, micro_batch_tokens: int, processes: ProcessGroup
     ) -> RolloutBatch:
         """Compute what ``estimate`` needs of the policy itself; most estimators need nothing.
 
@@ -302,11 +302,11 @@ class PolicyLoss(ABC):
     Its gradient is 0 where the advantage is 0; what pulls on every token is a ``Regularizer``.
 
     Attributes:
-        acts_on_change: whether what tells it from PPOClip's defaults depends on how far the log-probabilities have
-            moved since the first update of a rollout step. Settings under which they never have get a warning.
+        requires_multiple_updates: whether it differs from PPOClip's defaults only where the log-probabilities have
+            moved since the first update of a rollout step. Settings under which they never do get a warning.
     """
 
-    acts_on_change: bool = False
+    requires_multiple_updates: bool = False
 
     @abstractmethod
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
@@ -324,11 +324,11 @@ class Regularizer(ABC):
     """A term that is added to the loss.
 
     Attributes:
-        acts_on_change: whether the term depends on how far the trainer's log-probabilities have moved since the first
-            update of a rollout step. Settings under which that is not known, or never differs from 0, are refused.
+        requires_multiple_updates: whether the term depends on how far the trainer's log-probabilities have moved since
+            the first update of a rollout step. Settings under which that is unknown, or always 0, are refused.
     """
 
-    acts_on_change: bool = False
+    requires_multiple_updates: bool = False
 
     @abstractmethod
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,14 +19,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from calibadv.agent.episode import Agent
-from calibadv.agent.rollout import Draws, check_engine, check_prompt, check_searches, run_rollouts
+from calibadv.agent.rollout import Draws, check_engine
 from calibadv.agent.searching import Waiting
-from calibadv.batch import RolloutBatch, StepOutput, collate, to_device
+from calibadv.batch import StepOutput, collate, to_device
 from calibadv.calibrators import check_combination
 from calibadv.data.datamodule import QuestionData
-from calibadv.distributed import Attempt, Processes, longest_wait, raising_together, shard
+from calibadv.distributed import ProcessGroup, apply_fsdp, longest_wait, raising_together
 from calibadv.errors import UserError
-from calibadv.filters import Group, check_filter, refill
 from calibadv.interfaces import (
     AdvantageEstimator,
     Calibrator,
@@ -44,12 +43,19 @@ from calibadv.policy.lora import Lora
 from calibadv.policy.precision import check_precision, check_rate, exactly, float32_by_default
 from calibadv.policy.reference import Reference, make_reference
 from calibadv.protocol.search import Protocol
-from calibadv.rewards.evidence import credit_rollouts
-from calibadv.rewards.scoring import score_rollouts
 from calibadv.runs.folder import RunFolder
 from calibadv.training.advantages import compute_advantages
-from calibadv.training.checkpoint_compat import check_identity, save_identity
-from calibadv.training.logprobs import BatchLogprobs, ReadyBatch, compute_logprobs
+from calibadv.training.checkpoint_compat import RunIdentity, check_optimizer, check_steps_left, check_weights
+from calibadv.training.checks import (
+    check_at_least,
+    check_filter,
+    check_objective,
+    check_prompts,
+    check_questions_per_step,
+    check_sampling,
+)
+from calibadv.training.importance_sampling import TruncatedImportanceSampling
+from calibadv.training.logprobs import UpdateBatch, compute_old_logprobs, loss_inputs
 from calibadv.training.metrics import (
     evaluation_metrics,
     rollout_metrics,
@@ -57,17 +63,15 @@ from calibadv.training.metrics import (
     stability_metrics,
     without_result,
 )
-from calibadv.training.nonfinite import MOST_IN_A_ROW, NonFiniteStepError, SkippedSteps
+from calibadv.training.minibatches import MiniBatch, make_mini_batch, mini_batches
 from calibadv.training.objective import Objective
-from calibadv.training.optimization import Learner, SamplerCorrection, Trainee, check_at_least
+from calibadv.training.optimization import FiniteSteps, UpdateMetrics, clip_gradient, trained_parameters
+from calibadv.training.sampling import RolloutSampler, check_searches, collect_groups
 from calibadv.training.schedule import LearningRate
 from calibadv.training.timer import Stopwatch
 from calibadv.types import Metrics, Question, Rollout
 
 log = logging.getLogger(__name__)
-
-# Of a larger file only the longest questions are checked before the run: encoding all would take minutes.
-_PROMPTS_CHECKED = 5000
 
 
 class SearchAgentModule(pl.LightningModule):
@@ -86,7 +90,7 @@ class SearchAgentModule(pl.LightningModule):
         regularizers: further terms of the loss.
         kl_coef: weight of the KL divergence to the policy before training; 0 loads no reference.
         kl_estimator: how that KL is estimated; the gradient of k1 is not that of a KL (docs/method.md).
-        rollout_steps: stop after this many rollout steps, those before a resume included.
+        rollout_steps: total number of rollout steps, including those before a resume.
         group_size: rollouts per question.
         temperature: of sampling in training; validation is greedy.
         learning_rate: peak learning rate of AdamW.
@@ -97,10 +101,10 @@ class SearchAgentModule(pl.LightningModule):
         clip_norm: the gradient of a mini-batch is scaled down to this norm; 0 leaves it.
         mini_batches: optimizer steps per rollout step; each takes a block of whole questions.
         micro_batch_tokens: the most tokens, padding included, of one forward pass; bounds memory, changes no result.
-        old_logprobs: the ratio's denominator: recomputed by the ``trainer``, or those of the ``engine``.
-        sampler_correction: weigh tokens by how much likelier the trainer's model draws them than the engine did.
-        gradient_checkpointing: compute activations again on the way back: less memory, more time.
-        skip_tied: leave out the optimizer step of mini-batches whose advantages are all 0, if no other term acts there.
+        old_logprobs: source of the old log-probabilities: recomputed by the ``trainer``, or the ``engine``'s.
+        sampler_correction: truncated importance sampling between trainer and engine.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        skip_tied: skip optimizer steps whose advantages are all 0 and to which no KL or regularizer applies.
         garbled_perplexity: a rollout counts as garbled if a message's perplexity is above this.
         seed: of questions, sampling and mini-batches; set by ``--seed_everything``.
     """
@@ -133,7 +137,7 @@ class SearchAgentModule(pl.LightningModule):
         mini_batches: int = 1,
         micro_batch_tokens: int = 16384,
         old_logprobs: Literal["trainer", "engine"] = "trainer",
-        sampler_correction: SamplerCorrection | None = None,
+        sampler_correction: TruncatedImportanceSampling | None = None,
         gradient_checkpointing: bool = False,
         skip_tied: bool = False,
         garbled_perplexity: float = 50.0,
@@ -141,38 +145,49 @@ class SearchAgentModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        check_at_least("rollout_steps", rollout_steps, 1)
-        check_at_least("group_size", group_size, 1)
+        at_least = {
+            "rollout_steps": (rollout_steps, 1),
+            "group_size": (group_size, 1),
+            "mini_batches": (mini_batches, 1),
+            "micro_batch_tokens": (micro_batch_tokens, 1),
+            "warmup_steps": (warmup_steps, 0),
+            "kl_coef": (kl_coef, 0),
+            "learning_rate": (learning_rate, 0),
+            "weight_decay": (weight_decay, 0),
+            "clip_norm": (clip_norm, 0),
+        }
+        for name, (value, bound) in at_least.items():
+            check_at_least(name, value, bound)
+        self.objective = Objective(loss, kl_coef, tuple(regularizers or ()), kl_estimator)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"model.betas are {betas}; both must be at least 0 and below 1")
+        check_sampling(temperature, old_logprobs, sampler_correction)
+        check_objective(self.objective, mini_batches, old_logprobs)
         check_filter(group_filter, estimator, group_size)
         check_length(loss, (protocol.max_searches + 1) * protocol.max_turn_tokens)
-        self.learner = Learner(
-            objective=Objective(loss, kl_coef, tuple(regularizers or ()), kl_estimator),
-            learning_rate=LearningRate(learning_rate, schedule, warmup_steps, rollout_steps),
-            betas=betas,
-            weight_decay=weight_decay,
-            clip_norm=clip_norm,
-            mini_batches=mini_batches,
-            micro_batch_tokens=micro_batch_tokens,
-            temperature=temperature,
-            old_logprobs=old_logprobs,
-            sampler_correction=sampler_correction,
-            skip_tied=skip_tied,
-            seed=seed,
-        )
         self.policy = load_policy(policy, lora)
         self.model = self.policy.model
         if gradient_checkpointing:
             enable_checkpointing(self.policy)
         self.reference: Reference | None = make_reference(self.policy, lora) if kl_coef else None
         self.agent = Agent(engine, retriever, protocol, self.policy.tokenizer)
-        self.reward = reward
+        self.sampler = RolloutSampler(self.agent, self.policy, reward)
         self.group_filter = group_filter
         self.estimator = estimator
         self.calibrators = ()
+        self.learning_rate = LearningRate(learning_rate, schedule, warmup_steps, rollout_steps)
+        self.lr_factor = 1.0
+        self.betas = betas
+        self.weight_decay = weight_decay
         self.rollout_steps = rollout_steps
         self.group_size = group_size
         self.temperature = temperature
+        self.clip_norm = clip_norm
+        self.mini_batches = mini_batches
         self.micro_batch_tokens = micro_batch_tokens
+        self.old_logprobs = old_logprobs
+        self.importance_sampling = sampler_correction
+        self.skip_tied = skip_tied
         self.garbled_perplexity = garbled_perplexity
         self.seed = seed
         self.rollout_step = 0
@@ -180,138 +195,165 @@ class SearchAgentModule(pl.LightningModule):
         self.mid_update = False
         self.stop_requested = False
         self.validated_step = -1
-        self.skipped = SkippedSteps()
+        self.finite_steps = FiniteSteps()
         self.evaluation: Metrics = {}
         self._evaluated: list[Rollout] = []
         self._sharded = False
-        self._engine_is_stale = True
+
+    @property
+    def processes(self) -> ProcessGroup:
+        """The ranks that train together."""
+        return ProcessGroup.current()
 
     @float32_by_default()
     @override
     def training_step(self, questions: list[Question], batch_idx: int) -> dict[str, StepOutput]:
-        clock = Stopwatch()
-        groups, filter_metrics = self.collect(questions, clock)
-        with clock.measure("evidence"):
+        timer = Stopwatch()
+        update, metrics = self.prepare_update(questions, timer)
+        with timer.measure("update"):
+            optimizer = self.start_update()
+            steps = UpdateMetrics(self.processes, optimizer.param_groups[0]["lr"])
+            for mini_batch in self.make_mini_batches(update):
+                steps.without_advantage += not mini_batch.has_advantage
+                if self.skip_tied and not (mini_batch.has_advantage or self.objective.grad_without_advantage):
+                    continue
+                optimizer.zero_grad()
+                for micro_batch in mini_batch.micro_batches:
+                    with torch.set_grad_enabled(micro_batch.needs_grad):
+                        inputs = loss_inputs(self.model, update, micro_batch.rows, self.temperature, mini_batch.size)
+                        loss, terms = self.objective.compute(inputs)
+                    if micro_batch.needs_grad:
+                        with self.gradient_sync(micro_batch.is_last):
+                            self.manual_backward(loss * micro_batch.loss_scale)
+                    steps.add(terms, micro_batch)
+                norm = clip_gradient(self.model, self.clip_norm)
+                dump = self.run_folder.nonfinite_step(self.rollout_step + 1)
+                stepped = self.finite_steps.step(optimizer, norm, update, mini_batch, dump, self.processes)
+                steps.close(norm, stepped)
+        return self.finish_step(update, {**metrics, **steps.summary()}, timer)
+
+    def prepare_update(self, questions: Sequence[Question], timer: Stopwatch) -> tuple[UpdateBatch, Metrics]:
+        """Sample and score rollouts, and compute their advantages and old log-probabilities.
+
+        Args:
+            questions: questions of this rollout step.
+            timer: measures the stages.
+
+        Returns:
+            What the update needs, and the curves of the rollouts.
+        """
+        step = self.rollout_step + 1
+        draws = Draws(self.seed, step, self.group_size, self.temperature)
+        sample = partial(
+            self.sampler.sample_groups, draws=draws, processes=self.processes, waiting=self._waiting(), timer=timer
+        )
+        groups, filter_metrics = collect_groups(
+            questions, sample, self.group_filter, self._replacements(questions), step
+        )
+        with timer.measure("evidence"):
             batch = to_device(collate(list(chain.from_iterable(groups))), self.device)
-        with clock.measure("advantages"):
+        with timer.measure("advantages"):
             batch = self.estimator.prepare(batch, self.policy, self.micro_batch_tokens, self.processes)
             estimated, calibrated, calibration_metrics = compute_advantages(batch, self.estimator, self.calibrators)
-        with clock.measure("logprobs"):
-            before = self.logprobs_before(batch)
-        with clock.measure("update"):
-            update_metrics = self.update(ReadyBatch(batch, calibrated, before))
-        self._engine_is_stale = True
-        self.rollout_step += 1
-        self.mid_update = False
+        with timer.measure("logprobs"):
+            old = compute_old_logprobs(
+                self.model, self.reference, batch, self.micro_batch_tokens, self.temperature, self.processes
+            )
         metrics = {
             **rollout_metrics(batch, estimated, calibrated),
             **filter_metrics,
             **calibration_metrics,
-            **stability_metrics(batch, before, self.garbled_perplexity),
-            **update_metrics,
-            **speed_metrics(batch, clock.seconds),
-            **{f"retrieval/{name}": value for name, value in self.agent.retriever.metrics().items()},
+            **stability_metrics(batch, old, self.garbled_perplexity),
         }
-        self.log_at_step(metrics)
-        self.trainer.should_stop = self.trainer.should_stop or self.rollout_step >= self.rollout_steps
-        return {"output": StepOutput(self.rollout_step, batch, estimated, calibrated, metrics, clock.seconds)}
+        update, weights = self.correct(UpdateBatch(batch, estimated, calibrated, old))
+        return update, {**metrics, **weights}
 
-    def collect(self, questions: Sequence[Question], clock: Stopwatch) -> tuple[list[Group], Metrics]:
-        """Sample and score the groups of a rollout step; groups that the filter drops are replaced."""
-        step, seen = self.rollout_step + 1, list[Group]()
+    def correct(self, update: UpdateBatch) -> tuple[UpdateBatch, Metrics]:
+        """Correct for the difference between engine and trainer, as the settings ask for."""
+        metrics: Metrics = {}
+        if self.importance_sampling is not None:
+            update, metrics = self.importance_sampling.apply(update)
+        if self.old_logprobs == "engine":
+            update = replace(update, old=replace(update.old, logprobs=update.batch.sampled_logprobs))
+        return update, metrics
 
-        def make(asked: Sequence[Question]) -> list[Rollout]:
-            with clock.measure("rollout"):
-                own = self.sample(asked, step, self.group_size, self.temperature)
-            with clock.measure("evidence"):
-                return credit_rollouts(score_rollouts(own, self.reward))
-
-        def ask(asked: Sequence[Question]) -> list[Group]:
-            own = self.processes.attempt(partial(make, asked))
-            with clock.measure("evidence"):
-                groups = self.share(asked, own, self.group_size)
-            seen.extend(groups)
-            with raising_together():
-                check_searches(seen, step)  # all of the step: a few alone say little of the retriever
-            return groups
-
-        groups = ask(questions)
+    def _replacements(self, questions: Sequence[Question]) -> Iterator[Question]:
         if self.group_filter is None:
-            return groups, {}
+            return iter(())
         data = cast("QuestionData", getattr(self.trainer, "datamodule", None))
-        return refill(groups, self.group_filter, data.spare_questions(self.rollout_step, questions), ask)
-
-    def sample(self, questions: Sequence[Question], step: int, samples: int, temperature: float) -> list[Rollout]:
-        """Sample rollouts, each process those of its own questions."""
-        if self._engine_is_stale:
-            self.agent.engine.sync(self.policy)
-            self._engine_is_stale = False
-        draws = Draws(self.seed, step, samples, temperature)
-        return run_rollouts(questions, self.agent, draws, self.processes, self._waiting())
+        return data.spare_questions(self.rollout_step, questions)
 
     def _waiting(self) -> Waiting | None:
-        """In training, a retriever that is away is waited for: for less than processes wait for each other."""
+        """In training, a retriever that is away is waited for: for less than ranks wait for each other."""
         if self.trainer.state.fn != "fit":
             return None
         cap = longest_wait(self.trainer.strategy) if self.processes.size > 1 else math.inf
         return Waiting(cap, lambda: self.stop_requested)
 
-    def share(self, questions: Sequence[Question], own: Attempt[list[Rollout]], samples: int) -> list[Group]:
-        """Put the rollouts of all processes together."""
-        rollouts = own.result or []
-        groups = [rollouts[start : start + samples] for start in range(0, len(rollouts), samples)]
-        owners = self.processes.owners([question.id for question in questions])
-        return self.processes.interleave(Attempt(groups, own.error), owners)
-
-    def logprobs_before(self, batch: RolloutBatch) -> BatchLogprobs:
-        """Compute what the ratio and the KL compare with: log-probabilities before the update."""
-        settings = (batch, self.micro_batch_tokens, self.temperature, self.processes)
-        before = compute_logprobs(self.model, *settings)
-        if self.reference is None:
-            return before
-        with self.reference.model(self.model) as model:
-            reference = compute_logprobs(model, *settings)
-        return replace(before, reference=reference.policy)
-
-    def update(self, ready: ReadyBatch) -> Metrics:
-        """Update the policy on a rollout batch."""
+    def start_update(self) -> torch.optim.Optimizer:
+        """Return the optimizer, with the learning rate of this rollout step."""
         optimizer = cast("torch.optim.Optimizer", self.optimizers())
-        trainee = Trainee(self.model, optimizer, self.descend, self.processes, self.skipped)
-        step = self.rollout_step + 1
-        try:
-            return self.learner.update(trainee, ready, step)
-        except NonFiniteStepError as error:
-            path = RunFolder(Path(self.trainer.default_root_dir)).nonfinite_step(step)
-            # All wait for the file: a process that ends sooner would end the first one too.
-            told = self.processes.gather(error.write(path) if self.processes.rank == 0 else "")[0]
-            raise UserError(
-                f"rollout step {step}: the gradient of {MOST_IN_A_ROW} mini-batches in a row was not finite (the last "
-                f"norm is {error.norm}); the last of them {told}: look at it, and resume with a lower "
-                f"model.learning_rate (now {self.learner.learning_rate.peak})"
-            ) from error
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr_factor * self.learning_rate.at(self.rollout_step + 1)
+        return optimizer
 
-    def descend(self, loss: Tensor, last: bool) -> None:
-        """Compute gradients; after the last loss of a mini-batch, processes add theirs up."""
+    def make_mini_batches(self, update: UpdateBatch) -> list[MiniBatch]:
+        """Cut the rollouts of an update into the mini-batches of this rollout step."""
+        blocks = mini_batches(update.batch, self.mini_batches, self.seed, self.rollout_step + 1)
+        return [
+            make_mini_batch(
+                f"rollout step {self.rollout_step + 1}, mini-batch {number} of {len(blocks)}",
+                update.batch,
+                update.advantages,
+                rows,
+                self.micro_batch_tokens,
+                self.processes,
+                self.objective.grad_without_advantage,
+            )
+            for number, rows in enumerate(blocks, 1)
+        ]
+
+    def gradient_sync(self, last: bool) -> AbstractContextManager[None]:
+        """Sum gradients over the ranks only after the last backward pass of a mini-batch."""
         wait = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-        with nullcontext() if last else wait():
-            self.manual_backward(loss)
+        return nullcontext() if last else wait()
+
+    def finish_step(self, update: UpdateBatch, metrics: Metrics, timer: Stopwatch) -> dict[str, StepOutput]:
+        """Count the rollout step and log its metrics; the result goes to the callbacks."""
+        self.sampler.engine_is_stale = True
+        self.rollout_step += 1
+        self.mid_update = False
+        metrics = {
+            **metrics,
+            **speed_metrics(update.batch, timer.seconds),
+            **{f"retrieval/{name}": value for name, value in self.agent.retriever.metrics().items()},
+        }
+        self.log_at_step(metrics)
+        self.trainer.should_stop = self.trainer.should_stop or self.rollout_step >= self.rollout_steps
+        output = StepOutput(
+            self.rollout_step, update.batch, update.estimated, update.advantages, metrics, timer.seconds
+        )
+        return {"output": output}
 
     @property
-    def processes(self) -> Processes:
-        """Those that train together."""
-        return Processes.current()
+    def run_folder(self) -> RunFolder:
+        """The folder of the run."""
+        return RunFolder(Path(self.trainer.default_root_dir))
 
     @override
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._sharded:
             assert self.device_mesh is not None, "the strategy has made it"
             for model in [self.model, *(self.reference.frozen if self.reference else [])]:
-                shard(model, self.device_mesh)
+                apply_fsdp(model, self.device_mesh)
             self._sharded = True
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.learner.make_optimizer(self.model)
+        parameters = trained_parameters(self.model)
+        return torch.optim.AdamW(
+            parameters, lr=self.learning_rate.peak, betas=self.betas, weight_decay=self.weight_decay
+        )
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -320,35 +362,31 @@ class SearchAgentModule(pl.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        if stage == "fit" and (self.trainer.max_epochs, self.trainer.max_steps) != (-1, -1):
+        fitting = stage == "fit"
+        if fitting and (self.trainer.max_epochs, self.trainer.max_steps) != (-1, -1):
             raise UserError(
                 f"trainer.max_epochs is {self.trainer.max_epochs} and trainer.max_steps is {self.trainer.max_steps}; "
                 "both must be -1: set model.rollout_steps, which counts what you mean"
             )
         check_precision(self.trainer.precision)
-        if stage == "fit":
+        if fitting:
             adapters = not all(parameter.requires_grad for parameter in self.model.parameters())
-            check_rate(self.trainer.precision, adapters, self.learner.learning_rate.peak)
-        if stage == "fit" and self.group_size == 1:
+            check_rate(self.trainer.precision, adapters, self.learning_rate.peak)
+        if fitting and self.group_size == 1:
             log.warning(
                 "model.group_size is 1: the rollouts of a question are compared, and there is nothing to compare"
             )
-        check_combination(self.estimator, self.calibrators, self.group_size if stage == "fit" else None)
+        check_combination(self.estimator, self.calibrators, self.group_size if fitting else None)
         self.agent.engine.check()
         check_engine(self.agent)
         check_positions(self.policy, self.agent.protocol.max_rollout_tokens)
-        self._engine_is_stale = True  # a checkpoint may be loaded after this, and parameters be sharded
+        self.sampler.engine_is_stale = True  # a checkpoint may be loaded after this, and parameters be sharded
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, QuestionData):
-            if stage == "fit" and data.questions_per_step % self.trainer.world_size:
-                raise UserError(
-                    f"data.questions_per_step is {data.questions_per_step} and there are {self.trainer.world_size} "
-                    "processes, which must share the questions evenly; give a multiple"
-                )
-            asked = data.questions_for(stage)
-            for question in sorted(asked, key=lambda question: -len(question.question))[:_PROMPTS_CHECKED]:
-                check_prompt(question, self.agent)
-        elif stage == "fit" and self.group_filter is not None:
+            if fitting:
+                check_questions_per_step(data.questions_per_step, self.trainer.world_size)
+            check_prompts(data.questions_for(stage), self.agent)
+        elif fitting and self.group_filter is not None:
             raise UserError("model.group_filter asks further questions of QuestionData; give that to fit as datamodule")
 
     @override
@@ -386,12 +424,8 @@ class SearchAgentModule(pl.LightningModule):
     @float32_by_default()
     def evaluate(self, questions: Sequence[Question]) -> list[Rollout]:
         """Answer questions greedily, one rollout each, and score them."""
-
-        def make() -> list[Rollout]:
-            own = self.sample(questions, self.rollout_step, samples=1, temperature=0.0)
-            return score_rollouts(own, self.reward)
-
-        groups = self.share(questions, self.processes.attempt(make), samples=1)
+        draws = Draws(self.seed, self.rollout_step, samples=1, temperature=0.0)
+        groups = self.sampler.sample_groups(questions, draws, self.processes, credit=False)
         with raising_together():
             check_searches(groups, self.rollout_step)
         rollouts = list(chain.from_iterable(groups))
@@ -427,13 +461,32 @@ class SearchAgentModule(pl.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.rollout_step)
 
+    @property
+    def identity(self) -> RunIdentity:
+        """What tells this run from another: written into its checkpoints."""
+        return RunIdentity(
+            seed=self.seed,
+            protocol=asdict(self.agent.protocol),
+            reference=None if self.reference is None else self.reference.digest,
+        )
+
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        save_identity(checkpoint, self)
+        checkpoint |= self.identity.to_checkpoint()
+        checkpoint["rollout_step"] = self.rollout_step
+        checkpoint["validated_step"] = self.validated_step
+        checkpoint["skipped_in_a_row"] = self.finite_steps.skipped_in_a_row
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_identity(checkpoint, self, self.trainer.state.fn)
+        training = self.trainer.state.fn == "fit"
+        if training:
+            check_steps_left(checkpoint, self.rollout_steps)
+        self.identity.check(checkpoint, training)
+        if "state_dict" in checkpoint:  # in a sharded checkpoint torch compares the shards
+            check_weights(checkpoint["state_dict"], self.state_dict())
+            if training:
+                check_optimizer(checkpoint["optimizer_states"], trained_parameters(self.model))
         self.rollout_step = checkpoint["rollout_step"]
         self.validated_step = checkpoint["validated_step"]
-        self.skipped.in_a_row = checkpoint.get("skipped_in_a_row", 0)  # older checkpoints do not hold it
+        self.finite_steps.skipped_in_a_row = checkpoint.get("skipped_in_a_row", 0)  # older checkpoints do not hold it

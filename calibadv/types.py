@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
+Metrics = dict[str, float]
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -173,4 +175,5 @@ class Rollout:
         return sum(segment.source == "environment" for segment in self.segments)
 
 
-Metrics = dict[str, float]
+Group = list[Rollout]
+"""The rollouts of one question in one rollout step."""

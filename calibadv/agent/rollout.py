@@ -10,14 +10,11 @@ from calibadv.agent.completions import check_count
 from calibadv.agent.episode import Agent, Episode, finish, observe, query, speak
 from calibadv.agent.searching import Searcher, Waiting
 from calibadv.agent.streaming import Key, stream
-from calibadv.distributed import ALONE, Processes
+from calibadv.distributed import SINGLE_PROCESS, ProcessGroup
 from calibadv.errors import UserError
-from calibadv.interfaces import RetrievalError, StreamingEngine
+from calibadv.interfaces import StreamingEngine
 from calibadv.protocol.search import parse_message
 from calibadv.types import DrawKey, Question, Rollout, RolloutStatus, Sampling
-
-# A retriever that fails this often is down; going on would train on what is left by chance.
-_MAX_FAILED_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +31,7 @@ def run_rollouts(
     questions: Sequence[Question],
     agent: Agent,
     draws: Draws,
-    processes: Processes = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
     waiting: Waiting | None = None,
 ) -> list[Rollout]:
     """Sample rollouts: all in step, or each at its own pace where the engine batches continuously.
@@ -60,7 +57,7 @@ def run_rollouts(
     check_engine(agent)
     episodes: list[Episode] = []
     sampled: Counter[str] = Counter()
-    owners = processes.owners([question.id for question in questions])
+    owners = processes.assign_ranks([question.id for question in questions])
     for question, owner in zip(questions, owners, strict=True):
         # A question that the batch holds twice goes on counting: equal keys would draw equal rollouts.
         first = sampled[question.id]
@@ -139,27 +136,7 @@ def check_prompt(question: Question, agent: Agent) -> tuple[int, ...]:
     return prompt
 
 
-def check_searches(groups: Sequence[Sequence[Rollout]], step: int) -> None:
-    """Refuse to go on when the retriever is down.
-
-    Args:
-        groups: sampled rollouts.
-        step: rollout step, for the message.
-
-    Raises:
-        RetrievalError: more than half of the searches failed.
-    """
-    rollouts = [rollout for group in groups for rollout in group]
-    failed = sum(rollout.status is RolloutStatus.SEARCH_FAILED for rollout in rollouts)
-    made = sum(map(_count_searches, rollouts))
-    if failed > _MAX_FAILED_SHARE * made:
-        raise RetrievalError(
-            f"{failed} of {made} searches of step {step} failed (limit: half of them); see the warnings above, and "
-            "bring the retriever back before you resume"
-        )
-
-
-def _count_searches(rollout: Rollout) -> int:
+def count_searches(rollout: Rollout) -> int:
     """Searches that were made, those included that failed or whose observation did not fit."""
     last = rollout.segments[-1]
     cut_off = rollout.status in (RolloutStatus.SEARCH_FAILED, RolloutStatus.TRUNCATED) and last.source == "policy"

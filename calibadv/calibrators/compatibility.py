@@ -28,7 +28,7 @@ def check_combination(
     for calibrator in calibrators:
         if isinstance(calibrator, NegativeScale) and calibrator.match is not None:
             _refuse_beside_match(calibrators)
-        if estimator.credits_evidence and _uses_evidence(calibrator):
+        if estimator.uses_step_correctness and _uses_evidence(calibrator):
             raise UserError(
                 f"{type(estimator).__name__} already gives credit by step correctness, and "
                 f"{type(calibrator).__name__} would count it twice; use one of the two (GRPO goes with all calibrators)"

@@ -18,7 +18,7 @@ from calibadv.errors import RollbackError, StopRequestedError, UserError, one_li
 from calibadv.io.files import remove, replace_durably
 from calibadv.runs.checkpoints import CheckpointFile, write_digests
 from calibadv.runs.folder import RunFolder, step_of
-from calibadv.training.nonfinite import non_finite
+from calibadv.training.optimization import find_non_finite
 
 
 class RolloutCheckpoint(Callback):
@@ -96,7 +96,7 @@ class RolloutCheckpoint(Callback):
 
     def _all_stop(self, trainer: Trainer, pl_module: Any) -> bool:
         """Whoever was told to stop by now, all processes stop."""
-        number = pl_module.processes.any(self.stopped_by or 0)
+        number = pl_module.processes.all_reduce_max(self.stopped_by or 0)
         if number:
             self.stopped_by = signal.Signals(number)
             trainer.should_stop = True
@@ -180,7 +180,7 @@ class RolloutCheckpoint(Callback):
 
     def _write(self, trainer: Trainer, pl_module: Any, partial: Path) -> None:
         """Write a checkpoint; all processes learn of an error of the one that writes."""
-        names = pl_module.processes.gather(non_finite(pl_module.model, trainer.optimizers[0]))
+        names = pl_module.processes.gather(find_non_finite(pl_module.model, trainer.optimizers[0]))
         if name := next(filter(None, names), None):
             raise UserError(
                 f"the checkpoint of rollout step {pl_module.rollout_step} is not written, since {name} is not finite: "

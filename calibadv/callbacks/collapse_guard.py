@@ -6,7 +6,6 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -63,7 +62,6 @@ class CollapseGuard(Callback):
         self._watch = Watch(self.limits)
         self._latest: StepOutput | None = None
         self.stopping = False
-        self._peak: float | None = None
 
     @property
     def rollbacks(self) -> list[Event]:
@@ -111,9 +109,7 @@ class CollapseGuard(Callback):
         folder = RunFolder(Path(trainer.default_root_dir))
         self.events = pl_module.processes.gather(_events_until(folder, pl_module.rollout_step, self.events))[0]
         self._write(trainer, folder)
-        rate = pl_module.learner.learning_rate
-        self._peak = rate.peak if self._peak is None else self._peak
-        pl_module.learner = replace(pl_module.learner, learning_rate=replace(rate, peak=self._peak * self.slowed))
+        pl_module.lr_factor = self.slowed
         for event in self.rollbacks[-1:]:
             if event["back_to"] == pl_module.rollout_step:
                 self._show(trainer, f"{event['text']}; training goes on from here", pl_module.rollout_step)

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 
 import torch
 
-from calibadv.distributed import Processes
+from calibadv.distributed import ProcessGroup
 
 # vLLM 0.32 on a CPU looks into every loaded module, and falls over this one of numba's: it answers to any name.
 _HIDDEN = "llvmlite.binding.ffi"
 
 
 @contextmanager
-def hosting(processes: Processes) -> Iterator[None]:
+def hosting(processes: ProcessGroup) -> Iterator[None]:
     """Import and start vLLM: in this process, where it can reach the weights, and without its dozens of notices.
 
     Variables of the environment that the user has set are respected. vLLM's report of the machine over the network is

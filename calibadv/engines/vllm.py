@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import override
 
-from calibadv.distributed import Processes
+from calibadv.distributed import ProcessGroup
 from calibadv.engines._partial_completion import Draft
 from calibadv.engines._vllm_process import hosting, reason
 from calibadv.errors import UserError
@@ -86,7 +86,7 @@ class VLLMEngine(StreamingEngine):
     def check(self) -> None:
         if find_spec("vllm") is None:
             raise UserError("VLLMEngine needs vLLM, which is not installed; run: pip install 'calibadv[vllm]'")
-        processes = Processes.current()
+        processes = ProcessGroup.current()
         if processes.size > 1 and self.tensor_parallel_size > 1:
             raise UserError(
                 f"tensor_parallel_size is {self.tensor_parallel_size} and {processes.size} processes train; it must be "
@@ -169,7 +169,7 @@ class VLLMEngine(StreamingEngine):
 
     def _start(self, policy: Policy) -> LLM:
         self.check()
-        processes = Processes.current()
+        processes = ProcessGroup.current()
         with hosting(processes):
             from vllm import LLM
             from vllm.platforms import current_platform

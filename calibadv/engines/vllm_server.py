@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from calibadv.distributed import Processes
+from calibadv.distributed import ProcessGroup
 from calibadv.engines._partial_completion import Draft
 from calibadv.engines.vllm import Dtype
 from calibadv.errors import ServiceError, UserError
@@ -89,7 +89,7 @@ class VLLMServerEngine(StreamingEngine):
         self._tokenizer = policy.tokenizer
         if not self._model:
             self.check()
-        processes = Processes.current()
+        processes = ProcessGroup.current()
         weights: dict[str, Tensor] = {}
         for name, tensor in policy.weights():  # sharded ones are put together on all processes at once
             if processes.rank == 0:

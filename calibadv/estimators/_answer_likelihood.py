@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from calibadv.batch import RolloutBatch
-from calibadv.distributed import ALONE, Processes
+from calibadv.distributed import SINGLE_PROCESS, ProcessGroup
 from calibadv.numerics.masked import check_shapes
 from calibadv.protocol.search import disarm
 from calibadv.training.logprobs import compute_logprobs
@@ -49,7 +49,7 @@ def golden_answer(rollout: Rollout, tokenizer: AgentTokenizer) -> GoldenAnswer:
 
 
 def golden_probabilities(
-    batch: RolloutBatch, policy: Policy, token_budget: int, processes: Processes = ALONE
+    batch: RolloutBatch, policy: Policy, token_budget: int, processes: ProcessGroup = SINGLE_PROCESS
 ) -> Tensor:
     """exp(mean log-probability of the golden answer's tokens), after what stands before each turn."""
     answers = [golden_answer(rollout, policy.tokenizer) for rollout in batch.rollouts]
@@ -61,7 +61,7 @@ def golden_probabilities(
         if not rows:
             continue
         asked = _ask(batch, rows, [starts[row][turn] for row in rows], [answers[row] for row in rows])
-        logprobs = compute_logprobs(policy.model, asked, token_budget, temperature=1.0, processes=processes).policy
+        logprobs = compute_logprobs(policy.model, asked, token_budget, temperature=1.0, processes=processes).logprobs
         means = logprobs.sum(dim=1) / asked.loss_mask.sum(dim=1).clamp(min=1)
         probabilities[rows, turn] = means.exp()
     return probabilities

@@ -17,7 +17,7 @@ from calibadv.interfaces import AdvantageEstimator
 from calibadv.numerics.advantages import discounted_sums, gain_rewards
 
 if TYPE_CHECKING:
-    from calibadv.distributed import Processes
+    from calibadv.distributed import ProcessGroup
     from calibadv.policy.policy import Policy
 
 
@@ -38,7 +38,7 @@ class IGPO(AdvantageEstimator):
         normalise: Compare gains and answers ``joint``, with one mean and one standard deviation, or ``separate``.
     """
 
-    learns_from_ties = True
+    uses_zero_variance_groups = True
 
     def __init__(self, gamma: float = 1.0, normalise: Literal["joint", "separate"] = "joint") -> None:
         check_gamma(gamma)
@@ -47,7 +47,7 @@ class IGPO(AdvantageEstimator):
 
     @override
     def prepare(
-        self, batch: RolloutBatch, policy: Policy, micro_batch_tokens: int, processes: Processes
+        self, batch: RolloutBatch, policy: Policy, micro_batch_tokens: int, processes: ProcessGroup
     ) -> RolloutBatch:
         probabilities = golden_probabilities(batch, policy, micro_batch_tokens, processes)
         return replace(batch, turn_gains=turn_gains(probabilities, batch.answer_turn))

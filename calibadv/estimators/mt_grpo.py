@@ -28,8 +28,8 @@ class MTGRPO(AdvantageEstimator):
         outcome_weight: Weight of the outcome's advantage at search turns.
     """
 
-    credits_evidence = True
-    learns_from_ties = True
+    uses_step_correctness = True
+    uses_zero_variance_groups = True
 
     def __init__(self, outcome_weight: float = 1.0) -> None:
         check_weight("outcome_weight", outcome_weight)

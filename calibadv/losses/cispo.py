@@ -25,7 +25,7 @@ class CISPO(PolicyLoss):
         aggregation: How tokens and rollouts are weighed; by default TokenMean, as in the formula.
     """
 
-    acts_on_change = True
+    requires_multiple_updates = True
 
     def __init__(self, clip_low: float = 1.0, clip_high: float = 4.0, aggregation: Aggregation | None = None) -> None:
         check_clips(clip_low, clip_high)

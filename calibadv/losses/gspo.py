@@ -32,7 +32,7 @@ class GSPO(PolicyLoss):
         aggregation: How tokens and rollouts are weighed; TokenMean by default, as in the other losses.
     """
 
-    acts_on_change = True
+    requires_multiple_updates = True
 
     def __init__(self, clip_low: float = 3e-4, clip_high: float = 4e-4, aggregation: Aggregation | None = None) -> None:
         check_clips(clip_low, clip_high)

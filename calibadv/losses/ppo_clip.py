@@ -43,7 +43,7 @@ class PPOClip(PolicyLoss):
         self.clip_high = clip_high
         self.dual_clip = dual_clip
         self.aggregation = aggregation or TokenMean()
-        self.acts_on_change = dual_clip is not None or (clip_low, clip_high) != _USUAL_CLIPS
+        self.requires_multiple_updates = dual_clip is not None or (clip_low, clip_high) != _USUAL_CLIPS
 
     @override
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:

@@ -28,7 +28,7 @@ class LLDS(Regularizer):
             float32. Raise it in half precision; stability/sampler_drift_max of TransformersEngine shows its size.
     """
 
-    acts_on_change = True
+    requires_multiple_updates = True
 
     def __init__(
         self, coef: float = 0.1, gate: Literal["action", "response"] = "action", tolerance: float = 1e-4

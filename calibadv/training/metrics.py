@@ -178,20 +178,20 @@ def speed_metrics(batch: RolloutBatch, seconds: dict[str, float]) -> Metrics:
     }
 
 
-def stability_metrics(batch: RolloutBatch, before: BatchLogprobs, garbled_perplexity: float) -> Metrics:
+def stability_metrics(batch: RolloutBatch, old: BatchLogprobs, garbled_perplexity: float) -> Metrics:
     """Curves that tell whether training is stable, read off the policy before the update."""
     mask = batch.loss_mask
     if not mask.any():
         return {}
-    logprobs = before.policy[mask]
+    logprobs = old.logprobs[mask]
     drift = (batch.sampled_logprobs[mask] - logprobs).abs()
-    perplexities = message_perplexities(before.policy, batch.turn_ids, mask)
+    perplexities = message_perplexities(old.logprobs, batch.turn_ids, mask)
     garbled = (perplexities > garbled_perplexity).any(dim=1)  # nan is not larger
     judged = perplexities[~perplexities.isnan()]
     metrics = {} if judged.numel() == 0 else {"stability/perplexity_max": judged.max().item()}
     return {
         **metrics,
-        "stability/entropy": before.entropy[mask].mean().item(),
+        "stability/entropy": old.entropy[mask].mean().item(),
         "stability/perplexity": (-logprobs.mean()).exp().item(),
         "stability/garbled": garbled[mask.any(dim=1)].float().mean().item(),
         "stability/sampler_drift_mean": drift.mean().item(),

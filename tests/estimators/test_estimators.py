@@ -21,7 +21,7 @@ from calibadv.batch import RolloutBatch, collate, to_device, turn_values
 from calibadv.cli.logging import quiet_environment
 from calibadv.config.files import configs_folder, read_words
 from calibadv.config.lightning_cli import CalibadvCLI
-from calibadv.distributed import ALONE
+from calibadv.distributed import SINGLE_PROCESS
 from calibadv.estimators import GRPO, IGPO, MTGRPO, RLOO, DrGRPO, GiGPO
 from calibadv.estimators._answer_likelihood import golden_answer, golden_probabilities, turn_gains
 from calibadv.interfaces import AdvantageEstimator
@@ -340,7 +340,7 @@ def test_gains_of_a_transformer_against_plain_passes(embedded_policy: Policy, bu
         told(ANSWERED, golden=golden, sample=1),
         told(SEARCHED, ("environment", OTHER), ANSWERED, golden=golden, sample=2),
     ]
-    batch = IGPO().prepare(collate(rollouts), embedded_policy, budget, ALONE)
+    batch = IGPO().prepare(collate(rollouts), embedded_policy, budget, SINGLE_PROCESS)
     tokenizer, model = embedded_policy.tokenizer, embedded_policy.model
     expected = torch.zeros_like(batch.step_correctness)
     for row, made in enumerate(rollouts):
@@ -367,9 +367,9 @@ def test_igpo_prepares_what_it_estimates_from_and_the_others_need_nothing() -> N
     missed = replace(told(SEARCHED, ("environment", f"{TWO} {TWO} {TWO}"), ANSWERED), sample=1)
     batch = collate([found, missed])
     policy = Policy(Urn(SIZE), TOKENIZER)
-    (better, _), (worse, _) = turns(IGPO(), IGPO().prepare(batch, policy, 1000, ALONE))
+    (better, _), (worse, _) = turns(IGPO(), IGPO().prepare(batch, policy, 1000, SINGLE_PROCESS))
     assert better > worse
-    assert all(type(e)().prepare(batch, policy, 1000, ALONE) is batch for e in ESTIMATORS[:6])
+    assert all(type(e)().prepare(batch, policy, 1000, SINGLE_PROCESS) is batch for e in ESTIMATORS[:6])
 
 
 def test_gains_move_with_the_batch() -> None:

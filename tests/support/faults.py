@@ -52,9 +52,9 @@ class Fault(Callback):
             return
         targets = {
             "search": (pl_module.agent.retriever, "search"),
-            "score": (pl_module.reward, "score"),
+            "score": (pl_module.sampler.reward, "score"),
             "estimate": (pl_module.estimator, "estimate"),
-            "logprobs": (pl_module, "logprobs_before"),
+            "logprobs": (pl_module, "correct"),
             "backward": (pl_module, "manual_backward"),
             "curves": (trainer.logger, "log_metrics"),
             "validation": (pl_module, "validation_step"),

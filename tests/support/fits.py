@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from calibadv.cli.main import main
-from calibadv.distributed import Processes
+from calibadv.distributed import ProcessGroup
 from calibadv.interfaces import LossInputs, Regularizer, Reward
 from calibadv.types import Metrics, Question
 
@@ -107,7 +107,7 @@ class Poison(Regularizer):
 
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
         self.seen += 1
-        strikes = self.seen in self.calls and Processes.current().rank == self.rank
+        strikes = self.seen in self.calls and ProcessGroup.current().rank == self.rank
         return inputs.logprobs[0] * (self.value if strikes else 0.0), {}
 
 

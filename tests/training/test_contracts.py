@@ -18,12 +18,12 @@ from calibadv.batch import RolloutBatch, collate
 from calibadv.calibrators import SoftPenalty
 from calibadv.errors import UserError
 from calibadv.estimators import GRPO
-from calibadv.filters import refill
 from calibadv.interfaces import AdvantageEstimator, Calibrator, GroupFilter, LossInputs, PolicyLoss, Regularizer
 from calibadv.losses import PPOClip
 from calibadv.rewards import F1
 from calibadv.training.advantages import compute_advantages
 from calibadv.training.objective import Objective
+from calibadv.training.sampling import refill
 from calibadv.types import Metrics, Rollout
 
 Make = Callable[[RolloutBatch], Any]

@@ -1,0 +1,106 @@
+"""Checks of a run before anything is sampled: settings that cannot work, or not together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from calibadv.agent.episode import Agent
+from calibadv.agent.rollout import check_prompt
+from calibadv.errors import UserError
+from calibadv.interfaces import AdvantageEstimator, GroupFilter
+from calibadv.training.objective import Objective
+from calibadv.types import Question
+
+if TYPE_CHECKING:
+    from calibadv.training.importance_sampling import TruncatedImportanceSampling
+
+log = logging.getLogger(__name__)
+
+# Of a larger file only the longest questions are checked before the run: encoding all would take minutes.
+_PROMPTS_CHECKED = 5000
+
+
+def check_at_least(name: str, value: float, bound: float) -> None:
+    """Refuse a setting of the model section that is too small."""
+    if value < bound:
+        raise UserError(f"model.{name} is {value}; it must be at least {bound}")
+
+
+def check_sampling(
+    temperature: float, old_logprobs: str, importance_sampling: TruncatedImportanceSampling | None
+) -> None:
+    """Refuse a greedy policy in training, and two corrections of one difference."""
+    if temperature <= 0:
+        raise UserError(f"model.temperature is {temperature}; it must be above 0 (validation is greedy anyway)")
+    if old_logprobs == "engine" and importance_sampling is not None:
+        raise UserError(
+            "model.sampler_correction is set and model.old_logprobs is engine, whose ratio holds that correction "
+            "already; leave one of them out"
+        )
+
+
+def check_objective(objective: Objective, mini_batches: int, old_logprobs: str) -> None:
+    """Refuse terms of the objective that cannot act as they are set up, or not together."""
+    if not objective.kl_coef and objective.kl_estimator != "k3":
+        raise UserError(
+            f"model.kl_estimator is {objective.kl_estimator} and model.kl_coef is 0, so there is no KL to estimate; "
+            "set kl_coef, as in 0.001, or leave kl_estimator out"
+        )
+    if objective.kl_estimator == "k1":
+        log.warning(
+            "model.kl_estimator is k1: as a term of the loss, its gradient does not depend on the reference, and "
+            "nothing pulls the policy back to it; k2 and k3 do"
+        )
+    if objective.loss.requires_multiple_updates and mini_batches == 1 and old_logprobs == "trainer":
+        log.warning(
+            "model.mini_batches is 1, so every ratio is 1 when a rollout step makes its only update, and this %s "
+            "behaves like the default PPOClip; set mini_batches to at least 2",
+            type(objective.loss).__name__,
+        )
+    kinds = [type(regularizer).__name__ for regularizer in objective.regularizers]
+    for kind, regularizer in zip(kinds, objective.regularizers, strict=True):
+        if kinds.count(kind) > 1:
+            raise UserError(
+                f"model.regularizers names {kind} {kinds.count(kind)} times; keep one, with the sum of weights"
+            )
+        if regularizer.requires_multiple_updates and old_logprobs == "engine":
+            raise UserError(
+                f"model.old_logprobs is engine and {kind} acts on changes of the trainer's log-probabilities: "
+                "it would take the engine's other numerics for that; set old_logprobs to trainer"
+            )
+        if regularizer.requires_multiple_updates and mini_batches < 2:
+            raise UserError(
+                f"model.mini_batches is {mini_batches} and {kind} acts on what earlier updates of a rollout step "
+                f"have changed, of which there are none; set mini_batches to at least 2, or leave {kind} out"
+            )
+
+
+def check_filter(group_filter: GroupFilter | None, estimator: AdvantageEstimator, group_size: int) -> None:
+    """Refuse a filter that would drop what the method learns from, or everything."""
+    if group_filter is None:
+        return
+    name = type(group_filter).__name__
+    if group_size == 1:
+        raise UserError(f"model.group_size is 1, and {name} compares the rollouts of a group; give at least 2")
+    if estimator.uses_zero_variance_groups:
+        raise UserError(
+            f"{type(estimator).__name__} also learns from groups whose rewards are equal, as their searches differ, "
+            f"and {name} would drop these; use one of the two"
+        )
+
+
+def check_questions_per_step(questions_per_step: int, world_size: int) -> None:
+    """Refuse a number of questions that the ranks cannot share evenly."""
+    if questions_per_step % world_size:
+        raise UserError(
+            f"data.questions_per_step is {questions_per_step} and there are {world_size} processes, which must share "
+            "the questions evenly; give a multiple"
+        )
+
+
+def check_prompts(questions: Sequence[Question], agent: Agent) -> None:
+    """Refuse questions whose prompt alone fills a rollout; of many, the longest are checked."""
+    for question in sorted(questions, key=lambda question: -len(question.question))[:_PROMPTS_CHECKED]:
+        check_prompt(question, agent)
