@@ -21,7 +21,7 @@ from support.agents import (
 from transformers import AutoTokenizer
 
 from calibadv.agent.episode import Agent
-from calibadv.agent.rollout import Draws, check_prompt, check_searches, run_rollouts
+from calibadv.agent.rollout import Draws, check_prompt, run_rollouts
 from calibadv.batch import collate
 from calibadv.engines import TransformersEngine
 from calibadv.errors import UserError
@@ -32,6 +32,7 @@ from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.retrieval import MemoryRetriever
 from calibadv.rewards.answer import F1
 from calibadv.rewards.scoring import score_rollouts
+from calibadv.training.sampling import check_searches
 from calibadv.types import Completion, DrawKey, Rollout, RolloutStatus, Sampling, ScoredDocument
 
 ANSWERED, INVALID, TRUNCATED = RolloutStatus.ANSWERED, RolloutStatus.INVALID, RolloutStatus.TRUNCATED
