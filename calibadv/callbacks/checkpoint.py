@@ -59,16 +59,18 @@ class RolloutCheckpoint(Callback):
         self._saved_step = pl_module.rollout_step or -1
 
         def stop(number: int, frame: FrameType | None) -> None:
+            console = Console(stderr=True, soft_wrap=True)
             if self.stopped_by is not None:
+                console.print("stopped at once: the step in progress is lost, the last checkpoint stands")
                 raise SystemExit(128 + number)
             self.stopped_by = signal.Signals(number)
             pl_module.stop_requested = True
             if pl_module.processes.size == 1:  # several agree first: one that stops alone leaves the others waiting
                 trainer.should_stop = True
             doing = "the validation" if trainer.validating else f"rollout step {pl_module.rollout_step + 1}"
-            Console(stderr=True, soft_wrap=True).print(
-                f"{self.stopped_by.name}: finishing {doing}, then saving; once more to stop at once", highlight=False
-            )
+            unless = ", unless it waits for the retriever" if doing != "the validation" else ""
+            text = f"{self.stopped_by.name}: finishing {doing}{unless}, then saving; once more to stop at once"
+            console.print(text, highlight=False)
 
         self._handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -134,7 +136,7 @@ class RolloutCheckpoint(Callback):
         elif pl_module.processes.size > 1 and not raised_by_all(exception):
             reason = "the processes did not stop together"
         else:
-            reason = self._save_at_the_end(trainer, pl_module)
+            reason = self._save_at_the_end(trainer, pl_module, exception)
         if not reason:
             return f"rollout step {step}, the last one that was finished, is saved"
         stands = max(RunFolder(Path(trainer.default_root_dir)).step_checkpoints(), key=step_of, default=None)
@@ -142,7 +144,7 @@ class RolloutCheckpoint(Callback):
             return f"nothing is saved, since {reason}; there is no checkpoint, and {_steps(step)} lost"
         return f"nothing is saved, since {reason}; {stands.name} stands, and {_steps(step - step_of(stands))} lost"
 
-    def _save_at_the_end(self, trainer: Trainer, pl_module: Any) -> str:
+    def _save_at_the_end(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> str:
         """Save, in the middle of whatever Lightning was doing; returns why that is not possible."""
         if self._saved_step == pl_module.rollout_step:
             return ""
@@ -150,7 +152,8 @@ class RolloutCheckpoint(Callback):
         try:
             self._save(trainer, pl_module)
         except Exception as error:  # the first one is what is reported
-            return f"the checkpoint cannot be written ({one_line(error)})"
+            again = "" if str(error) == str(exception) else f" ({one_line(error)})"
+            return f"the checkpoint cannot be written{again}"
         return ""
 
     def _restore_handlers(self) -> None:

@@ -10,6 +10,7 @@ from importlib import import_module
 
 from calibadv import interfaces
 from calibadv.config.overlays import options_of
+from calibadv.policy.precision import PRECISIONS
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"class_path '([^']+)'")
@@ -45,6 +46,8 @@ def explain(message: str, options: Collection[str] = (), verb: str = "") -> str:
     if missing:
         names = [name.removeprefix(f"{verb}.") for name in missing[1].strip().split(", ")]
         return _missing_options([".".join([*keys, name]) for name in names], has_configs="--config" in options)
+    if keys[-1:] == ["trainer.precision"]:
+        return f"trainer.precision: give {PRECISIONS}"
     where = f"{'.'.join(keys)}: " if keys else ""
     for pattern, describe in _CAUSES:
         found = re.search(pattern, message)

@@ -83,7 +83,7 @@ def _newest_whole(candidates: Sequence[Path]) -> Path:
         if found and is_first_process():
             lost = step_of(candidates[0]) - int(read_content(checkpoint)["rollout_step"])
             log.warning(
-                "damaged checkpoints are passed over (%s); going on from %s, which costs %d rollout step%s",
+                "damaged checkpoints are passed over (%s); %s is used instead, %d rollout step%s earlier",
                 "; ".join(found),
                 checkpoint,
                 lost,
