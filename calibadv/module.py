@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -14,13 +14,16 @@ from typing import Any, Literal, Self, cast
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from typing_extensions import override
 
+from calibadv.agent.environment import Environment
 from calibadv.agent.episode import Agent
+from calibadv.agent.patience import Waiting
 from calibadv.agent.rollout import Draws, check_engine
-from calibadv.agent.searching import Waiting
+from calibadv.agent.tools import make_tools
 from calibadv.batch import StepOutput, collate, to_device
 from calibadv.calibrators import check_combination
 from calibadv.data.datamodule import QuestionData
@@ -32,9 +35,11 @@ from calibadv.interfaces import (
     Engine,
     GroupFilter,
     PolicyLoss,
+    Protocol,
     Regularizer,
     Retriever,
     Reward,
+    Tool,
 )
 from calibadv.losses.aggregation import check_length
 from calibadv.numerics.kl import KLEstimator
@@ -42,7 +47,7 @@ from calibadv.policy.loading import check_positions, enable_checkpointing, load_
 from calibadv.policy.lora import Lora
 from calibadv.policy.precision import check_precision, check_rate, exactly, float32_by_default
 from calibadv.policy.reference import Reference, make_reference
-from calibadv.protocol.search import Protocol
+from calibadv.protocol.search import SearchProtocol
 from calibadv.runs.folder import RunFolder
 from calibadv.training.advantages import compute_advantages
 from calibadv.training.checkpoint_compat import RunIdentity, check_optimizer, check_steps_left, check_weights
@@ -80,11 +85,12 @@ class SearchAgentModule(pl.LightningModule):
     Args:
         policy: Hugging Face model folder, or ``embedded``.
         engine: samples the policy's tokens.
-        retriever: finds documents.
         reward: scores answers.
         estimator: turns rewards into advantages.
         loss: the surrogate that is minimised.
-        protocol: how agent and environment talk, and how long they may.
+        protocol: the language of agent and environment, and its limits; by default that of one search engine.
+        retriever: finds documents: the only tool, called ``search``.
+        tools: what messages can call, in the place of ``retriever``.
         group_filter: which groups to train on; others take the place of those it drops. By default all are kept.
         lora: train low-rank adapters in the place of all parameters.
         regularizers: further terms of the loss.
@@ -115,11 +121,12 @@ class SearchAgentModule(pl.LightningModule):
         self,
         policy: str,
         engine: Engine,
-        retriever: Retriever,
         reward: Reward,
         estimator: AdvantageEstimator,
         loss: PolicyLoss,
-        protocol: Protocol,
+        protocol: Protocol = lazy_instance(SearchProtocol),  # noqa: B008  # a default whose options can be set alone
+        retriever: Retriever | None = None,
+        tools: list[Tool] | None = None,
         group_filter: GroupFilter | None = None,
         lora: Lora | None = None,
         regularizers: list[Regularizer] | None = None,
@@ -165,12 +172,13 @@ class SearchAgentModule(pl.LightningModule):
         check_objective(self.objective, mini_batches, old_logprobs)
         check_filter(group_filter, estimator, group_size)
         check_length(loss, (protocol.max_searches + 1) * protocol.max_turn_tokens)
-        self.policy = load_policy(policy, lora)
+        self.policy = load_policy(policy, lora, protocol.tags, protocol.stop_strings)
         self.model = self.policy.model
         if gradient_checkpointing:
             enable_checkpointing(self.policy)
         self.reference: Reference | None = make_reference(self.policy, lora) if kl_coef else None
-        self.agent = Agent(engine, retriever, protocol, self.policy.tokenizer)
+        environment = Environment(make_tools(retriever, tools))
+        self.agent = Agent(engine, environment, protocol, self.policy.tokenizer)
         self.sampler = RolloutSampler(self.agent, self.policy, reward)
         self.group_filter = group_filter
         self.estimator = estimator
@@ -253,7 +261,8 @@ class SearchAgentModule(pl.LightningModule):
         with timer.measure("evidence"):
             batch = to_device(collate(list(chain.from_iterable(groups))), self.device)
         with timer.measure("advantages"):
-            batch = self.estimator.prepare(batch, self.policy, self.micro_batch_tokens, self.processes)
+            extras = self.estimator.extras(batch, self.policy, self.micro_batch_tokens, self.processes)
+            batch = replace(batch, extras=extras)
             estimated, calibrated, calibration_metrics = compute_advantages(batch, self.estimator, self.calibrators)
         with timer.measure("logprobs"):
             old = compute_old_logprobs(
@@ -326,7 +335,7 @@ class SearchAgentModule(pl.LightningModule):
         metrics = {
             **metrics,
             **speed_metrics(update.batch, timer.seconds),
-            **{f"retrieval/{name}": value for name, value in self.agent.retriever.metrics().items()},
+            **self.agent.environment.metrics(),
         }
         self.log_at_step(metrics)
         self.trainer.should_stop = self.trainer.should_stop or self.rollout_step >= self.rollout_steps
@@ -377,7 +386,7 @@ class SearchAgentModule(pl.LightningModule):
                 "model.group_size is 1: the rollouts of a question are compared, and there is nothing to compare"
             )
         check_combination(self.estimator, self.calibrators, self.group_size if fitting else None)
-        self.agent.engine.check()
+        self.agent.engine.validate()
         check_engine(self.agent)
         check_positions(self.policy, self.agent.protocol.max_rollout_tokens)
         self.sampler.engine_is_stale = True  # a checkpoint may be loaded after this, and parameters be sharded
@@ -466,7 +475,7 @@ class SearchAgentModule(pl.LightningModule):
         """What tells this run from another: written into its checkpoints."""
         return RunIdentity(
             seed=self.seed,
-            protocol=asdict(self.agent.protocol),
+            protocol=self.agent.protocol.settings(),
             reference=None if self.reference is None else self.reference.digest,
         )
 

@@ -16,12 +16,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from calibadv.agent.environment import Environment
 from calibadv.agent.episode import Agent
 from calibadv.agent.rollout import Draws, run_rollouts
+from calibadv.agent.tools import SearchTool
 from calibadv.engines import TransformersEngine, VLLMEngine
 from calibadv.interfaces import Engine
 from calibadv.policy.loading import load_policy
-from calibadv.protocol.search import Protocol
+from calibadv.protocol.search import SearchProtocol
 from calibadv.retrieval import BM25
 from calibadv.types import Question, Rollout
 from calibadv.world import embedded_world
@@ -33,8 +35,10 @@ _FEW = 3  # questions of a small batch
 def play(engine: Engine, questions: Sequence[Question], few: int, temperature: float) -> list[Rollout]:
     """Sample six rollouts a question, or one greedy one, so many questions at a time."""
     policy = load_policy("embedded")
-    limits = Protocol(prepend_think=True, template="short", max_searches=3, max_turn_tokens=36, max_rollout_tokens=512)
-    agent = Agent(engine, BM25("embedded", top_k=2), limits, policy.tokenizer)
+    limits = SearchProtocol(
+        prepend_think=True, template="short", max_searches=3, max_turn_tokens=36, max_rollout_tokens=512
+    )
+    agent = Agent(engine, Environment([SearchTool(BM25("embedded", top_k=2))]), limits, policy.tokenizer)
     engine.sync(policy)
     draws = Draws(seed=0, step=1, samples=_SAMPLES if temperature else 1, temperature=temperature)
     batches = [questions[start : start + few] for start in range(0, len(questions), few)]

@@ -7,12 +7,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from calibadv.agent.environment import Environment
 from calibadv.agent.episode import Agent
 from calibadv.agent.rollout import Draws, run_rollouts
+from calibadv.agent.tools import SearchTool
 from calibadv.engines import TransformersEngine
 from calibadv.policy.loading import load_policy
 from calibadv.policy.policy import Policy
-from calibadv.protocol.search import Protocol
+from calibadv.protocol.search import SearchProtocol
 from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.retrieval import MemoryRetriever
 from calibadv.types import Completion, Document, DrawKey, Question, Rollout, Sampling
@@ -24,13 +26,13 @@ _SEARCH = "<think> so </think> <search> it </search>"
 class Searching(AgentTokenizer):
     """Shows every 24th token as a search, so that the messages of a random model have 24 tokens on average."""
 
-    def may_close_tag(self, token_id: int) -> bool:
+    def may_stop(self, token_id: int) -> bool:
         """Whether it is one of these."""
         return token_id % 24 == 0
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text, of which only the end matters."""
-        return _SEARCH if any(self.may_close_tag(token_id) for token_id in token_ids) else "so"
+        return _SEARCH if any(self.may_stop(token_id) for token_id in token_ids) else "so"
 
 
 class PrefillingEngine(TransformersEngine):
@@ -40,7 +42,7 @@ class PrefillingEngine(TransformersEngine):
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]
     ) -> list[Completion]:
         """Forget the turn before, and sample."""
-        self.rest()
+        self.release()
         return super().generate(prompts, sampling, keys)
 
 
@@ -49,11 +51,11 @@ def compare_turns(folder: Path, episodes: int) -> dict[str, list[float]]:
     policy = load_policy(str(folder))
     policy = Policy(policy.model, Searching(policy.tokenizer.backend))
     retriever = MemoryRetriever([_document(policy.tokenizer)], {"it": ["d"]}, top_k=1)
-    protocol = Protocol(False, "short", "never", max_searches=3, max_turn_tokens=_TOKENS)
+    protocol = SearchProtocol(False, "short", "never", max_searches=3, max_turn_tokens=_TOKENS)
     agents = {}
     for name, engine in (("prefilled", PrefillingEngine()), ("cache kept", TransformersEngine())):
         engine.sync(policy)
-        agents[name] = Agent(engine, retriever, protocol, policy.tokenizer)
+        agents[name] = Agent(engine, Environment([SearchTool(retriever)]), protocol, policy.tokenizer)
     questions = [Question(str(place), f"what is {place}?", ["none"]) for place in range(_QUESTIONS)]
     seconds: dict[str, list[float]] = {name: [] for name in agents}
     for step in range(episodes + 1):

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from calibadv.agent.environment import Environment
 from calibadv.agent.episode import Agent
+from calibadv.agent.tools import SearchTool
 from calibadv.interfaces import Engine
 from calibadv.policy.policy import Policy
-from calibadv.protocol.search import Protocol
+from calibadv.protocol.search import SearchProtocol
 from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.retrieval import MemoryRetriever
 from calibadv.types import Document, Question, Rollout, RolloutStatus, Segment
@@ -67,13 +69,13 @@ class _Searching(AgentTokenizer):
         self._mean = mean
         self.end_ids = frozenset()
 
-    def may_close_tag(self, token_id: int) -> bool:
+    def may_stop(self, token_id: int) -> bool:
         """Whether it is one of these."""
         return token_id % self._mean == 0
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text, of which only the end matters."""
-        return _SEARCH if any(self.may_close_tag(token_id) for token_id in token_ids) else "so"
+        return _SEARCH if any(self.may_stop(token_id) for token_id in token_ids) else "so"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def random_agent(shape: str, episodes: Episodes, engine: Engine, device: str) ->
         model: Any = AutoModelForCausalLM.from_config(shape_config(shape), dtype=torch.float32).train()
     policy = Policy(model, _Searching(episodes.message))
     document = Document("d", "it", "so " * (episodes.observation - 12))
-    protocol = Protocol(
+    protocol = SearchProtocol(
         False,
         "short",
         "never",
@@ -106,7 +108,12 @@ def random_agent(shape: str, episodes: Episodes, engine: Engine, device: str) ->
         max_turn_tokens=_LONGEST * episodes.message,
         max_rollout_tokens=episodes.prompt + episodes.turns * (_LONGEST * episodes.message + episodes.observation),
     )
-    return policy, Agent(engine, MemoryRetriever([document], {"it": ["d"]}, top_k=1), protocol, policy.tokenizer)
+    return policy, Agent(
+        engine,
+        Environment([SearchTool(MemoryRetriever([document], {"it": ["d"]}, top_k=1))]),
+        protocol,
+        policy.tokenizer,
+    )
 
 
 def random_questions(count: int, episodes: Episodes) -> list[Question]:

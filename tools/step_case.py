@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from random_agent import Episodes, PeakMemory, graded, random_agent, random_questions, written_rollouts
 
@@ -18,17 +20,16 @@ from calibadv.engines import TransformersEngine, VLLMEngine
 from calibadv.estimators import GRPO
 from calibadv.interfaces import Engine
 from calibadv.losses import PPOClip
+from calibadv.module import SearchAgentModule
 from calibadv.planning.job import GPUS, PRECISIONS, Assumptions, Job, Sampler
 from calibadv.planning.model_shape import shape_of
 from calibadv.planning.time import decode_seconds, pass_flops
 from calibadv.policy.loading import enable_checkpointing
+from calibadv.rewards import F1
 from calibadv.rewards.evidence import credit_rollouts
-from calibadv.training.logprobs import BatchLogprobs, ReadyBatch, compute_logprobs
-from calibadv.training.objective import Objective
-from calibadv.training.optimization import Learner, Trainee
-from calibadv.training.schedule import LearningRate
+from calibadv.training.logprobs import BatchLogprobs, UpdateBatch, compute_logprobs
 from calibadv.training.timer import Stopwatch
-from calibadv.types import Rollout
+from calibadv.types import Metrics, Rollout
 
 WARM_UP = 2
 STAGES = ("rollout", "calibration", "logprobs", "update")
@@ -51,6 +52,24 @@ class Case:
     update_only: bool = False
 
 
+class _Update(SearchAgentModule):
+    """The update of a training step, on a batch that is given."""
+
+    given: UpdateBatch
+
+    def prepare_update(self, questions: Any, timer: Any) -> tuple[UpdateBatch, Metrics]:
+        """Return what is given."""
+        return self.given, {}
+
+    def finish_step(self, update: UpdateBatch, metrics: Metrics, timer: Any) -> Any:
+        """Log nothing."""
+
+    def update(self, batch: UpdateBatch) -> None:
+        """Update the policy on a batch."""
+        self.given = batch
+        self.training_step([], 0)
+
+
 class Bench:
     """One model, and the stages of a step with it."""
 
@@ -63,22 +82,20 @@ class Bench:
         if case.checkpointing:
             enable_checkpointing(self.policy)
         self.questions = random_questions(case.questions, case.episodes)
-        self.learner = Learner(
-            objective=Objective(PPOClip(), 0.0, ()),
-            learning_rate=LearningRate(1e-6, "constant", 0, 1),
-            betas=(0.9, 0.999),
-            weight_decay=0.01,
-            clip_norm=1.0,
-            mini_batches=1,
+        self.module = _Update(
+            policy="embedded",
+            engine=engine,
+            reward=F1(),
+            estimator=GRPO(),
+            loss=PPOClip(),
+            tools=self.agent.environment.tools,
             micro_batch_tokens=case.micro_batch_tokens,
-            temperature=1.0,
-            old_logprobs="trainer",
-            sampler_correction=None,
-            skip_tied=False,
-            seed=0,
         )
-        optimizer = self.learner.make_optimizer(self.policy.model)
-        self.trainee = Trainee(self.policy.model, optimizer, lambda loss, last: loss.backward())
+        self.module.model = self.policy.model
+        trainer = pl.Trainer(accelerator="cuda" if device == "cuda" else "cpu", devices=1, logger=False)
+        self.module.trainer = trainer
+        trainer.strategy.connect(self.module)
+        trainer.strategy.optimizers = [self.module.configure_optimizers()]
 
     def step(self, number: int) -> dict[str, float]:
         """Make one step; seconds by stage, and tokens."""
@@ -95,7 +112,7 @@ class Bench:
                 before = compute_logprobs(self.policy.model, batch, self.case.micro_batch_tokens, 1.0)
                 self._wait()
             with clock.measure("update"):
-                self.learner.update(self.trainee, ReadyBatch(batch, advantages, before), number)
+                self.module.update(UpdateBatch(batch, advantages, advantages, before))
                 self.agent.engine.sync(self.policy)
                 self._wait()
         tokens = batch.loss_mask.sum().item()
@@ -114,17 +131,18 @@ class Bench:
         case = self.case
         ready = self._written(case.questions)
         with self._autocast():
-            self.learner.update(self.trainee, self._written(1), 1)  # the optimizer makes its averages
+            self.module.update(self._written(1))  # the optimizer makes its averages
             gc.collect()
             with PeakMemory(self.device) as memory:
-                self.learner.update(self.trainee, ready, 2)
+                self.module.update(ready)
         return {"before": memory.before, "peak": memory.peak}
 
-    def _written(self, questions: int) -> ReadyBatch:
+    def _written(self, questions: int) -> UpdateBatch:
         case = self.case
         written = written_rollouts(questions, case.group_size, case.episodes, self.shape.vocabulary, think=10)
         batch, advantages = self._calibrate(graded(written))
-        return ReadyBatch(batch, advantages, BatchLogprobs(batch.sampled_logprobs, torch.zeros_like(advantages)))
+        old = BatchLogprobs(batch.sampled_logprobs, torch.zeros_like(advantages))
+        return UpdateBatch(batch, advantages, advantages, old)
 
     def _calibrate(self, rollouts: list[Rollout]) -> tuple[RolloutBatch, torch.Tensor]:
         batch = to_device(collate(credit_rollouts(rollouts)), torch.device(self.device))

@@ -25,7 +25,7 @@ from calibadv.interfaces import AdvantageEstimator
 from calibadv.losses import PPOClip
 from calibadv.module import SearchAgentModule
 from calibadv.numerics.advantages import group_normalise
-from calibadv.protocol.search import Protocol
+from calibadv.protocol.search import SearchProtocol
 from calibadv.retrieval import MemoryRetriever
 from calibadv.rewards import F1
 from calibadv.types import Question
@@ -78,7 +78,9 @@ def train(folder: Path, options: argparse.Namespace) -> None:
         reward=F1(),
         estimator=ByPlace(),
         loss=PPOClip(),
-        protocol=Protocol(False, str(folder / "template.txt"), "never", max_searches=1, max_turn_tokens=options.tokens),
+        protocol=SearchProtocol(
+            False, str(folder / "template.txt"), "never", max_searches=1, max_turn_tokens=options.tokens
+        ),
         rollout_steps=10**6,
         group_size=options.group,
         learning_rate=options.learning_rate,

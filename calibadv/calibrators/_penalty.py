@@ -19,7 +19,7 @@ class Punished:
     Attributes:
         places: [N] tokens in the flattened [B, T], those of answer turns included.
         turns: [N] their turns in the flattened [B, K].
-        searches: [B, K] bool, True at search turns among them.
+        searches: [B, K] bool, True at search turns among them whose tools find documents.
     """
 
     places: Tensor
@@ -32,8 +32,7 @@ def find_punished(batch: RolloutBatch, advantages: Tensor) -> Punished:
     num_turns = batch.step_correctness.shape[1]
     places, turns = punished_tokens(advantages, batch.turn_ids, num_turns)
     punished = torch.bincount(turns, minlength=batch.step_correctness.numel()).view(-1, num_turns) > 0
-    is_search = torch.arange(num_turns, device=advantages.device) < batch.answer_turn[:, None]
-    return Punished(places, turns, punished & is_search)
+    return Punished(places, turns, punished & batch.finds_documents)
 
 
 def soften_searches(advantages: Tensor, correctness: Tensor, punished: Punished) -> tuple[Tensor, Metrics]:

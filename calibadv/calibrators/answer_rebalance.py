@@ -24,6 +24,8 @@ class AnswerRebalance(Calibrator):
             reports collapse below 1).
     """
 
+    roles = frozenset({"answer balance"})
+
     def __init__(self, target_ratio: float = 1.0) -> None:
         if not (target_ratio > 0 and math.isfinite(target_ratio)):
             raise UserError(f"target_ratio is {target_ratio}; it must be a number above 0 (1.0 balances both sides)")

@@ -27,10 +27,13 @@ class ConstantPenalty(Calibrator):
         correctness: Taken for that of all punished search turns: in [0, 1], or ``batch_mean``.
     """
 
+    roles = frozenset({"search penalty"})
+
     def __init__(self, correctness: float | Literal["batch_mean"] = "batch_mean") -> None:
         if correctness != "batch_mean" and not 0 <= correctness <= 1:
             raise UserError(f"correctness is {correctness}; it must be a number from 0 to 1, or batch_mean")
         self.correctness = correctness
+        self.uses_step_correctness = correctness == "batch_mean"
 
     @override
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:

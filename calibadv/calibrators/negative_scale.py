@@ -48,6 +48,9 @@ class NegativeScale(Calibrator):
         self.positive_weight = positive_weight
         self.negative_weight = negative_weight
         self.match = match
+        # The matched ratio is that of all of CalibAdv, which another part of it would change.
+        self.uses_step_correctness = match is not None
+        self.roles = frozenset({"search penalty", "answer balance", "negative clip"} if match else ())
 
     @override
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:

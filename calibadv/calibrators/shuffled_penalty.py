@@ -25,6 +25,9 @@ class ShuffledPenalty(Calibrator):
         seed: Of the order. It does not follow the seed of the run, whose rollouts are others anyway.
     """
 
+    uses_step_correctness = True
+    roles = frozenset({"search penalty"})
+
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 

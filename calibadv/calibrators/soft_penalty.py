@@ -17,6 +17,9 @@ class SoftPenalty(Calibrator):
     The first part of CalibAdv (arXiv 2604.18235). The answer turn keeps its advantage.
     """
 
+    uses_step_correctness = True
+    roles = frozenset({"search penalty"})
+
     @override
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
         return soften_searches(advantages, batch.step_correctness, find_punished(batch, advantages))

@@ -53,7 +53,7 @@ FIGURES = ("outcome/final_f1", "outcome/best_f1", "outcome/collapsed", "val/em",
 _SWEPT = (
     *("seed_everything", "model.policy", "model.lora", "model.reward", "model.retriever", "model.estimator"),
     *("model.group_filter", "model.loss", "model.regularizers", "model.kl_coef", "model.kl_estimator"),
-    *("model.protocol.prepend_think", "model.protocol.max_searches"),
+    *("model.protocol.init_args.prepend_think", "model.protocol.init_args.max_searches"),
     *("model.rollout_steps", "model.group_size", "model.temperature", "model.learning_rate", "model.schedule"),
     *("model.warmup_steps", "model.betas", "model.weight_decay", "model.clip_norm", "model.mini_batches"),
     *("model.old_logprobs", "model.sampler_correction", "model.skip_tied"),

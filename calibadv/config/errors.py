@@ -20,6 +20,8 @@ _LAST_CALLBACK = re.compile(
 )
 _SEAMS = {
     "engine": interfaces.Engine,
+    "protocol": interfaces.Protocol,
+    "tools": interfaces.Tool,
     "retriever": interfaces.Retriever,
     "reward": interfaces.Reward,
     "estimator": interfaces.AdvantageEstimator,

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from calibadv.protocol.search import STOP_TAGS
 from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.types import StopReason
 
@@ -24,20 +23,20 @@ def stop_reason(tokenizer: AgentTokenizer, token_ids: Sequence[int]) -> StopReas
     last = token_ids[-1]
     if last in tokenizer.end_ids:
         return StopReason.END
-    if tokenizer.may_close_tag(last) and any(tag in _tail(tokenizer, token_ids) for tag in STOP_TAGS):
+    if tokenizer.may_stop(last) and any(stop in _tail(tokenizer, token_ids) for stop in tokenizer.stop_strings):
         return StopReason.TAG
     return None
 
 
 def ends_with_search(tokenizer: AgentTokenizer, token_ids: Sequence[int]) -> bool:
-    """Whether a message that a tag has ended searches, so that another turn may follow."""
-    return STOP_TAGS[0] in _tail(tokenizer, token_ids)
+    """Return True if the first stop string ended the message, which is that of a call: another turn may follow."""
+    return tokenizer.stop_strings[0] in _tail(tokenizer, token_ids)
 
 
 def may_stop(tokenizer: AgentTokenizer, vocabulary: int) -> Tensor:
     """Mark the tokens after which ``stop_reason`` is worth asking, so that a batch asks for few of its rows."""
     ends = tokenizer.end_ids
-    return torch.tensor([token in ends or tokenizer.may_close_tag(token) for token in range(vocabulary)])
+    return torch.tensor([token in ends or tokenizer.may_stop(token) for token in range(vocabulary)])
 
 
 def _tail(tokenizer: AgentTokenizer, token_ids: Sequence[int]) -> str:

@@ -58,7 +58,7 @@ class TransformersEngine(Engine):
             self._copy = whole_copy(policy, self._copy)
 
     @override
-    def rest(self) -> None:
+    def release(self) -> None:
         self._kept.clear()
 
     @override

@@ -83,7 +83,7 @@ class VLLMEngine(StreamingEngine):
         self._drafts: dict[int, Draft] = {}
 
     @override
-    def check(self) -> None:
+    def validate(self) -> None:
         if find_spec("vllm") is None:
             raise UserError("VLLMEngine needs vLLM, which is not installed; run: pip install 'calibadv[vllm]'")
         processes = ProcessGroup.current()
@@ -152,7 +152,7 @@ class VLLMEngine(StreamingEngine):
         return done
 
     @override
-    def rest(self) -> None:
+    def release(self) -> None:
         if self._llm is None:
             return
         self._llm.llm_engine.abort_request([str(number) for number in self._drafts])
@@ -168,7 +168,7 @@ class VLLMEngine(StreamingEngine):
             self._asleep = False
 
     def _start(self, policy: Policy) -> LLM:
-        self.check()
+        self.validate()
         processes = ProcessGroup.current()
         with hosting(processes):
             from vllm import LLM

@@ -21,7 +21,6 @@ from calibadv.errors import ServiceError, UserError
 from calibadv.interfaces import StreamingEngine
 from calibadv.numerics.rng import request_seed
 from calibadv.policy.policy import Policy
-from calibadv.protocol.search import STOP_TAGS
 from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.types import Completion, DrawKey, Sampling
 
@@ -74,7 +73,7 @@ class VLLMServerEngine(StreamingEngine):
         self._replies: dict[Future[Completion], int] = {}
 
     @override
-    def check(self) -> None:
+    def validate(self) -> None:
         served = self._call("GET", "/v1/models")["data"][0]
         mode = self._call("GET", "/server_info?config_format=json")["vllm_config"]["model_config"]["logprobs_mode"]
         if mode != "processed_logprobs":
@@ -88,7 +87,7 @@ class VLLMServerEngine(StreamingEngine):
     def sync(self, policy: Policy) -> None:
         self._tokenizer = policy.tokenizer
         if not self._model:
-            self.check()
+            self.validate()
         processes = ProcessGroup.current()
         weights: dict[str, Tensor] = {}
         for name, tensor in policy.weights():  # sharded ones are put together on all processes at once
@@ -113,7 +112,7 @@ class VLLMServerEngine(StreamingEngine):
         return {self._replies.pop(reply): reply.result() for reply in done}
 
     @override
-    def rest(self) -> None:
+    def release(self) -> None:
         for reply in self._replies:
             reply.cancel()
         wait(self._replies)
@@ -183,7 +182,7 @@ class VLLMServerEngine(StreamingEngine):
             "return_token_ids": True,
             "ignore_eos": True,
             "stop_token_ids": sorted(self._tokenizer.end_ids),
-            "stop": list(STOP_TAGS),
+            "stop": list(self._tokenizer.stop_strings),
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,
         }

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
-from calibadv.estimators._broadcast import of_turns
+from calibadv.estimators._broadcast import broadcast_turn_values
 from calibadv.estimators._validation import check_weight
 from calibadv.interfaces import AdvantageEstimator
 from calibadv.numerics.advantages import group_normalise, turn_index_advantages
@@ -41,4 +41,4 @@ class MTGRPO(AdvantageEstimator):
         outcome = group_normalise(batch.rewards.cpu().double(), *group)[:, None]
         per_turn = turn_index_advantages(batch.step_correctness, batch.answer_turn, *group)
         is_answer = torch.arange(per_turn.shape[1]) == batch.answer_turn.cpu()[:, None]
-        return of_turns(torch.where(is_answer, outcome, per_turn + self.outcome_weight * outcome), batch)
+        return broadcast_turn_values(torch.where(is_answer, outcome, per_turn + self.outcome_weight * outcome), batch)

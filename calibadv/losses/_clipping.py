@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from calibadv.batch import LossInputs
 from calibadv.errors import UserError
-from calibadv.interfaces import LossInputs
 from calibadv.types import Metrics
 
 

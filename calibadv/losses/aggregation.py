@@ -8,8 +8,8 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 from typing_extensions import override
 
+from calibadv.batch import LossInputs
 from calibadv.errors import UserError
-from calibadv.interfaces import LossInputs
 from calibadv.numerics.aggregation import fixed_length, sequence_mean, token_mean
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import override
 
-from calibadv.interfaces import LossInputs, PolicyLoss
+from calibadv.batch import LossInputs
+from calibadv.interfaces import PolicyLoss
 from calibadv.losses._clipping import check_clips, clip_shares
 from calibadv.losses.aggregation import Aggregation, TokenMean
 from calibadv.numerics.losses import weighted_logprobs

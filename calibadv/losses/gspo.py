@@ -7,7 +7,8 @@ import logging
 from torch import Tensor
 from typing_extensions import override
 
-from calibadv.interfaces import LossInputs, PolicyLoss
+from calibadv.batch import LossInputs
+from calibadv.interfaces import PolicyLoss
 from calibadv.losses._clipping import check_clips, clip_shares
 from calibadv.losses.aggregation import Aggregation, TokenMean
 from calibadv.numerics.losses import active_clips, clipped_surrogate, sequence_ratio

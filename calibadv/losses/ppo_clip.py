@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import override
 
+from calibadv.batch import LossInputs
 from calibadv.errors import UserError
-from calibadv.interfaces import LossInputs, PolicyLoss
+from calibadv.interfaces import PolicyLoss
 from calibadv.losses._clipping import check_clips, clip_shares
 from calibadv.losses.aggregation import Aggregation, TokenMean
 from calibadv.numerics.losses import active_clips, clipped_surrogate, dual_clip_surrogate

@@ -121,8 +121,9 @@ def read_job(settings: Namespace, sizing: Sizing) -> Job:
     processes = number_of_processes(trainer)
     strategy, options = _strategy(trainer.strategy)
     sampler = _sampler(model.engine)
-    turns = model.protocol.max_searches + 1
-    limit = model.protocol.max_rollout_tokens
+    protocol = model.protocol.init_args
+    turns = protocol.max_searches + 1
+    limit = protocol.max_rollout_tokens
     longest = getattr(model.engine.init_args, "max_model_len", None)
     if longest is not None and longest < limit:
         raise UserError(
@@ -141,7 +142,7 @@ def read_job(settings: Namespace, sizing: Sizing) -> Job:
         group_size=model.group_size,
         limit=limit,
         tokens=tokens,
-        policy_tokens=min(sizing.policy_tokens or turns * model.protocol.max_turn_tokens, tokens),
+        policy_tokens=min(sizing.policy_tokens or turns * protocol.max_turn_tokens, tokens),
         turns=turns,
         lora=model.lora is not None,
         reference=bool(model.kl_coef) and model.lora is None,

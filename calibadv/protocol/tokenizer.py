@@ -9,10 +9,10 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 from calibadv.errors import UserError
-from calibadv.protocol.search import TAGS, Protocol, disarm
+from calibadv.interfaces import Protocol, Tool
+from calibadv.protocol.search import STOP_TAGS, TAGS
 
 _PROBE = "one {0} two{0}one"  # observations put words beside a tag without white space
-_TAG = re.compile("|".join(TAGS))
 
 
 class AgentTokenizer:
@@ -22,15 +22,20 @@ class AgentTokenizer:
         backend: the wrapped tokenizer.
         end_ids: token ids that end a message.
         pad_id: token id to pad with; always masked, so tokenizers without one can use any.
+        stop_strings: strings that end a message.
         special_strings: strings that become one special or added token, wherever they stand in a text.
 
     Args:
-        backend: a tokenizer that returns the eight tags unchanged; ``prepare_tags`` sees to that.
+        backend: a tokenizer that returns the protocol's tags unchanged; ``prepare_tags`` sees to that.
         end_ids: further token ids that end a message, beside the tokenizer's own end-of-sequence token.
+        stop_strings: the protocol's.
     """
 
-    def __init__(self, backend: PreTrainedTokenizerBase, end_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self, backend: PreTrainedTokenizerBase, end_ids: Iterable[int] = (), stop_strings: Sequence[str] = STOP_TAGS
+    ) -> None:
         self.backend = backend
+        self.stop_strings = tuple(stop_strings)
         own_end = backend.eos_token_id
         self.end_ids = frozenset(end_ids) | (frozenset() if own_end is None else {int(own_end)})
         padding = backend.pad_token_id
@@ -76,40 +81,35 @@ class AgentTokenizer:
         """
         return [token_id for token_id in token_ids if token_id not in self._invisible]
 
-    def may_close_tag(self, token_id: int) -> bool:
-        """Whether a tag can end within this token, so that a decoder need not look at all the others.
+    def may_stop(self, token_id: int) -> bool:
+        """Return True if a stop string can end within this token, so that a decoder need not look at all others."""
+        return any(stop[-1] in self._decode_one(token_id) for stop in self.stop_strings)
 
-        Args:
-            token_id: any token id.
-
-        Returns:
-            True if the token's own text contains ``>``.
-        """
-        return ">" in self._decode_one(token_id)
-
-    def encode_prompt(self, question: str, protocol: Protocol) -> list[int]:
+    def encode_prompt(self, question: str, protocol: Protocol, tools: Sequence[Tool] = ()) -> list[int]:
         """Encode the prompt of a question: template, chat template where there is one, begin-of-sequence.
 
         Args:
-            question: its text; tags and special tokens in it are disarmed.
-            protocol: names the template, and whether the environment writes the first ``<think>``.
+            question: its text; tags and special tokens in it are escaped.
+            protocol: writes the prompt, and what stands before the first message.
+            tools: described in the prompt where the protocol does so.
 
         Returns:
             Token ids.
         """
-        text = protocol.read_template().replace("{question}", disarm(question, self.special_strings))
+        text = protocol.prompt(question, tools, self.special_strings)
         if protocol.chat_template == "auto" and self.backend.chat_template:
             messages = [{"role": "user", "content": text.strip()}]
             text = str(self.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-            return self.encode(text + ("<think>" if protocol.prepend_think else ""))
-        return self._begin + self.encode(text + ("<think>" if protocol.prepend_think else ""))
+            return self.encode(text + protocol.opening)
+        return self._begin + self.encode(text + protocol.opening)
 
 
-def prepare_tags(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Make a tokenizer return the eight tags unchanged, adding those that it would break as ordinary tokens.
+def prepare_tags(tokenizer: PreTrainedTokenizerBase, tags: Sequence[str] = TAGS) -> list[str]:
+    """Make a tokenizer return the tags unchanged, adding those that it would break as ordinary tokens.
 
     Args:
         tokenizer: changed in place where a tag does not survive.
+        tags: the protocol's.
 
     Returns:
         The tags that were added; the embedding must be resized when there are any.
@@ -117,19 +117,24 @@ def prepare_tags(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     Raises:
         UserError: the tags do not survive even so.
     """
-    broken = [tag for tag in TAGS if _tags_of(tokenizer, _PROBE.format(tag)) != [tag, tag]]
+
+    def find_broken() -> list[str]:
+        return [tag for tag in tags if _tags_of(tokenizer, _PROBE.format(tag), tags) != [tag, tag]]
+
+    broken = find_broken()
     if broken:
         tokenizer.add_tokens(broken)
-    lost = [tag for tag in TAGS if _tags_of(tokenizer, _PROBE.format(tag)) != [tag, tag]]
+    lost = find_broken()
     if lost:
         raise UserError(
             f"the tokenizer ({type(tokenizer).__name__}) does not return {lost[0]} as it was written, even as an added "
-            "token; add the eight tags to its vocabulary as non-special tokens and save it in the model folder"
+            f"token; add the {len(tags)} tags to its vocabulary as non-special tokens and save it in the model folder"
         )
     return broken
 
 
-def _tags_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+def _tags_of(tokenizer: PreTrainedTokenizerBase, text: str, tags: Sequence[str]) -> list[str]:
     """The tags of a text after encoding and decoding it."""
     ids = tokenizer.encode(text, add_special_tokens=False)
-    return _TAG.findall(str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)))
+    decoded = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return re.findall("|".join(map(re.escape, tags)), decoded)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from calibadv.batch import LossInputs
 from calibadv.errors import UserError
-from calibadv.interfaces import LossInputs, Regularizer
+from calibadv.interfaces import Regularizer
 from calibadv.numerics.masked import check_shapes, group_sum
 from calibadv.types import Metrics
 

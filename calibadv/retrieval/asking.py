@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from calibadv.errors import UserError, one_line
-from calibadv.interfaces import PartialRetrievalError, RetrievalError, Retriever
+from calibadv.errors import PartialRetrievalError, RetrievalError, UserError, one_line
+from calibadv.interfaces import Retriever
 from calibadv.types import Document, ScoredDocument
 
 Outcome = list[ScoredDocument] | RetrievalError

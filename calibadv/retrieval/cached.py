@@ -8,8 +8,8 @@ from threading import Lock
 
 from typing_extensions import override
 
-from calibadv.errors import UserError
-from calibadv.interfaces import RetrievalError, Retriever
+from calibadv.errors import RetrievalError, UserError
+from calibadv.interfaces import Retriever
 from calibadv.retrieval.asking import Outcome, ask, unwrap
 from calibadv.retrieval.ranking import check_search, check_top_k
 from calibadv.types import Metrics, ScoredDocument

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from calibadv.errors import UserError
-from calibadv.interfaces import RetrievalError, Retriever
+from calibadv.errors import RetrievalError, UserError
+from calibadv.interfaces import Retriever
 from calibadv.retrieval.asking import Outcome, unwrap
 from calibadv.retrieval.ranking import check_search, check_top_k
 from calibadv.types import Document, ScoredDocument

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import override
 
-from calibadv.errors import UserError
-from calibadv.interfaces import OutageError, RetrievalError, Retriever
+from calibadv.errors import OutageError, RetrievalError, UserError
+from calibadv.interfaces import Retriever
 from calibadv.retrieval.asking import Outcome, unwrap
 from calibadv.retrieval.http.schema import SEARCH_FAILED, Results, parse_results
 from calibadv.retrieval.ranking import check_search, check_top_k

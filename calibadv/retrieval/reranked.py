@@ -7,8 +7,8 @@ from typing import Any
 
 from typing_extensions import override
 
-from calibadv.errors import UserError
-from calibadv.interfaces import RetrievalError, Retriever
+from calibadv.errors import RetrievalError, UserError
+from calibadv.interfaces import Retriever
 from calibadv.retrieval.asking import ask, unwrap
 from calibadv.retrieval.corpus.base import searched_text
 from calibadv.retrieval.encoders.loading import ModelKind, load_model

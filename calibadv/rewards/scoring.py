@@ -8,7 +8,6 @@ from typing import Any
 
 from calibadv.errors import ServiceError, StopRequestedError, UserError, is_number, one_line, shown
 from calibadv.interfaces import Reward
-from calibadv.protocol.search import parse_message
 from calibadv.rewards.answer import cover_match, exact_match, f1
 from calibadv.types import Question, Rollout
 
@@ -33,20 +32,20 @@ def score_rollouts(rollouts: Iterable[Rollout], reward: Reward) -> list[Rollout]
 
 
 def _score(rollout: Rollout, reward: Reward) -> Rollout:
-    last = parse_message(rollout.policy_segments[-1].text, rollout.prepend_think)
-    if last.action != "answer":
+    answer = rollout.messages[-1].answer
+    if answer is None:
         return replace(rollout, answer=None, answer_score=None, score=0.0, f1=0.0, em=0.0, cover_em=0.0)
-    value = _ask(reward, last.content, rollout.question)
+    value = _ask(reward, answer, rollout.question)
     golden = rollout.question.golden_answers
     valid = rollout.format_valid
     return replace(
         rollout,
-        answer=last.content,
+        answer=answer,
         answer_score=value,
         score=value if valid else 0.0,
-        f1=f1(last.content, golden) if valid else 0.0,
-        em=exact_match(last.content, golden) if valid else 0.0,
-        cover_em=cover_match(last.content, golden) if valid else 0.0,
+        f1=f1(answer, golden) if valid else 0.0,
+        em=exact_match(answer, golden) if valid else 0.0,
+        cover_em=cover_match(answer, golden) if valid else 0.0,
     )
 
 

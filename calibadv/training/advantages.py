@@ -21,6 +21,7 @@ def compute_advantages(
     """Estimate advantages and apply calibrators in order; without any, this is plain GRPO."""
     estimated = calibrated = checked_advantages(estimator.estimate(batch), batch, estimator)
     metrics: Metrics = {}
+    metrics |= estimator.metrics(batch)
     for calibrator in calibrators:
         calibrated, more = checked_pair(calibrator.calibrate(batch, calibrated), calibrator)
         calibrated = checked_advantages(calibrated, batch, calibrator)

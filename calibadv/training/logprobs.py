@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from calibadv.batch import RolloutBatch
+from calibadv.batch import LossInputs, RolloutBatch
 from calibadv.distributed import SINGLE_PROCESS, ProcessGroup
-from calibadv.interfaces import LossInputs
 from calibadv.policy.logprobs import forward_logprobs
 from calibadv.policy.reference import Reference
 from calibadv.training.minibatches import LossNormalizer, partition_micro_batches

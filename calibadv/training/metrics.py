@@ -15,7 +15,7 @@ from calibadv.numerics.credit import negative_search_turns
 from calibadv.numerics.logprobs import message_perplexities
 from calibadv.numerics.masked import turn_means
 from calibadv.rewards.answer import f1
-from calibadv.rewards.evidence import silver_documents, true_step_correctness
+from calibadv.rewards.evidence import true_step_correctness
 from calibadv.training.logprobs import BatchLogprobs
 from calibadv.types import Metrics, Rollout, RolloutStatus
 
@@ -91,7 +91,7 @@ def group_metrics(batch: RolloutBatch) -> Metrics:
         for rows in group_rollouts(batch.rollouts)
         if any(included[row] for row in rows)
     ]
-    sizes = [len(silver_documents(group)) for group in groups]
+    sizes = [len(group[0].silver) for group in groups]
     return _without_empty(
         {
             "credit/silver_size": sizes,
@@ -102,30 +102,25 @@ def group_metrics(batch: RolloutBatch) -> Metrics:
 
 
 def credit_metrics(batch: RolloutBatch, estimated: Tensor) -> Metrics:
-    """How often searches find evidence, and are punished nevertheless."""
+    """Mean step correctness, and how many of the penalized searches had found evidence."""
     per_turn = turn_means(estimated, batch.turn_ids, batch.step_correctness.shape[1])
-    punished = negative_search_turns(per_turn, batch.answer_turn.cpu()).numpy()
-    trained: list[float] = []
+    penalized = negative_search_turns(per_turn, batch.answer_turn.cpu()).numpy()
+    found: list[float] = []
     silver: list[bool] = []
     gold: list[bool] = []
-    gains: list[float] = []
-    turn_gains = None if batch.turn_gains is None else batch.turn_gains.tolist()
     for row in np.flatnonzero(batch.included.numpy(force=True)):
         rollout = batch.rollouts[row]
-        mask = punished[row, : len(rollout.step_correctness)]
-        trained.extend(rollout.step_correctness)
-        if turn_gains is not None:
-            gains.extend(turn_gains[row][: len(rollout.step_correctness)])
-        silver.extend(np.asarray(rollout.step_correctness)[mask] > 0)
-        truth = true_step_correctness(rollout) if mask.any() else None
-        if truth is not None:
-            gold.extend(np.asarray(truth)[mask] > 0)
+        negative = penalized[row]
+        correctness = [(turn, value) for turn, value in enumerate(rollout.step_correctness) if value is not None]
+        found.extend(value for _, value in correctness)
+        silver.extend(value > 0 for turn, value in correctness if negative[turn])
+        truth = true_step_correctness(rollout) if negative.any() else None
+        gold.extend(value > 0 for turn, value in enumerate(truth or ()) if value is not None and negative[turn])
     return _without_empty(
         {
-            "credit/step_correctness": trained,
+            "credit/step_correctness": found,
             "credit/mispenalised": silver,
             "credit/true_mispenalised": gold,
-            "credit/turn_gain": gains,
         }
     )
 

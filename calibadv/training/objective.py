@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from calibadv.batch import LossInputs
 from calibadv.errors import UserError, shown
-from calibadv.interfaces import LossInputs, PolicyLoss, Regularizer
+from calibadv.interfaces import PolicyLoss, Regularizer
 from calibadv.numerics.kl import KL_ESTIMATORS, KLEstimator, k3
 from calibadv.training.contracts import checked_pair
 from calibadv.types import Metrics

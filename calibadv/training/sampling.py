@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from calibadv.agent.episode import Agent
+from calibadv.agent.patience import Waiting
 from calibadv.agent.rollout import Draws, count_searches, run_rollouts
-from calibadv.agent.searching import Waiting
 from calibadv.distributed import Attempt, ProcessGroup, raising_together
-from calibadv.errors import UserError, shown
-from calibadv.interfaces import GroupFilter, RetrievalError, Reward
+from calibadv.errors import RetrievalError, UserError, shown
+from calibadv.interfaces import GroupFilter, Reward
 from calibadv.policy.policy import Policy
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts

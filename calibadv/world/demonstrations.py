@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import count
 from random import Random
 
-from calibadv.protocol.search import Protocol, parse_message, render_observation
+from calibadv.protocol.search import SearchProtocol
 from calibadv.protocol.tokenizer import AgentTokenizer
-from calibadv.types import Document
+from calibadv.types import Document, ToolResult
 from calibadv.world.vocabulary import KINDS
 from calibadv.world.world import HOP_SHARES, Path, build_documents, build_facts, find_paths
 
@@ -105,7 +105,7 @@ def play(
     agent: Generator[str, list[Document], None], question: str, search: WorldSearch, tokenizer: AgentTokenizer
 ) -> Demonstration:
     """Let a scripted agent talk with the environment."""
-    protocol = Protocol(prepend_think=False, template="short", chat_template="never")
+    protocol = SearchProtocol(prepend_think=False, template="short", chat_template="never")
     token_ids = tokenizer.encode_prompt(question, protocol)
     weights = [_REST_WEIGHT] * len(token_ids)
     messages = [next(agent)]
@@ -113,11 +113,11 @@ def play(
         written = tokenizer.encode(messages[-1])
         token_ids += written
         weights += [1.0] * len(written)
-        message = parse_message(messages[-1], prepend_think=False)
-        if message.action != "search":
+        message = protocol.parse(messages[-1])
+        if not message.calls:
             return Demonstration(tuple(messages), tuple(token_ids), tuple(weights))
-        documents = search.search(message.content, _TOP_K)
-        shown = tokenizer.encode(render_observation(documents, False, tokenizer.special_strings))
+        documents = search.search(message.calls[0].arguments["query"], _TOP_K)
+        shown = tokenizer.encode(protocol.render([ToolResult(tuple(documents))], tokenizer.special_strings))
         token_ids += shown
         weights += [_REST_WEIGHT] * len(shown)
         messages.append(agent.send(documents))

@@ -17,10 +17,10 @@ from support.serving import closed_port, serving
 from transformers import AutoTokenizer
 
 from calibadv.agent.episode import Agent
-from calibadv.agent.searching import Waiting
+from calibadv.agent.patience import Waiting
 from calibadv.cli.main import main
-from calibadv.errors import StopRequestedError
-from calibadv.interfaces import OutageError, PartialRetrievalError, RetrievalError, Retriever
+from calibadv.errors import OutageError, PartialRetrievalError, RetrievalError, StopRequestedError
+from calibadv.interfaces import Retriever
 from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.retrieval import BM25, Cached, Remote
 from calibadv.types import Completion, RolloutStatus, ScoredDocument

@@ -56,7 +56,7 @@ class Unordered(StreamingEngine):
         self.ended.append(key)
         return {number: completion}
 
-    def rest(self) -> None:
+    def release(self) -> None:
         self.under_way.clear()
 
 

@@ -174,7 +174,7 @@ def test_a_retriever_takes_the_place_of_the_recipes_own(name: str, parts: Path) 
     kind, needs = RETRIEVERS[name]
     options = [f"--model.retriever.{option}={parts / file}" for option, file in needs.items()]
     cli = build("--config", "quickstart", "--config", name, *options)
-    retriever = cli.model.agent.retriever
+    retriever = cli.model.agent.environment.tools[0].retriever
     assert type(retriever).__name__ == kind
     assert retriever.top_k == (3 if "search_r1" in name else 2)  # that of the recipe, unless the overlay says another
 

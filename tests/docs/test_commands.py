@@ -215,7 +215,7 @@ def test_an_overlay_builds_its_part(overlay: str, tmp_path: Path) -> None:
     cli = CalibadvCLI("fit", read_words(["--config", "quickstart", "--config", str(tmp_path / "overlay.yaml")]))
     model = cli.model
     parts = [
-        model.agent.retriever,
+        model.agent.environment.tools[0].retriever,
         model.sampler.reward,
         model.estimator,
         model.objective.loss,

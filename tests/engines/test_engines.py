@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from support.agents import ANSWER, SEARCH, agent_of, play, protocol, scripted_agent, teach
 from transformers import AutoModelForCausalLM
 
+from calibadv.agent.environment import Environment
 from calibadv.agent.episode import Agent
 from calibadv.agent.rollout import Draws, run_rollouts
+from calibadv.agent.tools import SearchTool
 from calibadv.engines import ScriptedEngine, TransformersEngine
 from calibadv.numerics.rng import draw_tokens, uniforms
 from calibadv.policy.loading import load_policy
@@ -182,7 +184,7 @@ def test_rollouts_of_the_embedded_policy_do_not_depend_on_the_batch() -> None:
     policy = load_policy("embedded")
     agent = Agent(
         TransformersEngine(),
-        BM25("embedded", top_k=2),
+        Environment([SearchTool(BM25("embedded", top_k=2))]),
         protocol(prepend_think=True, max_searches=3, max_turn_tokens=36),
         policy.tokenizer,
     )

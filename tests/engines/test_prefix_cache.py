@@ -11,8 +11,10 @@ import torch
 from support.agents import ANSWER, KINDS, SEARCH, agent_of, play, protocol, teach, tokenizers_of_all_kinds
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from calibadv.agent.environment import Environment
 from calibadv.agent.episode import Agent
 from calibadv.agent.rollout import Draws, run_rollouts
+from calibadv.agent.tools import SearchTool
 from calibadv.engines import TransformersEngine
 from calibadv.engines._stop import may_stop, stop_reason
 from calibadv.engines.transformers import whole_copy
@@ -30,7 +32,7 @@ class PrefillingEngine(TransformersEngine):
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]
     ) -> list[Completion]:
-        self.rest()
+        self.release()
         return super().generate(prompts, sampling, keys)
 
 
@@ -68,7 +70,9 @@ def test_the_embedded_policy_goes_on_as_if_it_read_everything_again(
     def sample(engine: TransformersEngine) -> list[Rollout]:
         engine.sync(embedded_policy)
         rules = protocol(prepend_think=True, max_searches=3, max_turn_tokens=36)
-        agent = Agent(engine, BM25(corpus="embedded", top_k=2), rules, embedded_policy.tokenizer)
+        agent = Agent(
+            engine, Environment([SearchTool(BM25(corpus="embedded", top_k=2))]), rules, embedded_policy.tokenizer
+        )
         questions = embedded_world().questions["validation"][:12]
         return run_rollouts(questions, agent, Draws(seed=0, step=1, samples=4, temperature=temperature))
 
@@ -144,7 +148,7 @@ def test_the_cache_is_dropped(taught: Policy, read: list[tuple[int, int]], forge
     if forget == "sync":
         engine.sync(taught)
     elif forget == "rest":
-        engine.rest()
+        engine.release()
     elif forget == "a turn of others":
         engine.generate([prompts[0]], Sampling(1.0, 1), [replace(turns[0], question_id="r")])
     read.clear()

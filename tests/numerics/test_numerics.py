@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from calibadv.interfaces import LossInputs
+from calibadv.batch import LossInputs
 from calibadv.losses import PPOClip
 from calibadv.numerics.advantages import group_normalise
 from calibadv.numerics.credit import (

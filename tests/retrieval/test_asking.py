@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from calibadv.errors import UserError
-from calibadv.interfaces import OutageError, PartialRetrievalError, RetrievalError, Retriever
+from calibadv.errors import OutageError, PartialRetrievalError, RetrievalError, UserError
+from calibadv.interfaces import Retriever
 from calibadv.retrieval import Cached, Hybrid
 from calibadv.retrieval.asking import ask, unwrap
 from calibadv.types import Document, ScoredDocument

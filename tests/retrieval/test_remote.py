@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from support.serving import Reply, Script, Scripted, closed_port, good, serving
 
-from calibadv.interfaces import OutageError, PartialRetrievalError, RetrievalError, Retriever
+from calibadv.errors import OutageError, PartialRetrievalError, RetrievalError
+from calibadv.interfaces import Retriever
 from calibadv.retrieval.bm25 import BM25
 from calibadv.retrieval.memory import MemoryRetriever
 from calibadv.retrieval.remote import Remote

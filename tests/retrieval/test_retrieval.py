@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibadv.data.questions import read_questions
-from calibadv.interfaces import PartialRetrievalError, RetrievalError
+from calibadv.errors import PartialRetrievalError, RetrievalError
 from calibadv.retrieval import BM25, MemoryRetriever
 from calibadv.retrieval.index.bm25 import Postings
 from calibadv.retrieval.index.build import index

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from support.serving import ask, serving
 
 from calibadv.cli.main import main
-from calibadv.interfaces import OutageError, PartialRetrievalError, RetrievalError
+from calibadv.errors import OutageError, PartialRetrievalError, RetrievalError
 from calibadv.retrieval.corpus.files import parse_document
 from calibadv.retrieval.http.batcher import Batcher, BusyError
 from calibadv.retrieval.http.schema import join_contents

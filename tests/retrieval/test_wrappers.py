@@ -22,7 +22,8 @@ from transformers import (
 
 from calibadv.analysis.audit import audit_coverage
 from calibadv.data.questions import read_questions
-from calibadv.interfaces import PartialRetrievalError, RetrievalError, Retriever
+from calibadv.errors import PartialRetrievalError, RetrievalError
+from calibadv.interfaces import Retriever
 from calibadv.retrieval import BM25, Cached, Dense, Hybrid, MemoryRetriever, Reranked
 from calibadv.retrieval.hybrid import fuse
 from calibadv.types import Document, Metrics, ScoredDocument

@@ -12,9 +12,10 @@ from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from calibadv.batch import LossInputs
 from calibadv.cli.main import main
 from calibadv.distributed import ProcessGroup
-from calibadv.interfaces import LossInputs, Regularizer, Reward
+from calibadv.interfaces import Regularizer, Reward
 from calibadv.types import Metrics, Question
 
 # Two questions of two rollouts a step, in two mini-batches; four questions of validation.

@@ -48,14 +48,13 @@ class HandFed(SearchAgentModule):
 
 def module_of(model: nn.Module, *regularizers: Regularizer, root: Path | None = None, **settings: Any) -> HandFed:
     """A module that trains a model, with a trainer and an optimizer, outside of any run."""
-    defaults: dict[str, Any] = {"learning_rate": 0.1, "clip_norm": 0.0, "micro_batch_tokens": 10_000}
+    defaults: dict[str, Any] = {"loss": PPOClip(), "learning_rate": 0.1, "clip_norm": 0.0, "micro_batch_tokens": 10_000}
     module = HandFed(
         policy="embedded",
         engine=ScriptedEngine({}),
         retriever=retriever(),
         reward=F1(),
         estimator=GRPO(),
-        loss=PPOClip(0.2, 0.2),
         protocol=protocol(),
         regularizers=list(regularizers),
         **{**defaults, **settings},

@@ -13,10 +13,10 @@ from support.agents import ANSWER, SEARCH, Bigram, episode, play, scripted_agent
 from support.training import accumulate, module_of, update
 from torch import Tensor, nn
 
-from calibadv.batch import RolloutBatch, collate
+from calibadv.batch import LossInputs, RolloutBatch, collate
 from calibadv.calibrators import AnswerRebalance, SoftPenalty
 from calibadv.estimators import GRPO
-from calibadv.interfaces import LossInputs, Regularizer
+from calibadv.interfaces import Regularizer
 from calibadv.losses import PPOClip
 from calibadv.policy.loading import enable_checkpointing, load_policy
 from calibadv.policy.policy import Policy

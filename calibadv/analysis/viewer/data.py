@@ -123,7 +123,7 @@ class ViewerData:
             message, *observations = rollout.segments[place : place + 2]
             observation: list[int] | str | None = None
             for shown in observations:
-                places = [self._places.setdefault(document, len(self._places)) for document in shown.documents]
+                places = [self._places.setdefault(document, len(self._places)) for document in shown.documents or ()]
                 observation = places or shown.text
             yield [message.text, message.num_tokens, observation]
 
@@ -177,7 +177,7 @@ def _scored(record: Record, rollout: Rollout) -> Rollout:
 
 
 def _documents(rollout: Rollout) -> Iterator[Document]:
-    return (document for segment in rollout.segments for document in segment.documents)
+    return (document for segment in rollout.segments for document in segment.documents or ())
 
 
 def _gold(question: Question, documents: dict[Document, int]) -> list[list[Any]]:
@@ -192,8 +192,8 @@ def _gold(question: Question, documents: dict[Document, int]) -> list[list[Any]]
     ]
 
 
-def _numbers(values: Sequence[float] | None) -> list[float | str] | None:
-    return None if values is None else [_number(value) for value in values]
+def _numbers(values: Sequence[float | None] | None) -> list[float | str | None] | None:
+    return None if values is None else [None if value is None else _number(value) for value in values]
 
 
 def _number(value: float) -> float | str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
 
-from calibadv.interfaces import RetrievalError, Retriever
+from calibadv.errors import RetrievalError
+from calibadv.interfaces import Retriever
 from calibadv.retrieval.asking import Outcome, ask, unwrap
 from calibadv.retrieval.http.schema import Results
 

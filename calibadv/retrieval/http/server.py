@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from calibadv.errors import UserError
-from calibadv.interfaces import OutageError, PartialRetrievalError, RetrievalError, Retriever
+from calibadv.errors import OutageError, PartialRetrievalError, RetrievalError, UserError
+from calibadv.interfaces import Retriever
 from calibadv.retrieval.http.batcher import Batcher, BusyError
 from calibadv.retrieval.http.schema import SEARCH_FAILED, RequestError, parse_request, render_results
 

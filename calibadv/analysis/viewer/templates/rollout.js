@@ -120,7 +120,7 @@ function advantageElement(rollout, place, value) {
 
 function correctnessElement(group, rollout, place) {
   const value = rollout.correctness[place];
-  if (value === undefined) return null;
+  if (value === undefined || value === null) return null; // a turn whose tools find no documents
   return make("span", { title: MARKS.correctness }, `correctness ${figure(value)}`);
 }
 

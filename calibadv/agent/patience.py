@@ -1,4 +1,4 @@
-"""The searches of one call of ``run_rollouts``, and waiting for a retriever that is away."""
+"""The calls of one round of rollouts, and waiting for a service that is away."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from calibadv.errors import StopRequestedError
-from calibadv.interfaces import OutageError, RetrievalError, Retriever
-from calibadv.retrieval.asking import Outcome, ask
+from calibadv.agent.environment import Environment, Outcome
+from calibadv.errors import OutageError, RetrievalError, StopRequestedError
+from calibadv.types import ToolCall
 
-# Seconds before the retriever is asked again: at first, how much longer each time, and at most.
+# Seconds before a service is asked again: at first, how much longer each time, and at most.
 _PAUSE, _GROWTH, _LONGEST_PAUSE = 1.0, 1.5, 5.0
 # Seconds between two looks at whether to stop.
 _LOOK = 0.2
@@ -21,44 +21,44 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """That a retriever which is away is waited for.
+    """Limits of waiting for a retriever that is away.
 
     Attributes:
         cap: the most seconds of one call of ``run_rollouts``, however patient the retriever is.
-        stop_requested: looked at all the time; once it is true, waiting ends with a StopRequestedError.
+        stop_requested: polled all the time; once it is true, waiting ends with a StopRequestedError.
     """
 
     cap: float
     stop_requested: Callable[[], bool]
 
 
-class Searcher:
-    """Asks a retriever, and outlasts its outages where it may wait.
+class PatientEnvironment:
+    """An environment that outlasts outages of its tools, where it may wait.
 
     Args:
-        retriever: what searches.
+        environment: runs the calls.
         waiting: None not to wait: outages are failures like any other.
     """
 
-    def __init__(self, retriever: Retriever, waiting: Waiting | None) -> None:
-        self._retriever = retriever
+    def __init__(self, environment: Environment, waiting: Waiting | None) -> None:
+        self._environment = environment
         self._waiting = waiting
         self._waited = 0.0
         self._closed = False
 
-    def search(self, queries: Sequence[str]) -> list[Outcome]:
-        """Search for what an episode asks."""
-        outcomes = ask(self._retriever, queries, self._retriever.top_k)
+    def step(self, messages: Sequence[Sequence[ToolCall]]) -> list[Outcome]:
+        """Run the calls of some messages, again and again those whose tool is away."""
+        outcomes = self._environment.step(messages)
         if self._waiting is not None and _away(outcomes):
-            self._outlast(list(queries), outcomes, self._waiting)
+            self._outlast(messages, outcomes, self._waiting)
         return outcomes
 
     def close(self) -> None:
-        """End a search that waits in another thread."""
+        """End a call that waits in another thread."""
         self._closed = True
 
-    def _outlast(self, queries: list[str], outcomes: list[Outcome], waiting: Waiting) -> None:
-        """Ask again for what is away, in place, until it is back."""
+    def _outlast(self, messages: Sequence[Sequence[ToolCall]], outcomes: list[Outcome], waiting: Waiting) -> None:
+        """Run again, in place, what is away, until it is back."""
         began, pause = time.monotonic(), _PAUSE
         waited_before, told = self._waited, False
         while away := _away(outcomes):
@@ -74,9 +74,9 @@ class Searcher:
                 told = True
             self._pause(min(pause, limit - self._waited), waiting)
             pause = min(pause * _GROWTH, _LONGEST_PAUSE)
-            again = ask(self._retriever, [queries[place] for place in away], self._retriever.top_k)
-            for place, outcome in zip(away, again, strict=True):
-                outcomes[place] = outcome
+            again = self._environment.step([messages[index] for index in away])
+            for index, outcome in zip(away, again, strict=True):
+                outcomes[index] = outcome
         self._waited = waited_before + time.monotonic() - began
         log.warning("the retriever is back after %.0f s", time.monotonic() - began)
 
@@ -92,9 +92,9 @@ class Searcher:
 
 
 def _away(outcomes: Sequence[Outcome]) -> dict[int, OutageError]:
-    """The outcomes to wait for, by place."""
+    """The outcomes to wait for, by index."""
     return {
-        place: outcome
-        for place, outcome in enumerate(outcomes)
+        index: outcome
+        for index, outcome in enumerate(outcomes)
         if isinstance(outcome, OutageError) and outcome.patience > 0
     }
