@@ -110,6 +110,17 @@ class LossInputs:
     num_rollouts: int
 
 
+class EvaluationOutput:
+    """The result of an evaluation step. No dataclass: Lightning takes those apart, and refuses frozen ones within.
+
+    Attributes:
+        rollouts: one per question, scored.
+    """
+
+    def __init__(self, rollouts: Sequence[Rollout]) -> None:
+        self.rollouts = list(rollouts)
+
+
 def group_rollouts(rollouts: Sequence[Rollout]) -> list[list[int]]:
     """Rows of each group, in order of first appearance: the rollouts of one question in one step.
 

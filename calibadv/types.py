@@ -168,8 +168,8 @@ class Rollout:
     prepend_think: bool
     segments: tuple[Segment, ...]
     status: RolloutStatus
-    messages: tuple[Message, ...] = ()
     prompt_ids: tuple[int, ...] = ()
+    messages: tuple[Message, ...] = ()
     answer: str | None = None
     score: float = 0.0
     answer_score: float | None = None

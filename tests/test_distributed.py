@@ -44,7 +44,7 @@ trainer:
 def test_work_is_dealt_once_and_in_step(size: int, number: int) -> None:
     dealt = [ProcessGroup(rank, size).partition(range(number)) for rank in range(size)]
     assert len({len(own) for own in dealt}) == 1
-    assert sorted(part for own in dealt for part, counts in own if counts) == list(range(number))
+    assert sorted(part for own in dealt for part, is_padding in own if not is_padding) == list(range(number))
 
 
 @given(st.integers(1, 5), st.lists(st.sampled_from("abcdef")))

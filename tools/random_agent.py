@@ -147,7 +147,8 @@ def written_rollouts(groups: int, size: int, episodes: Episodes, vocabulary: int
                     seen = _segment("environment", "<information>", episodes.observation, vocabulary, rng)
                     segments.append(replace(seen, documents=tuple(rng.sample(pool, 3))))
             answered = RolloutStatus.ANSWERED
-            rollouts.append(Rollout(question, sample, 0, False, tuple(segments), answered, prompt_ids=prompt))
+            messages = SearchProtocol(prepend_think=False).messages(segments)
+            rollouts.append(Rollout(question, sample, 0, False, tuple(segments), answered, prompt, messages))
     return rollouts
 
 

@@ -33,7 +33,11 @@ class ConstantPenalty(Calibrator):
         if correctness != "batch_mean" and not 0 <= correctness <= 1:
             raise UserError(f"correctness is {correctness}; it must be a number from 0 to 1, or batch_mean")
         self.correctness = correctness
-        self.uses_step_correctness = correctness == "batch_mean"
+
+    @property
+    def uses_step_correctness(self) -> bool:  # type: ignore[override]
+        """True if the constant is the mean of the batch."""
+        return self.correctness == "batch_mean"
 
     @override
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:

@@ -48,9 +48,16 @@ class NegativeScale(Calibrator):
         self.positive_weight = positive_weight
         self.negative_weight = negative_weight
         self.match = match
-        # The matched ratio is that of all of CalibAdv, which another part of it would change.
-        self.uses_step_correctness = match is not None
-        self.roles = frozenset({"search penalty", "answer balance", "negative clip"} if match else ())
+
+    @property
+    def uses_step_correctness(self) -> bool:  # type: ignore[override]
+        """True if the ratio is matched."""
+        return self.match is not None
+
+    @property
+    def roles(self) -> frozenset[str]:  # type: ignore[override]
+        """The roles of all of CalibAdv, if its ratio is matched: another part of it would change that."""
+        return frozenset({"search penalty", "answer balance", "negative clip"} if self.match else ())
 
     @override
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:

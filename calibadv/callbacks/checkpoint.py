@@ -90,6 +90,8 @@ class RolloutCheckpoint(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
         if trainer.state.fn == "fit":
             self._all_stop(trainer, pl_module)
         in_training = trainer.state.fn == "fit" and pl_module.rollout_step > 0
@@ -108,8 +110,7 @@ class RolloutCheckpoint(Callback):
         return trainer.should_stop or bool(pl_module.rollout_step % self.every_n_rollout_steps == 0)
 
     def _validates(self, trainer: Trainer, pl_module: Any) -> bool:
-        asks = trainer.enable_validation and sum(trainer.num_val_batches) > 0
-        return asks and bool(pl_module.rollout_step % trainer.val_check_interval == 0)
+        return sum(trainer.num_val_batches) > 0 and bool(pl_module.is_validated_after(pl_module.rollout_step))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:

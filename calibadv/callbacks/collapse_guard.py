@@ -126,7 +126,7 @@ class CollapseGuard(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._look(trainer, pl_module, {f"val/{name}": value for name, value in pl_module.evaluation.items()})
 
     @override

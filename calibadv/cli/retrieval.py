@@ -34,7 +34,19 @@ _ID_WIDTH, _TITLE_WIDTH = 20, 30
 def search(
     query: str, index: Path | None = None, retriever: str | None = None, top_k: int = 5, json: bool = False
 ) -> None:
-    """Search for one query, and print what is found."""
+    """Search for one query, and print what is found.
+
+    Args:
+        query: What to search for.
+        index: Folder that 'calibadv index' wrote.
+        retriever: In the place of an index: a YAML file as for fit, or a packaged config such as retrievers/hybrid (but
+            retrievers/bm25 and retrievers/dense leave the corpus to the config that they complete).
+        top_k: The most documents to print.
+        json: Print a JSON list of objects with rank, score, id, title and text, uncut.
+
+    Raises:
+        UserError: the query is empty, ``top_k`` is below 1, or there is no such index or retriever.
+    """
     if not query.strip():
         raise UserError("query is empty; give --query at least one word")
     check_top_k(top_k)
@@ -54,7 +66,20 @@ def serve(
     port: int = 8000,
     limits: ServerLimits = _LIMITS,
 ) -> None:
-    """Answer searches over HTTP, in Search-R1's protocol (POST /retrieve), until Ctrl-C or SIGTERM."""
+    """Answer searches over HTTP, in Search-R1's protocol (POST /retrieve), until Ctrl-C or SIGTERM.
+
+    Args:
+        index: Folder that 'calibadv index' wrote.
+        retriever: In the place of an index: a YAML file as for fit, or a packaged config such as retrievers/hybrid (but
+            retrievers/bm25 and retrievers/dense leave the corpus to the config that they complete).
+        host: Name or address to listen on. The default reaches this machine only; 0.0.0.0 reaches the whole network,
+            and nobody is asked for a password.
+        port: Port to listen on; 0 takes a free one.
+        limits: What a request may ask for.
+
+    Raises:
+        UserError: there is no such index or retriever, a limit is below 1, or the address cannot be listened on.
+    """
     run_server(open_retriever(index, retriever), host, port, limits)
 
 
@@ -65,7 +90,19 @@ def audit(
     top_k: list[int] = _RECALL_AT,
     json: bool = False,
 ) -> None:
-    """Measure what questions can get: do their answers occur in the corpus, and are their documents found?"""
+    """Measure what questions can get: do their answers occur in the corpus, and are their documents found?
+
+    Args:
+        questions: Question file; what should be found is its metadata.supporting_ids or metadata.supporting_titles.
+        index: Folder that 'calibadv index' wrote.
+        retriever: In the place of an index: a YAML file as for fit, or a packaged config such as retrievers/hybrid (but
+            retrievers/bm25 and retrievers/dense leave the corpus to the config that they complete).
+        top_k: One or more k: recall@k is the mean share of a question's supporting documents among the first k.
+        json: Print a JSON object with questions, answer_coverage and recall.
+
+    Raises:
+        UserError: a question file or retriever cannot be used, or a number of ``top_k`` is below 1.
+    """
     for k in top_k:
         check_top_k(k)
     asked = read_questions(str(questions))
@@ -80,7 +117,19 @@ def audit(
 
 
 def open_retriever(index: Path | None, retriever: str | None) -> Retriever:
-    """Open what is to be searched."""
+    """Open what is to be searched.
+
+    Args:
+        index: folder that 'calibadv index' wrote, or None.
+        retriever: packaged config or YAML file that holds ``model.retriever``, or a ``class_path`` and its
+            ``init_args`` alone; or None.
+
+    Returns:
+        BM25 or Dense for an index, else the configured retriever.
+
+    Raises:
+        UserError: both are given or none is, or what is given cannot be opened.
+    """
     if index is None and retriever is None:
         raise UserError("there is nothing to search; give --index DIR or --retriever NAME_OR_FILE")
     if index is not None and retriever is not None:

@@ -158,6 +158,7 @@ class CalibadvCLI(LightningCLI):
     @override
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
+        self.model.config = self.resolved_config()
         limit_threads(self.model.model)
 
     @override

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
 
 from calibadv.agent.episode import Agent
 from calibadv.agent.rollout import check_prompt
 from calibadv.errors import UserError
 from calibadv.interfaces import AdvantageEstimator, GroupFilter
+from calibadv.policy.precision import check_precision
 from calibadv.training.objective import Objective
 from calibadv.types import Question
 
@@ -22,18 +25,41 @@ log = logging.getLogger(__name__)
 _PROMPTS_CHECKED = 5000
 
 
-def check_at_least(name: str, value: float, bound: float) -> None:
-    """Refuse a setting of the model section that is too small."""
-    if value < bound:
-        raise UserError(f"model.{name} is {value}; it must be at least {bound}")
+_AT_LEAST = {
+    **dict.fromkeys(("rollout_steps", "group_size", "mini_batches", "micro_batch_tokens"), 1),
+    **dict.fromkeys(("warmup_steps", "kl_coef", "learning_rate", "weight_decay", "clip_norm"), 0),
+}
 
 
-def check_sampling(
-    temperature: float, old_logprobs: str, importance_sampling: TruncatedImportanceSampling | None
-) -> None:
-    """Refuse a greedy policy in training, and two corrections of one difference."""
+def check_numbers(betas: tuple[float, float], temperature: float, **settings: float) -> None:
+    """Refuse settings of the model section that are too small."""
+    for name, value in settings.items():
+        if value < _AT_LEAST[name]:
+            raise UserError(f"model.{name} is {value}; it must be at least {_AT_LEAST[name]}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"model.betas are {betas}; both must be at least 0 and below 1")
     if temperature <= 0:
         raise UserError(f"model.temperature is {temperature}; it must be above 0 (validation is greedy anyway)")
+
+
+def check_replaced(name: str, given: object, replaced: Mapping[str, tuple[object, object]]) -> None:
+    """Refuse settings that a custom optimizer or scheduler replaces.
+
+    Args:
+        name: option of the custom one.
+        given: its value, None if it is not used.
+        replaced: value and default of each setting.
+    """
+    for key, (value, default) in replaced.items() if given is not None else ():
+        if value != default:
+            raise UserError(
+                f"model.{key} is {value} and model.{name} is set, which replaces it; give the value to model.{name}, "
+                f"and leave model.{key} at {default}"
+            )
+
+
+def check_importance_sampling(old_logprobs: str, importance_sampling: TruncatedImportanceSampling | None) -> None:
+    """Refuse two corrections of one difference."""
     if old_logprobs == "engine" and importance_sampling is not None:
         raise UserError(
             "model.sampler_correction is set and model.old_logprobs is engine, whose ratio holds that correction "
@@ -104,3 +130,17 @@ def check_prompts(questions: Sequence[Question], agent: Agent) -> None:
     """Refuse questions whose prompt alone fills a rollout; of many, the longest are checked."""
     for question in sorted(questions, key=lambda question: -len(question.question))[:_PROMPTS_CHECKED]:
         check_prompt(question, agent)
+
+
+def check_trainer(trainer: Trainer, fitting: bool) -> None:
+    """Refuse settings of a trainer that cannot work; epochs do not matter, since the training questions have no end."""
+    check_precision(trainer.precision)
+    if not fitting:
+        return
+    if trainer.max_steps != -1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise UserError(
+            f"trainer.max_steps is {trainer.max_steps}, which counts optimizer steps; leave it at -1 and set "
+            "model.rollout_steps"
+        )
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
+        raise UserError("trainer.overfit_batches repeats batches; give data.train a file with few questions instead")

@@ -46,6 +46,10 @@ class UpdateBatch:
     advantages: Tensor
     old: BatchLogprobs
 
+    def with_engine_logprobs(self) -> UpdateBatch:
+        """Return the same update with the engine's log-probabilities as the old ones."""
+        return replace(self, old=replace(self.old, logprobs=self.batch.sampled_logprobs))
+
 
 def compute_logprobs(
     model: nn.Module,

@@ -135,41 +135,68 @@ def partition_micro_batches(
     return processes.partition(micro_batches(batch, rows, token_budget))
 
 
-def make_mini_batch(
-    name: str,
-    batch: RolloutBatch,
-    advantages: Tensor,
-    rows: list[int],
-    token_budget: int,
-    processes: ProcessGroup,
-    grad_without_advantage: bool,
-) -> MiniBatch:
-    """Cut one mini-batch into the micro-batches of this rank, and find which of them have a gradient.
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """Sizes of mini-batches and micro-batches, and the seed of their order."""
 
-    Where the advantages of a rollout are all 0, as in a group with equal rewards, the gradient of the policy loss is
-    exactly 0, and its backward pass is left out. A mini-batch without any advantage keeps all backward passes, so that
-    its gradient is 0 and not missing: to AdamW that is a difference.
+    mini_batches: int
+    micro_batch_tokens: int
+    seed: int
 
-    Args:
-        name: what to call it in messages.
-        batch: B rollouts.
-        advantages: [B, T] after calibration.
-        rows: the mini-batch.
-        token_budget: the most tokens of a micro-batch.
-        processes: the ranks that share the work.
-        grad_without_advantage: whether a KL or another term pulls on tokens whose advantage is 0.
-    """
-    nonzero = advantages.any(dim=1).tolist()
-    with_grad = [row for row in rows if nonzero[row]]
-    has_advantage = bool(with_grad)
-    if grad_without_advantage or not with_grad:
-        with_grad = rows
-    without = [row for row in rows if row not in set(with_grad)]
-    moving = partition_micro_batches(batch, with_grad, token_budget, processes)
-    still = partition_micro_batches(batch, without, token_budget, processes)
-    parts = [
-        MicroBatch(part, padding, True, number == len(moving), 0.0 if padding else float(processes.size))
-        for number, (part, padding) in enumerate(moving, 1)
-    ]
-    parts += [MicroBatch(part, padding, False, is_last=False, loss_scale=0.0) for part, padding in still]
-    return MiniBatch(name, rows, LossNormalizer.from_rows(batch, rows), parts, has_advantage)
+    def cut(
+        self, batch: RolloutBatch, advantages: Tensor, step: int, grad_without_advantage: bool, processes: ProcessGroup
+    ) -> list[MiniBatch]:
+        """Cut a rollout batch into the mini-batches of its optimizer steps.
+
+        Args:
+            batch: B rollouts.
+            advantages: [B, T] after calibration.
+            step: rollout step, which the order depends on.
+            grad_without_advantage: whether a KL or another term pulls on tokens whose advantage is 0.
+            processes: the ranks that share the work.
+        """
+        blocks = self.blocks(batch, step)
+        nonzero = advantages.any(dim=1).tolist()
+        return [
+            MiniBatch(
+                name=f"rollout step {step}, mini-batch {number} of {len(blocks)}",
+                rows=rows,
+                size=LossNormalizer.from_rows(batch, rows),
+                micro_batches=self._micro_batches(batch, rows, nonzero, grad_without_advantage, processes),
+                has_advantage=any(nonzero[row] for row in rows),
+            )
+            for number, rows in enumerate(blocks, 1)
+        ]
+
+    def blocks(self, batch: RolloutBatch, step: int) -> list[list[int]]:
+        """Return the rows of each mini-batch."""
+        return mini_batches(batch, self.mini_batches, self.seed, step)
+
+    def _micro_batches(
+        self,
+        batch: RolloutBatch,
+        rows: Sequence[int],
+        has_advantage: Sequence[bool],
+        grad_without_advantage: bool,
+        processes: ProcessGroup,
+    ) -> list[MicroBatch]:
+        """Cut a mini-batch into the micro-batches of this rank, those with a gradient first.
+
+        Where the advantages of a rollout are all 0, as in a group with equal rewards, the gradient of the policy loss
+        is exactly 0, and its backward pass is left out. A mini-batch without any advantage keeps all backward passes,
+        so that its gradient is 0 and not missing: to AdamW that is a difference.
+        """
+        with_grad = [row for row in rows if has_advantage[row]]
+        if grad_without_advantage or not with_grad:
+            with_grad = list(rows)
+        without = [row for row in rows if row not in set(with_grad)]
+        moving = partition_micro_batches(batch, with_grad, self.micro_batch_tokens, processes)
+        still = partition_micro_batches(batch, without, self.micro_batch_tokens, processes)
+        size = float(processes.size)
+        return [
+            *(
+                MicroBatch(part, pad, True, i == len(moving), 0.0 if pad else size)
+                for i, (part, pad) in enumerate(moving, 1)
+            ),
+            *(MicroBatch(part, pad, False, is_last=False, loss_scale=0.0) for part, pad in still),
+        ]

@@ -8,19 +8,18 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
-class LearningRate:
-    """The learning rate as a function of the rollout step: the same for all its mini-batches."""
+class Schedule:
+    """Linear warm-up, then a constant rate or half a cosine: the same for all mini-batches of a rollout step."""
 
-    peak: float
-    schedule: Literal["constant", "cosine"]
+    kind: Literal["constant", "cosine"]
     warmup_steps: int
     rollout_steps: int
 
-    def at(self, step: int) -> float:
-        """Compute the learning rate of a rollout step."""
+    def at(self, step: int, peak: float) -> float:
+        """Compute the learning rate of a rollout step, from 1."""
         if step <= self.warmup_steps:
-            return self.peak * step / self.warmup_steps
-        if self.schedule == "constant":
-            return self.peak
+            return peak * step / self.warmup_steps
+        if self.kind == "constant":
+            return peak
         progress = (step - 1 - self.warmup_steps) / max(self.rollout_steps - self.warmup_steps, 1)
-        return self.peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

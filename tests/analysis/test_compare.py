@@ -21,6 +21,7 @@ from calibadv.analysis.compare.command import compare, compare_runs, write_repor
 from calibadv.analysis.compare.curve_docs import meaning
 from calibadv.analysis.compare.curves import band, read_curves, windows
 from calibadv.analysis.compare.differences import conclude
+from calibadv.protocol import SearchProtocol
 from calibadv.rewards import F1
 from calibadv.rewards.scoring import score_rollouts
 from calibadv.runs.rollouts import write_rollouts
@@ -48,7 +49,8 @@ def answered(number: int, answer: str, question: str) -> Rollout:
         Segment("policy", f"<think> t </think> <answer> {answer} </answer>", 5),
     )
     asked = Question(f"q{number}", question, ["right"])
-    return Rollout(asked, 0, 0, prepend_think=False, segments=segments, status=status)
+    messages = SearchProtocol(prepend_think=False).messages(segments)
+    return Rollout(asked, 0, 0, prepend_think=False, segments=segments, status=status, messages=messages)
 
 
 def write_run(

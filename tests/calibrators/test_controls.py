@@ -293,22 +293,26 @@ def test_values_that_make_no_sense(build: Callable[[], Calibrator], message: str
     [
         (GRPO(), [SoftPenalty(), SoftPenalty()], "SoftPenalty is installed 2 times; keep one"),
         (GRPO(), [AnswerRebalance(), AnswerRebalance(1.5)], "AnswerRebalance is installed 2 times"),
-        (GRPO(), [SoftPenalty(), ShuffledPenalty()], "SoftPenalty and ShuffledPenalty soften the same searches"),
-        (GRPO(), [ConstantPenalty(0.5), AnswerRebalance(), SoftPenalty()], "ConstantPenalty and SoftPenalty soften"),
+        (GRPO(), [SoftPenalty(), ShuffledPenalty()], "SoftPenalty and ShuffledPenalty share a role"),
+        (
+            GRPO(),
+            [ConstantPenalty(0.5), AnswerRebalance(), SoftPenalty()],
+            "ConstantPenalty and SoftPenalty share a role",
+        ),
         (
             GRPO(),
             [NegativeScale(match="calibadv"), AnswerRebalance()],
-            "AnswerRebalance beside it would",
+            r"NegativeScale and AnswerRebalance share .* \(answer balance\)",
         ),
         (
             GRPO(),
             [SoftPenalty(), NegativeScale(match="calibadv")],
-            "SoftPenalty beside it would count",
+            r"SoftPenalty and NegativeScale share a role \(search penalty\)",
         ),
         (
             GRPO(),
             [NegativeScale(match="calibadv"), NegativeClip()],
-            "NegativeClip beside it would count",
+            r"NegativeScale and NegativeClip share a role \(negative clip\)",
         ),
         (MTGRPO(), [SoftPenalty()], "MTGRPO already gives credit by step correctness, and SoftPenalty would count it"),
         (MTGRPO(), [ShuffledPenalty()], "ShuffledPenalty would count it twice"),

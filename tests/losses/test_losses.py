@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from calibadv.batch import LossInputs, collate
+from calibadv.distributed import SINGLE_PROCESS
 from calibadv.interfaces import PolicyLoss, Regularizer
 from calibadv.losses import CISPO, GSPO, Aggregation, FixedLength, PPOClip, SequenceMean, TokenMean
 from calibadv.losses.aggregation import check_length
@@ -432,7 +433,8 @@ def two_rollouts(advantages: list[list[float]], old: list[list[float]] | None = 
 def test_rollouts_without_advantage_count(aggregation: Aggregation, expected: float, budget: int) -> None:
     ready = two_rollouts([[0, 1.0, 2.0], [0, 0, 0]])
     rule = module(PPOClip(aggregation=aggregation), micro_batch_tokens=budget)
-    assert rule.objective.split(ready, [0, 1]) == ([0], [1])
+    (mini_batch,) = rule.batching.cut(ready.batch, ready.advantages, 1, False, SINGLE_PROCESS)
+    assert [(micro.rows, micro.needs_grad) for micro in mini_batch.micro_batches] == [([0], True), ([1], False)]
     metrics, gradient = gradient_of(rule, ready)
     assert metrics["loss"] == pytest.approx(-expected)
     # Token 1 after 0 with weight 1/3 of the sum, token 0 after 1 with 2/3; a probability of 1/2 halves them.

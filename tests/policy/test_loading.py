@@ -34,7 +34,7 @@ def batch_of(policy: Policy) -> RolloutBatch:
 
 
 def logprobs(model: torch.nn.Module, batch: RolloutBatch) -> torch.Tensor:
-    return compute_logprobs(model, batch, token_budget=10_000, temperature=1.0).policy
+    return compute_logprobs(model, batch, token_budget=10_000, temperature=1.0).logprobs
 
 
 def take_steps(policy: Policy, batch: RolloutBatch, steps: int = 3) -> None:

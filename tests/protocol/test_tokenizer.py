@@ -223,8 +223,6 @@ def test_tags_that_are_special_tokens_are_kept(llama_folder: Path) -> None:
 
 def test_a_tokenizer_that_cannot_return_the_tags_is_refused() -> None:
     remove: Callable[[str, str], decoders.Decoder] = decoders.Replace
-    with pytest.raises(
-        ValueError, match=r"the tokenizer \(\w+\) does not return <think> .*; add the eight tags"
-    ) as error:
+    with pytest.raises(ValueError, match=r"the tokenizer \(\w+\) does not return <think> .*; add the 8 tags") as error:
         prepare_tags(word_level(decoder=remove("<", "")))
     assert "\n" not in str(error.value)

@@ -93,7 +93,7 @@ def test_the_next_older_checkpoint_takes_the_place_of_a_damaged_one(
     assert fit(copy.path.parent, "run", *WORDS, "--model.rollout_steps", "3", "--ckpt_path", "last") == 0
     (warning,) = [message for message in caplog.messages if message.startswith("damaged checkpoints")]
     assert f"{newest}: " in warning
-    assert warning.endswith(f"going on from {copy.checkpoint(1)}, which costs 1 rollout step")
+    assert warning.endswith(f"{copy.checkpoint(1)} is used instead, 1 rollout step earlier")
     assert [row["step"] for row in results(copy.path)["validations"]] == [0, 3]
     assert copy.step_checkpoints() == [copy.checkpoint(step) for step in (1, 2, 3)]
     assert damage(newest) is None  # made again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from calibadv.batch import RolloutBatch
 from calibadv.engines import ScriptedEngine
 from calibadv.estimators import GRPO
 from calibadv.interfaces import Regularizer
@@ -17,9 +19,19 @@ from calibadv.losses import PPOClip
 from calibadv.module import SearchAgentModule
 from calibadv.rewards.answer import F1
 from calibadv.training.logprobs import UpdateBatch
-from calibadv.training.minibatches import MiniBatch, make_mini_batch
+from calibadv.training.minibatches import Batching
 from calibadv.types import Metrics
 from support.agents import protocol, retriever
+
+
+@dataclass(frozen=True)
+class OneMiniBatch(Batching):
+    """Some rows are the only mini-batch."""
+
+    rows: list[int] = field(default_factory=list)
+
+    def blocks(self, batch: RolloutBatch, step: int) -> list[list[int]]:
+        return [self.rows]
 
 
 class HandFed(SearchAgentModule):
@@ -27,20 +39,12 @@ class HandFed(SearchAgentModule):
 
     Attributes:
         given: the update of the next step.
-        rows: the only mini-batch; by default the module cuts them.
     """
 
     given: UpdateBatch
-    rows: list[int] | None = None
 
     def prepare_update(self, questions: Any, timer: Any) -> tuple[UpdateBatch, Metrics]:
         return self.correct(self.given)
-
-    def make_mini_batches(self, update: UpdateBatch) -> list[MiniBatch]:
-        if self.rows is None:
-            return super().make_mini_batches(update)
-        budget, always = self.micro_batch_tokens, self.objective.grad_without_advantage
-        return [make_mini_batch("", update.batch, update.advantages, self.rows, budget, self.processes, always)]
 
     def finish_step(self, update: UpdateBatch, metrics: Metrics, timer: Any) -> Any:
         return metrics
@@ -75,19 +79,20 @@ def set_optimizer(module: HandFed, optimizer: torch.optim.Optimizer) -> None:
 
 def update(module: HandFed, batch: UpdateBatch, step: int = 1) -> Metrics:
     """All metrics of one rollout step."""
-    module.rollout_step, module.given, module.rows = step - 1, batch, None
+    module.rollout_step, module.given = step - 1, batch
     metrics: Any = module.training_step([], 0)
     return dict(metrics)
 
 
 def accumulate(module: HandFed, batch: UpdateBatch, rows: Sequence[int]) -> tuple[Metrics, Tensor]:
     """Metrics of one mini-batch, and all gradients as one vector; the weights stay."""
-    kept = module.trainer.strategy.optimizers
+    kept = module.trainer.strategy.optimizers, module.lr_factor, module.batching
     set_optimizer(module, torch.optim.SGD(module.model.parameters(), lr=0.0))
-    rate, module.lr_factor = module.lr_factor, 0.0
-    module.given, module.rows = batch, list(rows)
+    module.lr_factor = 0.0
+    module.batching = OneMiniBatch(1, module.micro_batch_tokens, module.seed, list(rows))
+    module.given = batch
     found: Any = module.training_step([], 0)
-    module.trainer.strategy.optimizers, module.lr_factor = kept, rate
+    module.trainer.strategy.optimizers, module.lr_factor, module.batching = kept
     metrics = {name.removeprefix("stability/").removeprefix("update/"): value for name, value in found.items()}
     gradients = [p.grad.flatten().clone() for p in module.model.parameters() if p.grad is not None]
     return metrics, torch.cat(gradients)

@@ -27,7 +27,7 @@ from calibadv.training.importance_sampling import TruncatedImportanceSampling
 from calibadv.training.logprobs import BatchLogprobs, UpdateBatch, compute_logprobs
 from calibadv.training.minibatches import micro_batches, mini_batches
 from calibadv.training.objective import Objective
-from calibadv.training.schedule import LearningRate
+from calibadv.training.schedule import Schedule
 from calibadv.types import Metrics, Rollout, RolloutStatus
 
 LN2 = math.log(2)
@@ -369,8 +369,8 @@ def test_ratio_to_the_engines_log_probabilities() -> None:
     ],
 )
 def test_learning_rate_by_hand(schedule: Any, warmup: int, steps: int, expected: list[float]) -> None:
-    rate = LearningRate(8.0, schedule, warmup, steps)
-    assert [rate.at(step) for step in range(1, 6)] == pytest.approx(expected)
+    rate = Schedule(schedule, warmup, steps)
+    assert [rate.at(step, 8.0) for step in range(1, 6)] == pytest.approx(expected)
 
 
 def test_learning_rate_is_that_of_the_rollout_step() -> None:

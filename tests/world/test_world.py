@@ -188,7 +188,7 @@ def test_clean_demonstrations_are_valid_and_right() -> None:
         assert BARE.is_valid(messages)
         # The answer stands in what the last search showed.
         text = tokenizer.decode(demonstration.token_ids)
-        assert messages[-1].content in text.rsplit("</information>", 1)[0].rsplit("<information>", 1)[1]
+        assert messages[-1].answer in text.rsplit("</information>", 1)[0].rsplit("<information>", 1)[1]
     assert {len(demonstration.messages) for demonstration in demonstrations} == {2, 3, 4}
 
 

@@ -35,6 +35,15 @@ def compare(runs: list[Path], out: Path, baseline: str | None = None, names: Pat
 
     Runs that differ in the seed only form an arm. Written are report.html, report.md, figure.svg and figure.png;
     results.json, which is the same for the same runs; and timing.json, with seconds, commands and the machine.
+
+    Args:
+        runs: Run folders, or folders that hold such at any depth, as a study's does.
+        out: Folder to write the report into; its files of these names are replaced when all is done.
+        baseline: Name of the arm that the others are compared with; by default grpo, or else the first.
+        names: Name map for the TensorBoard curves of other programs, YAML: 'our tag: their tag' a line.
+
+    Raises:
+        UserError: there is nothing to compare, or a file cannot be used; ``out`` is then left as it was.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"out '{out}' is not a folder; give one, or a name that is free")

@@ -31,6 +31,22 @@ def replay(
     """Recompute validity, score, evidence and advantages of recorded rollouts, without a model, and compare methods.
 
     Groups are the rollouts of one question in one step, and a step of a file is one batch, as in training.
+
+    Args:
+        rollouts: One or more files of rollouts, or folders of runs or studies, which stand for the
+            train-step-*.jsonl in them.
+        out: Where to write the rollouts with what was computed: with --arm a folder, which gets ARM.jsonl for each arm;
+            without, a file. Order and unknown keys are kept. By default nothing is written.
+        config: Overlays as for fit, in order: packaged names such as calibrators/calibadv, or paths. They hold for all
+            arms, and come before the arm's own. Without any, the method is GRPO with F1 as reward.
+        arm: NAME, or NAME=OVERLAY[+OVERLAY...], as for study; once for each method. The first is compared with each of
+            the others. Without any, the one method is that of --config.
+        top: How many of the turns on which two methods differ most are shown; 0 for none.
+        json: Print the figures as a JSON object, the texts uncut.
+
+    Raises:
+        UserError: a rollout file or an overlay cannot be used, or a method needs the model; ``out`` is then left as
+            it was.
     """
     if top < 0:
         raise UserError(f"top is {top}; it must be at least 0 (0 shows no turns)")

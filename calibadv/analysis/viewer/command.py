@@ -23,7 +23,16 @@ _SCRIPTS = ("data.js", "filter.js", "rollout.js", "page.js")
 
 
 def view(rollouts: list[Path], out: Path) -> None:
-    """Make a page to read rollouts in a browser, which needs no network."""
+    """Make a page to read rollouts in a browser, which needs no network.
+
+    Args:
+        rollouts: One or more files of rollouts, as runs write them and calibadv replay does; or folders of runs or
+            studies, which stand for the train-step-*.jsonl in them.
+        out: HTML file to write, which appears when all is done.
+
+    Raises:
+        UserError: a rollout file cannot be used, or ``out`` is one of them or a folder; ``out`` then stays as it was.
+    """
     paths = find_rollout_files(rollouts)
     if out.is_dir():
         raise UserError(f"out '{out}' is a folder; give a file, such as {out / 'view.html'}")

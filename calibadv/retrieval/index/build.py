@@ -55,7 +55,28 @@ def index(  # noqa: PLR0913 - its parameters are the options of the command
     passage_prompt: str | None = None,
     verify: Path | None = None,
 ) -> None:
-    """Build an index, which BM25 or Dense opens. After a kill, the same command goes on where it stopped."""
+    """Build an index, which BM25 or Dense opens. After a kill, the same command goes on where it stopped.
+
+    Args:
+        corpus: JSON-lines file, plain or gzip; a folder of an index, whose corpus is taken; or 'embedded'. Needed to
+            build.
+        out: Folder to write; it must be empty, not there, or begun by the same command. Needed to build.
+        backend: 'bm25' searches by words, 'faiss' by meaning. Needed to build.
+        encoder: Of faiss: 'minilm' (the default), or a folder or hub name of sentence-transformers.
+        factory: Of faiss: index type as faiss.index_factory reads it, such as 'IVF4096,Flat' or 'HNSW32'; 'Flat' by
+            default.
+        stopwords: Of bm25: a language that bm25s knows ('english' by default), 'none', or a list of words.
+        stemmer: Of bm25: a language of PyStemmer; no stemming by default.
+        batch_size: Of faiss: passages that are encoded together, 64 by default.
+        device: Of faiss: where the encoder runs, such as 'cuda'; the best one that there is by default.
+        query_prompt: Of faiss: put before queries; what the encoder declares by default.
+        passage_prompt: Of faiss: put before passages; what the encoder declares by default.
+        verify: Index to read whole and compare with the digests of its build, in the place of building one.
+
+    Raises:
+        UserError: the corpus holds a mistake, the folder holds something else, the disk is too small, an option is
+            missing, wrong or belongs to the other backend, or the index to verify is damaged.
+    """
     options = {
         "encoder": encoder,
         "factory": factory,
