@@ -1,4 +1,4 @@
-"""One row of bench_step.py: a random model, and the code of a training step without the Lightning trainer."""
+"""One row of bench.py: a random model, and the code of a training step without the Lightning trainer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from random_agent import Episodes, PeakMemory, graded, random_agent, random_questions, written_rollouts
 
 from calibadv.agent.rollout import Draws, run_rollouts
 from calibadv.batch import RolloutBatch, collate, to_device
@@ -29,6 +28,7 @@ from calibadv.training.optimization import Learner, Trainee
 from calibadv.training.schedule import LearningRate
 from calibadv.training.timer import Stopwatch
 from calibadv.types import Rollout
+from tools.bench.step.random_agent import Episodes, PeakMemory, graded, random_agent, random_questions, written_rollouts
 
 WARM_UP = 2
 STAGES = ("rollout", "calibration", "logprobs", "update")
