@@ -69,7 +69,7 @@ def shape_of(model: nn.Module) -> ModelShape:
     if stack is None:
         raise UserError(
             f"{type(model).__name__} has no list of {config.num_hidden_layers} layers, by which memory is estimated; "
-            "measure a step of it with tools/bench_step.py"
+            "measure a step of it with: python -m tools.bench.step.bench"
         )
     heads = config.num_attention_heads
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from typing_extensions import override
@@ -66,15 +67,15 @@ class EvaluationModule(pl.LightningModule):
         return Waiting(cap, lambda: self.stop_requested)
 
     @override
-    def validation_step(self, questions: list[Question], batch_idx: int) -> EvaluationOutput:
+    def validation_step(self, questions: list[Question], batch_idx: int) -> Any:
         return EvaluationOutput(self.evaluate(questions))
 
     @override
-    def test_step(self, questions: list[Question], batch_idx: int) -> EvaluationOutput:
+    def test_step(self, questions: list[Question], batch_idx: int) -> Any:
         return EvaluationOutput(self.evaluate(questions))
 
     @override
-    def predict_step(self, questions: list[Question], batch_idx: int) -> EvaluationOutput:
+    def predict_step(self, questions: list[Question], batch_idx: int) -> Any:
         return EvaluationOutput(self.evaluate(questions))
 
     @float32_by_default()

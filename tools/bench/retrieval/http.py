@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 
-from retrieval_data import make_queries
 from rich.table import Table
 
 from calibadv.retrieval import Remote
+from tools.bench.retrieval.data import make_queries
 
 _TOP_K = 3
 Send = Callable[[list[str]], None]

@@ -1,4 +1,4 @@
-"""One side of bench_vs_trl.py: TRL's GRPOTrainer, run by the Python of TRL's own environment, a step per line of input.
+"""One side of bench.py: TRL's GRPOTrainer, run by the Python of TRL's own environment, a step per line of input.
 
 The folder holds the model, and prompts.json with a list of texts. Each step answers with a line of JSON: its seconds.
 """
@@ -17,7 +17,8 @@ import transformers
 import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl_steps import answer, side_parser, wait
+
+from tools.bench.trl.steps import answer, side_parser, wait
 
 
 class StepByStep(TrainerCallback):

@@ -1,4 +1,4 @@
-"""How bench_vs_trl.py and its two sides talk: a line of input starts a step, a line of JSON tells its seconds."""
+"""The exchange between bench.py and its two sides: a line of input starts a step, a line of JSON tells its seconds."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What retrieval costs: overhead over bm25s and FAISS, HTTP, building, and index types. Prints a table for each.
+"""Costs of retrieval: overhead over bm25s and FAISS, HTTP, building, and index types. A table for each.
 
-python tools/bench_retrieval.py --threads 2          # several minutes
-python tools/bench_retrieval.py --threads 2 --large  # with a million passages; needs 4 GB of disk
-python tools/bench_retrieval.py --quick              # a look
+python -m tools.bench.retrieval.bench --threads 2          # several minutes
+python -m tools.bench.retrieval.bench --threads 2 --large  # with a million passages; needs 4 GB of disk
+python -m tools.bench.retrieval.bench --quick              # a look
 
-Corpora, queries and vectors are made up (``retrieval_data.py``); everything is measured in this one run, and what is
+Corpora, queries and vectors are made up (``data.py``); everything is measured in this one run, and what is
 compared takes turns, so that a busy machine does not decide. Needs the extras minilm and serve.
 """
 
@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from retrieval_build import report_building
-from retrieval_data import Vectors, make_queries
-from retrieval_http import report_http
-from retrieval_types import report_types
 from rich.console import Console
 from rich.table import Table
+
+from tools.bench.retrieval.build import report_building
+from tools.bench.retrieval.data import Vectors, make_queries
+from tools.bench.retrieval.http import report_http
+from tools.bench.retrieval.types import report_types
 
 _BATCH = 256
 _QUESTIONS = ("overhead", "http", "building", "types")
@@ -183,7 +184,12 @@ def main() -> None:
     disable_progress_bar()  # sentence-transformers shows one for every model
     console, progress = Console(width=None if sys.stdout.isatty() else 130), Console(stderr=True)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, {time.strftime('%Y-%m-%d')}"
-    console.print(f"python {' '.join(sys.argv)}: {machine}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"python -m tools.bench.retrieval.bench {' '.join(sys.argv[1:])}: {machine}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for table in make_tables(Path(folder), options, progress):

@@ -1,4 +1,4 @@
-"""Made-up passages, queries and vectors for ``bench_retrieval.py``; everything is a function of a seed."""
+"""Made-up passages, queries and vectors for ``bench.py``; everything is a function of a seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The other side of bench_vs_trl.py: SearchAgentModule under a Lightning trainer, a step per line of input.
+"""The other side of bench.py: SearchAgentModule under a Lightning trainer, a step per line of input.
 
 The folder holds the model, and prompts.json with a list of texts. Each step answers with a line of JSON: its seconds.
 """
@@ -17,7 +17,6 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from trl_steps import answer, side_parser, wait
 
 from calibadv.batch import RolloutBatch
 from calibadv.engines import TransformersEngine
@@ -29,6 +28,7 @@ from calibadv.protocol.search import SearchProtocol
 from calibadv.retrieval import MemoryRetriever
 from calibadv.rewards import F1
 from calibadv.types import Question
+from tools.bench.trl.steps import answer, side_parser, wait
 
 
 class StepByStep(Callback):

@@ -1,4 +1,4 @@
-"""The multi-turn part of bench_vs_trl.py: rollouts of four turns with observations of 200 tokens."""
+"""Rollouts of four turns with observations of 200 tokens."""
 
 from __future__ import annotations
 

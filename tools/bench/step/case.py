@@ -1,4 +1,4 @@
-"""One row of bench_step.py: a random model, and the code of a training step without the Lightning trainer."""
+"""One row of bench.py: a random model, and the code of a training step without the Lightning trainer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from random_agent import Episodes, PeakMemory, graded, random_agent, random_questions, written_rollouts
 
 from calibadv.agent.rollout import Draws, run_rollouts
 from calibadv.batch import RolloutBatch, collate, to_device
@@ -30,6 +29,7 @@ from calibadv.rewards.evidence import credit_rollouts
 from calibadv.training.logprobs import BatchLogprobs, UpdateBatch, compute_logprobs
 from calibadv.training.timer import Stopwatch
 from calibadv.types import Metrics, Rollout
+from tools.bench.step.random_agent import Episodes, PeakMemory, graded, random_agent, random_questions, written_rollouts
 
 WARM_UP = 2
 STAGES = ("rollout", "calibration", "logprobs", "update")

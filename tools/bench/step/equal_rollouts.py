@@ -1,6 +1,6 @@
-"""How many rollouts of the embedded policy are equal, token by token, between engines and between batches.
+"""Shares of rollouts of the embedded policy that are equal, token by token, between engines and between batches.
 
-python tools/equal_rollouts.py --questions 40
+python -m tools.bench.step.equal_rollouts --questions 40
 
 vLLM has rows where it is installed (tools/install_vllm_cpu.sh). Its requests have seeds of their own, and it draws by
 another algorithm than the transformers engine: between the two, only greedy rollouts can be expected to be equal.

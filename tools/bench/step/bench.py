@@ -1,8 +1,8 @@
-"""Where the time and the memory of a training step go: one table in one run, a process of its own for each row.
+"""Time and memory of a training step, by stage: one table in one run, a process of its own for each row.
 
-python tools/bench_step.py --threads 2 --shapes tiny small --precision 32-true bf16-mixed
-python tools/bench_step.py --threads 2 --memory --shapes mini --message 12 --observation 12
-python tools/bench_step.py --shapes 0.5B 1.5B 3B --engines transformers vllm --precision bf16-mixed --checkpointing
+python -m tools.bench.step.bench --threads 2 --shapes tiny small --precision 32-true bf16-mixed
+python -m tools.bench.step.bench --threads 2 --memory --shapes mini --message 12 --observation 12
+python -m tools.bench.step.bench --shapes 0.5B 3B --engines transformers vllm --precision bf16-mixed --checkpointing
 
 The first row trains the embedded policy through the command line. The others are models of a shape with random
 weights, in the very code of a training step without the Lightning trainer: every message searches, lengths vary, and
@@ -26,14 +26,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from random_agent import SHAPES, Episodes, PeakMemory
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from step_case import STAGES, WARM_UP, Bench, Case, medians
 
 from calibadv.cli.main import main as calibadv
+from tools.bench.step.case import STAGES, WARM_UP, Bench, Case, medians
+from tools.bench.step.random_agent import SHAPES, Episodes, PeakMemory
 
 
 class StageSeconds(Callback):
@@ -54,7 +54,7 @@ def measure_embedded(case: Case) -> dict[str, float]:
         for config in case.configs:
             arguments += ["--config", config]
         arguments += ["--model.rollout_steps", str(case.steps + WARM_UP), "--trainer.limit_val_batches", "0"]
-        arguments += ["--trainer.logger", "false", "--trainer.callbacks+=bench_step.StageSeconds"]
+        arguments += ["--trainer.logger", "false", "--trainer.callbacks+=tools.bench.step.bench.StageSeconds"]
         status = calibadv(arguments)
         if status:
             raise SystemExit(status)
@@ -68,7 +68,7 @@ def measure_embedded(case: Case) -> dict[str, float]:
 def run_case(case: Case, threads: int) -> dict[str, float]:
     """Measure one row in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    words = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
+    words = [sys.executable, "-m", "tools.bench.step.bench", "--case", json.dumps(asdict(case))]
     finished = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if finished.returncode:
         raise SystemExit(f"{case} ended with status {finished.returncode}; see above")

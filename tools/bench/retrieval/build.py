@@ -1,4 +1,4 @@
-"""What it costs to build an index: seconds, disk and memory, each step measured in a process of its own."""
+"""Costs of building an index: seconds, disk and memory, each step measured in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from retrieval_data import DIMENSION, Vectors, make_queries, write_corpus
 from rich.console import Console
 from rich.table import Table
+
+from tools.bench.retrieval.data import DIMENSION, Vectors, make_queries, write_corpus
 
 # Passages of wiki-18, the corpus of Search-R1.
 WIKI = 21_015_324
@@ -28,7 +29,7 @@ class Cost:
     """What one step needed.
 
     Attributes:
-        step: its name in ``retrieval_worker``.
+        step: its name in ``worker.py``.
         passages: of the corpus.
         seconds: of the step.
         disk: bytes of what it wrote, or of what it searched.
@@ -46,7 +47,7 @@ class Cost:
 
 def run_step(step: str, passages: int, source: Path, folder: Path, threads: int) -> Cost:
     """Run one step of the worker and watch its memory."""
-    words = [sys.executable, str(Path(__file__).with_name("retrieval_worker.py")), step, str(source), str(folder)]
+    words = [sys.executable, "-m", "tools.bench.retrieval.worker", step, str(source), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     before = _size(folder)
     process = subprocess.Popen([*words, str(threads)], stdout=subprocess.PIPE, text=True, env=environment)
@@ -168,10 +169,10 @@ def growth_table(costs: list[Cost]) -> Table:
 def encoding_speed(passages: int, threads: int) -> float:
     """Passages of 100 words that MiniLM encodes in a second."""
     import torch
-    from retrieval_data import Words
 
     from calibadv.retrieval.encoders.encoder import Encoder
     from calibadv.types import Document
+    from tools.bench.retrieval.data import Words
 
     torch.set_num_threads(threads)
     drawn = Words().draw(np.random.default_rng(5), passages, 103)

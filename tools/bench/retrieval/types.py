@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from retrieval_data import DIMENSION, Vectors
 from rich.console import Console
 from rich.table import Table
 
 from calibadv.retrieval.index.faiss import build_faiss, nearest_rows, set_effort
+from tools.bench.retrieval.data import DIMENSION, Vectors
 
 _TOP_K, _BATCH = 10, 256
 

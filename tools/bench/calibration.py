@@ -1,6 +1,6 @@
-"""What the method itself takes for a batch of the paper's size: 2,560 rollouts of 2,600 tokens.
+"""Seconds of the method itself for a batch of the paper's size: 2,560 rollouts of 2,600 tokens.
 
-python tools/bench_calibration.py --threads 2 --times 5
+python -m tools.bench.calibration --threads 2 --times 5
 
 Evidence is scores, silver documents and step correctness; packing makes tensors of rollouts, which training does
 without the method too. The tensor part is the two calibrators, also as a multiple of one clone() of the advantages.
@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from random_agent import Episodes, shape_config, written_rollouts
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +32,7 @@ from calibadv.planning.time import seconds
 from calibadv.rewards import F1
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
+from tools.bench.step.random_agent import Episodes, shape_config, written_rollouts
 
 # 200 + 5 x 180 + 4 x 375 = 2,600 tokens; thinks of 110 words.
 _EPISODES = Episodes(turns=5, message=180, observation=375, prompt=200)

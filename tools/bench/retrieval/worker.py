@@ -1,6 +1,8 @@
-"""One step of building or using an index, in a process of its own, so that ``bench_retrieval.py`` can see its memory.
+"""One step of building or using an index, in a process of its own, so that ``bench.py`` can see its memory.
 
-python retrieval_worker.py STEP SOURCE FOLDER THREADS prints the seconds of the step, without those of imports.
+python -m tools.bench.retrieval.worker STEP SOURCE FOLDER THREADS
+
+It prints the seconds of the step, without those of imports.
 """
 
 from __future__ import annotations

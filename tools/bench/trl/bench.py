@@ -3,7 +3,7 @@
 TRL lives in an environment of its own; the sides are processes that take turns, step by step:
 
 python3 -m venv trl-venv && trl-venv/bin/pip install trl==1.16.0 "torch==2.13.*"
-python tools/bench_vs_trl.py --trl-python trl-venv/bin/python --steps 30 --threads 2 --precision 32-true bf16-mixed
+python -m tools.bench.trl.bench --trl-python trl-venv/bin/python --steps 30 --threads 2 --precision 32-true bf16-mixed
 
 Both sides start from one random model (Qwen2 shape, float32), and sample 8 completions of exactly 64 tokens for each
 of 8 prompts at temperature 1, without a stop; rewards are 0 to 7 by place. Then comes one step of AdamW. With these
@@ -29,12 +29,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from multi_turn import compare_turns
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tools.bench.step.multi_turn import compare_turns
 
 _GROUP, _PROMPTS, _TOKENS, _VOCABULARY, _LEARNING_RATE = 8, 8, 64, 1024, 1e-6
 _WARM_UP = 3
@@ -110,11 +111,10 @@ def start(folder: Path, options: argparse.Namespace) -> list[Side]:
     """Start TRL, and our side once for each setting."""
     common = [str(folder), "--group", str(_GROUP), "--tokens", str(_TOKENS), "--learning-rate", str(_LEARNING_RATE)]
     common += ["--threads", str(options.threads)]
-    tools = Path(__file__).parent
-    sides = [Side("TRL", [options.trl_python, str(tools / "trl_worker.py"), *common], options.threads)]
+    sides = [Side("TRL", [options.trl_python, "-m", "tools.bench.trl.worker", *common], options.threads)]
     for precision in options.precision:
         for budget in options.micro_batch_tokens:
-            words = [sys.executable, str(tools / "trl_ours.py"), *common, "--precision", precision]
+            words = [sys.executable, "-m", "tools.bench.trl.ours", *common, "--precision", precision]
             name = f"ours, {precision}, micro_batch_tokens {budget}"
             sides.append(Side(name, [*words, "--micro-batch-tokens", str(budget)], options.threads))
     return sides
