@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from calibadv.engines._stop import stop_reason
 from calibadv.errors import UserError, is_number, shown
 from calibadv.interfaces import Engine, StreamingEngine
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.types import Completion, Question
 
 if TYPE_CHECKING:

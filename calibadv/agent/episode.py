@@ -10,7 +10,7 @@ from calibadv.agent.completions import fault_of
 from calibadv.agent.environment import Environment, Outcome
 from calibadv.errors import ToolError, UserError
 from calibadv.interfaces import Engine, Protocol
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.types import (
     Completion,
     Message,

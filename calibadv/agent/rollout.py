@@ -117,7 +117,7 @@ def check_engine(agent: Agent) -> None:
 
 def check_prompt(question: Question, agent: Agent) -> tuple[int, ...]:
     """Encode the prompt of a question, and check that it leaves room for a message."""
-    tokens = agent.tokenizer.encode_prompt(question.question, agent.protocol, agent.environment.tools)
+    tokens = agent.protocol.prompt_ids(question.question, agent.tokenizer, agent.environment.tools)
     limit = agent.protocol.max_rollout_tokens
     if len(tokens) >= limit:
         raise UserError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from calibadv.engines._stop import stop_reason
 from calibadv.errors import UserError
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.types import Completion, StopReason
 
 

@@ -10,7 +10,7 @@ from calibadv.engines._stop import stop_reason
 from calibadv.errors import UserError
 from calibadv.interfaces import Engine
 from calibadv.policy.policy import Policy
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.types import Completion, DrawKey, Sampling, StopReason
 
 

@@ -23,7 +23,7 @@ from calibadv.errors import UserError
 from calibadv.interfaces import Engine
 from calibadv.numerics.rng import draw_tokens, uniforms
 from calibadv.policy.policy import Policy
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.types import Completion, DrawKey, Sampling, StopReason
 
 

@@ -18,7 +18,7 @@ from calibadv.errors import UserError
 from calibadv.interfaces import StreamingEngine
 from calibadv.numerics.rng import request_seed
 from calibadv.policy.policy import Policy
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.types import Completion, DrawKey, Sampling
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from calibadv.errors import ServiceError, UserError
 from calibadv.interfaces import StreamingEngine
 from calibadv.numerics.rng import request_seed
 from calibadv.policy.policy import Policy
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.types import Completion, DrawKey, Sampling
 
 _MOMENT = 0.02  # seconds that collect waits; a search that comes back meanwhile waits no longer

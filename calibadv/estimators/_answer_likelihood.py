@@ -19,7 +19,7 @@ from calibadv.types import Rollout
 
 if TYPE_CHECKING:
     from calibadv.policy.policy import Policy
-    from calibadv.protocol.tokenizer import AgentTokenizer
+    from calibadv.policy.tokenizer import AgentTokenizer
 
 
 @dataclass(frozen=True, slots=True)

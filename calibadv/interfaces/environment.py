@@ -25,6 +25,7 @@ from calibadv.types import (
 
 if TYPE_CHECKING:
     from calibadv.policy.policy import Policy
+    from calibadv.policy.tokenizer import AgentTokenizer
 
 
 class Engine(Seam):
@@ -148,6 +149,11 @@ class Protocol(Seam):
     @abstractmethod
     def is_valid(self, messages: Sequence[Message]) -> bool:
         """Return True if the messages of a rollout have the valid format, from the first to the answer."""
+
+    def prompt_ids(self, question: str, tokenizer: AgentTokenizer, tools: Sequence[Tool] = ()) -> list[int]:
+        """Encode the prompt of a question, with the opening of the first message."""
+        text = self.prompt(question, tools, tokenizer.special_strings)
+        return tokenizer.encode_prompt(text, self.chat_template == "auto", self.opening)
 
     def settings(self) -> dict[str, Any]:
         """Return what tells this protocol from another; checkpoints hold it, and a resume compares it."""

@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from calibadv.errors import UserError
 from calibadv.policy.lora import Lora, same_for_every_seed, with_adapters
 from calibadv.policy.policy import Policy
-from calibadv.protocol.search import STOP_TAGS, TAGS
-from calibadv.protocol.tokenizer import AgentTokenizer, prepare_tags
+from calibadv.policy.tokenizer import STOP_TAGS, TAGS, AgentTokenizer, prepare_tags
 from calibadv.world import EMBEDDED, policy_folder
 
 log = logging.getLogger(__name__)

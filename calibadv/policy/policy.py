@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from calibadv.distributed import full_tensor
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
-"""The language of agent and environment: prompts, tags and token ids."""
+"""The language of agent and environment: prompts, messages and observations."""
 
 from calibadv.protocol.search import SearchProtocol
-from calibadv.protocol.tokenizer import AgentTokenizer
 
-__all__ = ["AgentTokenizer", "SearchProtocol"]
+__all__ = ["SearchProtocol"]

@@ -18,10 +18,8 @@ from typing_extensions import override
 
 from calibadv.errors import UserError
 from calibadv.interfaces import Protocol, Tool
+from calibadv.policy.tokenizer import STOP_TAGS, TAGS
 from calibadv.types import Message, ToolCall, ToolResult
-
-TAGS = tuple(f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/"))
-STOP_TAGS = ("</search>", "</answer>")
 
 _ANY_TAG = r"</?(?:think|search|information|answer)>"
 # Text without a tag in it: it is looked for at each "<" and not at each character, which takes a tenth of the time.

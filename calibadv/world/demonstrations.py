@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import count
 from random import Random
 
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.protocol.search import SearchProtocol
-from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.types import Document, ToolResult
 from calibadv.world.vocabulary import KINDS
 from calibadv.world.world import HOP_SHARES, Path, build_documents, build_facts, find_paths
@@ -106,7 +106,7 @@ def play(
 ) -> Demonstration:
     """Let a scripted agent talk with the environment."""
     protocol = SearchProtocol(prepend_think=False, template="short", chat_template="never")
-    token_ids = tokenizer.encode_prompt(question, protocol)
+    token_ids = protocol.prompt_ids(question, tokenizer)
     weights = [_REST_WEIGHT] * len(token_ids)
     messages = [next(agent)]
     while True:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from calibadv.io.progress_bar import tracked
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.world.demonstrations import CLEAN, PER_WORLD, Demonstration, Noise, demonstrate
 from calibadv.world.tokenizer import build_tokenizer
 

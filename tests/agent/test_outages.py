@@ -21,7 +21,7 @@ from calibadv.agent.patience import Waiting
 from calibadv.cli.main import main
 from calibadv.errors import OutageError, PartialRetrievalError, RetrievalError, StopRequestedError
 from calibadv.interfaces import Retriever
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.retrieval import BM25, Cached, Remote
 from calibadv.types import Completion, RolloutStatus, ScoredDocument
 

@@ -27,8 +27,8 @@ from calibadv.engines import TransformersEngine
 from calibadv.errors import RetrievalError, UserError
 from calibadv.interfaces import Engine, Retriever
 from calibadv.policy.policy import Policy
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.protocol.search import escape_tags
-from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.retrieval import MemoryRetriever
 from calibadv.rewards.answer import F1
 from calibadv.rewards.scoring import score_rollouts
@@ -126,7 +126,7 @@ def check_token_exact(rollouts: list[Rollout], recorder: Recorder, agent: Agent)
                 text = agent.protocol.render([ToolResult(segment.documents)], special)
                 assert segment.text == text
                 assert list(segment.token_ids) == agent.tokenizer.encode(text)
-        prompt = agent.tokenizer.encode_prompt(rollout.question.question, agent.protocol)
+        prompt = agent.protocol.prompt_ids(rollout.question.question, agent.tokenizer)
         assert list(rollout.prompt_ids) == batch.token_ids[row, : len(prompt)].tolist() == prompt
         assert not mask[: len(prompt)].any()
 

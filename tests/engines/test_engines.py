@@ -118,7 +118,7 @@ def test_greedy_takes_the_most_likely_token(
 
 
 def test_sampling_ends_at_the_tag_at_the_end_of_sequence_or_at_the_limit(taught: Policy) -> None:
-    prompt = taught.tokenizer.encode_prompt("what is a?", protocol())
+    prompt = protocol().prompt_ids("what is a?", taught.tokenizer)
     done = engine_of(taught).generate([prompt] * 60, Sampling(1.0, max_tokens=15), keys(*range(60)))
     texts = {
         reason: [taught.tokenizer.decode(c.token_ids) for c in done if c.stop_reason is reason] for reason in StopReason
@@ -138,7 +138,7 @@ def test_sampling_ends_at_the_tag_at_the_end_of_sequence_or_at_the_limit(taught:
 @pytest.mark.parametrize("fixture", ["newline_folder", "wordpiece"])
 def test_other_ways_to_cut_a_tag(fixture: str, request: pytest.FixtureRequest) -> None:
     policy = teach(request.getfixturevalue(fixture), SEARCH + "\n\n", ANSWER + "\n\n", steps=50)
-    prompt = policy.tokenizer.encode_prompt("what is a?", protocol())
+    prompt = protocol().prompt_ids("what is a?", policy.tokenizer)
     done = engine_of(policy).generate([prompt] * 20, Sampling(1.0, max_tokens=40), keys(*range(20)))
     tagged = [policy.tokenizer.decode(c.token_ids) for c in done if c.stop_reason is StopReason.TAG]
     assert len(tagged) > 10
@@ -156,7 +156,7 @@ def same(left: Sequence[Completion], right: Sequence[Completion]) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_draws_do_not_depend_on_the_batch(taught: Policy, batch_size: int) -> None:
-    prompts = [taught.tokenizer.encode_prompt(f"what is {'a ' * n}a?", protocol()) for n in range(12)]
+    prompts = [protocol().prompt_ids(f"what is {'a ' * n}a?", taught.tokenizer) for n in range(12)]
     sampling, draws = Sampling(1.0, max_tokens=30), keys(*range(12))
     together = engine_of(taught).generate(prompts, sampling, draws)
     # Rows end at different times, so that most of the batch is dropped from the cache while others go on.
@@ -198,7 +198,7 @@ def test_rollouts_of_the_embedded_policy_do_not_depend_on_the_batch() -> None:
 
 
 def test_a_longer_limit_draws_the_same_beginning(taught: Policy) -> None:
-    prompt = taught.tokenizer.encode_prompt("what is a?", protocol())
+    prompt = protocol().prompt_ids("what is a?", taught.tokenizer)
     short, long = (engine_of(taught).generate([prompt], Sampling(1.3, n), keys(5))[0].token_ids for n in (4, 9))
     assert len(long) > 4
     assert long[:4] == short

@@ -94,7 +94,7 @@ def test_other_policies_do_so_too(folder: str, request: pytest.FixtureRequest) -
 
 def first_turn(policy: Policy, engine: TransformersEngine) -> tuple[list[list[int]], list[DrawKey]]:
     """Sample a turn of 24 rollouts, and prepare the next one of those that searched."""
-    prompts = [policy.tokenizer.encode_prompt(f"what is {'abc'[n % 3]}?", protocol()) for n in range(24)]
+    prompts = [protocol().prompt_ids(f"what is {'abc'[n % 3]}?", policy.tokenizer) for n in range(24)]
     turns = [DrawKey(0, 1, "q", n, 0) for n in range(24)]
     done = engine.generate(prompts, Sampling(1.0, 24), turns)
     back = [
@@ -119,7 +119,7 @@ def test_rows_that_come_back_mix_with_new_ones(taught: Policy, temperature: floa
     engine, sampling = synced(taught), Sampling(temperature, 24)
     prompts, turns = first_turn(taught, engine)
     # One is new; one has a key that is known and a prompt that is not; one that comes back stays away.
-    new = taught.tokenizer.encode_prompt("what is b?", protocol())
+    new = protocol().prompt_ids("what is b?", taught.tokenizer)
     prompts = [prompts[0], new, *prompts[2:], new]
     turns = [turns[0], replace(turns[1], question_id="r"), *turns[2:], turns[1]]
     together = engine.generate(prompts, sampling, turns)
@@ -170,7 +170,7 @@ def test_an_update_between_two_turns_is_seen(llama_folder: Path) -> None:
 
 
 def test_equal_prompts_are_read_once(taught: Policy, read: list[tuple[int, int]]) -> None:
-    one, two = (taught.tokenizer.encode_prompt(f"what is {name}?", protocol()) for name in ("a", "b b"))
+    one, two = (protocol().prompt_ids(f"what is {name}?", taught.tokenizer) for name in ("a", "b b"))
     prompts, turns = [one, two, one, one], [DrawKey(0, 1, "q", n, 0) for n in range(4)]
     together = synced(taught).generate(prompts, Sampling(1.0, 24), turns)
     assert read[0] == (2, max(len(one), len(two)))
@@ -207,7 +207,7 @@ def test_any_attention_samples_the_same(taught: Policy, llama_folder: Path) -> N
     eager = load_policy(str(llama_folder))
     eager.model.load_state_dict(taught.model.state_dict())
     eager.model.set_attn_implementation("eager")
-    prompts = [taught.tokenizer.encode_prompt(f"what is {'a ' * n}a?", protocol()) for n in range(6)]
+    prompts = [protocol().prompt_ids(f"what is {'a ' * n}a?", taught.tokenizer) for n in range(6)]
     turns = [DrawKey(0, 1, "q", n, 0) for n in range(6)]
     ours, theirs = (synced(policy).generate(prompts, Sampling(1.0, 80), turns) for policy in (taught, eager))
     assert [completion.token_ids for completion in ours] == [completion.token_ids for completion in theirs]
@@ -215,7 +215,7 @@ def test_any_attention_samples_the_same(taught: Policy, llama_folder: Path) -> N
 
 
 def test_mixed_precision_leaves_the_gradient_of_the_update_alone(taught: Policy) -> None:
-    prompt = taught.tokenizer.encode_prompt("what is a?", protocol())
+    prompt = protocol().prompt_ids("what is a?", taught.tokenizer)
     with torch.autocast("cpu", torch.bfloat16):
         (completion,) = synced(taught).generate([prompt], Sampling(1.0, 8), [DrawKey(0, 1, "q", 0, 0)])
         logits = taught.model(torch.tensor([[*prompt, *completion.token_ids]])).logits[0]

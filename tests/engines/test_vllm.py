@@ -121,7 +121,7 @@ def test_draws_follow_the_softmax_over_the_whole_vocabulary(qwen2: Policy, vllm_
 
 def test_a_message_ends_with_the_token_that_ends_it(pair: tuple[Policy, VLLMEngine]) -> None:
     policy, engine = pair
-    prompt = policy.tokenizer.encode_prompt("what is a?", protocol())
+    prompt = protocol().prompt_ids("what is a?", policy.tokenizer)
     done = engine.generate([prompt] * 80, Sampling(1.5, max_tokens=20), keys(*range(80)))
     for completion in done:
         reasons = [stop_reason(policy.tokenizer, completion.token_ids[: n + 1]) for n in range(20)]
@@ -132,7 +132,7 @@ def test_a_message_ends_with_the_token_that_ends_it(pair: tuple[Policy, VLLMEngi
 
 
 def test_the_token_that_runs_past_a_tag_is_kept_and_its_successor_is_not(qwen2: Policy, vllm_qwen2: VLLMEngine) -> None:
-    prompt = qwen2.tokenizer.encode_prompt("what is a?", protocol())
+    prompt = protocol().prompt_ids("what is a?", qwen2.tokenizer)
     done = vllm_qwen2.generate([prompt] * 60, Sampling(1.0, max_tokens=40), keys(*range(60)))
     tagged = [qwen2.tokenizer.decode(c.token_ids) for c in done if c.stop_reason is StopReason.TAG]
     assert SEARCH + "\n" in tagged
@@ -183,8 +183,8 @@ def test_more_prompts_than_are_computed_at_once(qwen2: Policy, vllm_qwen2: VLLME
 
 
 def test_a_message_may_fill_the_budget(qwen2: Policy, vllm_qwen2: VLLMEngine) -> None:
-    room = 768 - len(qwen2.tokenizer.encode_prompt("what is a?", protocol()))
-    prompt = [*qwen2.tokenizer.encode_prompt("what is a?", protocol()), *[300] * (room - 5)]
+    room = 768 - len(protocol().prompt_ids("what is a?", qwen2.tokenizer))
+    prompt = [*protocol().prompt_ids("what is a?", qwen2.tokenizer), *[300] * (room - 5)]
     (completion,) = vllm_qwen2.generate([prompt], Sampling(1.0, max_tokens=40), keys(0))
     assert len(completion.token_ids) == 5 or completion.stop_reason is not StopReason.LENGTH
 

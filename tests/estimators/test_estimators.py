@@ -27,7 +27,7 @@ from calibadv.estimators._answer_likelihood import answer_likelihoods, answer_to
 from calibadv.interfaces import AdvantageEstimator
 from calibadv.numerics.advantages import group_centre, group_normalise, leave_one_out
 from calibadv.policy.policy import Policy
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.rewards import F1, credit_rollouts, score_rollouts
 from calibadv.runs.rollouts import rollout_to_json, write_records
 from calibadv.types import Question, Rollout, RolloutStatus, Segment

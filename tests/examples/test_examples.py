@@ -20,7 +20,7 @@ from calibadv.calibrators import ConstantPenalty, SoftPenalty
 from calibadv.engines import ScriptedEngine
 from calibadv.estimators import GRPO, GiGPO
 from calibadv.policy.policy import Policy
-from calibadv.protocol import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.rewards import F1, credit_rollouts, score_rollouts
 from calibadv.runs.rollouts import read_rollouts, write_rollouts
 from calibadv.training.metrics import credit_metrics

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibadv.protocol.search import TAGS, SearchProtocol, escape_tags
+from calibadv.policy.tokenizer import TAGS
+from calibadv.protocol.search import SearchProtocol, escape_tags
 from calibadv.types import Document, Message, ToolResult
 
 SEARCH = "<think>a</think><search>q</search>"

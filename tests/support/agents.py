@@ -21,8 +21,8 @@ from calibadv.engines import ScriptedEngine
 from calibadv.interfaces import Engine, Retriever
 from calibadv.policy.loading import load_policy
 from calibadv.policy.policy import Policy
-from calibadv.protocol.search import TAGS, SearchProtocol
-from calibadv.protocol.tokenizer import AgentTokenizer, prepare_tags
+from calibadv.policy.tokenizer import TAGS, AgentTokenizer, prepare_tags
+from calibadv.protocol.search import SearchProtocol
 from calibadv.retrieval import MemoryRetriever
 from calibadv.types import Document, Question, Rollout, RolloutStatus, Segment, ToolResult
 from calibadv.world.tokenizer import build_tokenizer
@@ -137,7 +137,7 @@ def teach(folder: Path, *messages: str, steps: int = 60) -> Policy:
     observation = tokenizer.encode(protocol().render([ToolResult(tuple(DOCUMENTS[:2]))]))
     texts = []
     for name in ("a", "b", "c"):
-        prompt = tokenizer.encode_prompt(f"what is {name}?", protocol())
+        prompt = protocol().prompt_ids(f"what is {name}?", tokenizer)
         for message in messages:
             texts.append([*prompt, *tokenizer.encode(message), min(tokenizer.end_ids)])
             texts.append([*prompt, *tokenizer.encode(SEARCH), *observation, *texts[-1][len(prompt) :]])

@@ -20,8 +20,8 @@ from calibadv.agent.rollout import Draws, run_rollouts
 from calibadv.agent.tools import SearchTool
 from calibadv.engines.transformers import TransformersEngine
 from calibadv.policy.loading import load_policy
-from calibadv.protocol.search import TAGS, SearchProtocol
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import TAGS, AgentTokenizer
+from calibadv.protocol.search import SearchProtocol
 from calibadv.retrieval import BM25
 from calibadv.rewards.answer import f1
 from calibadv.types import Question, ToolResult
@@ -153,7 +153,7 @@ def test_tokenizer_knows_every_word(seed: int) -> None:
     protocol = SearchProtocol(template="short")
     for split in world.questions.values():
         for question in split:
-            assert unknown not in tokenizer.encode_prompt(question.question, protocol)
+            assert unknown not in protocol.prompt_ids(question.question, tokenizer)
             assert unknown not in tokenizer.encode(question.golden_answers[0])
     for start in range(0, 600, 10):
         assert unknown not in tokenizer.encode(

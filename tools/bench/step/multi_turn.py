@@ -14,8 +14,8 @@ from calibadv.agent.tools import SearchTool
 from calibadv.engines import TransformersEngine
 from calibadv.policy.loading import load_policy
 from calibadv.policy.policy import Policy
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.protocol.search import SearchProtocol
-from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.retrieval import MemoryRetriever
 from calibadv.types import Completion, Document, DrawKey, Question, Rollout, Sampling
 

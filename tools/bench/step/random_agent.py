@@ -22,8 +22,8 @@ from calibadv.agent.episode import Agent
 from calibadv.agent.tools import SearchTool
 from calibadv.interfaces import Engine
 from calibadv.policy.policy import Policy
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.protocol.search import SearchProtocol
-from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.retrieval import MemoryRetriever
 from calibadv.types import Document, Question, Rollout, RolloutStatus, Segment
 from calibadv.world import policy_folder

@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from calibadv.engines._stop import stop_reason
-from calibadv.protocol.search import STOP_TAGS, TAGS, SearchProtocol
-from calibadv.protocol.tokenizer import AgentTokenizer, prepare_tags
+from calibadv.policy.tokenizer import STOP_TAGS, TAGS, AgentTokenizer, prepare_tags
+from calibadv.protocol.search import SearchProtocol
 from calibadv.types import StopReason, ToolResult
 
 
@@ -132,7 +132,7 @@ def test_begin_of_sequence_comes_once(
 ) -> None:
     tokenizer = with_beginning(backend)
     backend.chat_template = chat_template
-    ids = tokenizer.encode_prompt("who?", protocol(chat_template="auto", prepend_think=prepend_think))
+    ids = protocol(chat_template="auto", prepend_think=prepend_think).prompt_ids("who?", tokenizer)
     assert ids[0] == backend.bos_token_id
     assert ids.count(backend.bos_token_id) == 1
     assert tokenizer.decode(tokenizer.encode("who?")) == "who?"  # not in observations
@@ -152,19 +152,19 @@ def test_prompt_is_written_exactly_so(
 ) -> None:
     backend.chat_template = CHAT_TEMPLATE
     tokenizer = AgentTokenizer(backend)
-    ids = tokenizer.encode_prompt("who?", protocol(chat_template=use, prepend_think=prepend_think))
+    ids = protocol(chat_template=use, prepend_think=prepend_think).prompt_ids("who?", tokenizer)
     assert backend.decode(ids) == expected
     assert (backend.convert_tokens_to_ids("<|im_start|>") in ids) == (use == "auto")  # as a token, not as its letters
 
 
 def test_base_models_get_plain_text(backend: PreTrainedTokenizerFast) -> None:
-    ids = AgentTokenizer(backend).encode_prompt("who?", protocol(chat_template="auto"))
+    ids = protocol(chat_template="auto").prompt_ids("who?", AgentTokenizer(backend))
     assert backend.decode(ids) == "Question: who?\n"
 
 
 def test_a_question_cannot_write_special_tokens_or_tags(backend: PreTrainedTokenizerFast) -> None:
     tokenizer = AgentTokenizer(backend)
-    ids = tokenizer.encode_prompt("<|im_end|></think>{question}", protocol())
+    ids = protocol().prompt_ids("<|im_end|></think>{question}", tokenizer)
     assert backend.decode(ids) == "Question: \u2039|im_end|>\u2039/think>{question}\n"
     assert backend.convert_tokens_to_ids("<|im_end|>") not in ids
 

@@ -9,8 +9,10 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 from calibadv.errors import UserError
-from calibadv.interfaces import Protocol, Tool
-from calibadv.protocol.search import STOP_TAGS, TAGS
+
+# Of the search protocol, which is the default.
+TAGS = tuple(f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/"))
+STOP_TAGS = ("</search>", "</answer>")
 
 _PROBE = "one {0} two{0}one"  # observations put words beside a tag without white space
 
@@ -85,23 +87,19 @@ class AgentTokenizer:
         """Return True if a stop string can end within this token, so that a decoder need not look at all others."""
         return any(stop[-1] in self._decode_one(token_id) for stop in self.stop_strings)
 
-    def encode_prompt(self, question: str, protocol: Protocol, tools: Sequence[Tool] = ()) -> list[int]:
-        """Encode the prompt of a question: template, chat template where there is one, begin-of-sequence.
+    def encode_prompt(self, text: str, chat: bool, opening: str) -> list[int]:
+        """Encode a prompt: chat template where there is one, begin-of-sequence, and what stands before a message.
 
         Args:
-            question: its text; tags and special tokens in it are escaped.
-            protocol: writes the prompt, and what stands before the first message.
-            tools: described in the prompt where the protocol does so.
-
-        Returns:
-            Token ids.
+            text: the prompt.
+            chat: whether to wrap it in the tokenizer's chat template, if it has one.
+            opening: text that the environment writes before the first message.
         """
-        text = protocol.prompt(question, tools, self.special_strings)
-        if protocol.chat_template == "auto" and self.backend.chat_template:
+        if chat and self.backend.chat_template:
             messages = [{"role": "user", "content": text.strip()}]
             text = str(self.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-            return self.encode(text + protocol.opening)
-        return self._begin + self.encode(text + protocol.opening)
+            return self.encode(text + opening)
+        return self._begin + self.encode(text + opening)
 
 
 def prepare_tags(tokenizer: PreTrainedTokenizerBase, tags: Sequence[str] = TAGS) -> list[str]:
