@@ -12,7 +12,7 @@ from calibadv.errors import UserError
 from calibadv.interfaces import Engine, RetrievalError, Retriever
 from calibadv.protocol.search import Message, Protocol, is_valid, parse_message, render_observation
 from calibadv.protocol.tokenizer import AgentTokenizer
-from calibadv.retrieval.asking import Outcome
+from calibadv.retrieval.outcomes import SearchOutcome
 from calibadv.types import (
     Completion,
     Document,
@@ -71,7 +71,7 @@ def query(episode: Episode) -> str:
     return episode.messages[-1].content
 
 
-def observe(episodes: Sequence[Episode], outcomes: Sequence[Outcome], agent: Agent) -> None:
+def observe(episodes: Sequence[Episode], outcomes: Sequence[SearchOutcome], agent: Agent) -> None:
     """Append what each episode's search found; a failed one ends its episode, and no other."""
     errors = [outcome for outcome in outcomes if isinstance(outcome, RetrievalError)]
     if errors:

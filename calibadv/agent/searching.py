@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from calibadv.errors import StopRequestedError
 from calibadv.interfaces import OutageError, RetrievalError, Retriever
-from calibadv.retrieval.asking import Outcome, ask
+from calibadv.retrieval.outcomes import SearchOutcome, search_outcomes
 
 # Seconds before the retriever is asked again: at first, how much longer each time, and at most.
 _PAUSE, _GROWTH, _LONGEST_PAUSE = 1.0, 1.5, 5.0
@@ -46,9 +46,9 @@ class Searcher:
         self._waited = 0.0
         self._closed = False
 
-    def search(self, queries: Sequence[str]) -> list[Outcome]:
+    def search(self, queries: Sequence[str]) -> list[SearchOutcome]:
         """Search for what an episode asks."""
-        outcomes = ask(self._retriever, queries, self._retriever.top_k)
+        outcomes = search_outcomes(self._retriever, queries, self._retriever.top_k)
         if self._waiting is not None and _away(outcomes):
             self._outlast(list(queries), outcomes, self._waiting)
         return outcomes
@@ -57,7 +57,7 @@ class Searcher:
         """End a search that waits in another thread."""
         self._closed = True
 
-    def _outlast(self, queries: list[str], outcomes: list[Outcome], waiting: Waiting) -> None:
+    def _outlast(self, queries: list[str], outcomes: list[SearchOutcome], waiting: Waiting) -> None:
         """Ask again for what is away, in place, until it is back."""
         began, pause = time.monotonic(), _PAUSE
         waited_before, told = self._waited, False
@@ -74,7 +74,7 @@ class Searcher:
                 told = True
             self._pause(min(pause, limit - self._waited), waiting)
             pause = min(pause * _GROWTH, _LONGEST_PAUSE)
-            again = ask(self._retriever, [queries[place] for place in away], self._retriever.top_k)
+            again = search_outcomes(self._retriever, [queries[place] for place in away], self._retriever.top_k)
             for place, outcome in zip(away, again, strict=True):
                 outcomes[place] = outcome
         self._waited = waited_before + time.monotonic() - began
@@ -91,7 +91,7 @@ class Searcher:
             time.sleep(min(left, _LOOK))
 
 
-def _away(outcomes: Sequence[Outcome]) -> dict[int, OutageError]:
+def _away(outcomes: Sequence[SearchOutcome]) -> dict[int, OutageError]:
     """The outcomes to wait for, by place."""
     return {
         place: outcome

@@ -11,7 +11,7 @@ from calibadv.agent.completions import check_count, collect
 from calibadv.agent.episode import Episode, observe, query, speak
 from calibadv.agent.searching import Searcher
 from calibadv.interfaces import StreamingEngine
-from calibadv.retrieval.asking import Outcome
+from calibadv.retrieval.outcomes import SearchOutcome
 from calibadv.types import DrawKey, Sampling
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def stream(
     write(episodes)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="search") as background, closing(searcher):
         searching: list[Episode] = []
-        found: Future[list[Outcome]] = Future()
+        found: Future[list[SearchOutcome]] = Future()
         while writing or asking or searching:
             if searching and (found.done() or not writing):
                 observe(searching, found.result(), agent)

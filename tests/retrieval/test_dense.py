@@ -381,7 +381,7 @@ def test_ties_of_other_types_are_ordered(encoder: str, corpus: str) -> None:
         ("LSH", r"factory 'LSH' is not one that faiss makes for inner products of 3 dimensions"),
         ("IVF64,Flat", "factory 'IVF64,Flat' needs at least 64 vectors to train, and the corpus has 6 documents; give"),
         ("L2norm,PQ1", "factory 'L2norm,PQ1' needs at least 256 vectors to train, and the corpus has 6"),
-        ("Flat,IDMap", "factory 'Flat,IDMap' has numbers of its own for vectors; leave out IDMap"),
+        ("Flat,IDMap", "factory 'Flat,IDMap' stores vector ids of its own; leave out IDMap"),
         ("RQ2x8", "factory 'RQ2x8' does not work for 6 vectors of 3 dimensions"),
     ],
 )
@@ -442,7 +442,7 @@ def test_a_file_with_numbers_of_its_own_is_refused(tmp_path: Path, factory: str)
     numbered = faiss.index_factory(3, factory, faiss.METRIC_INNER_PRODUCT)
     numbered.add_with_ids(np.eye(2, 3, dtype=np.float32), np.array([7, 9]))
     faiss.write_index(numbered, str(tmp_path / "own.index"))
-    with pytest.raises(ValueError, match=r"index file '.*own.index' has numbers of its own .*; build it without IDMap"):
+    with pytest.raises(ValueError, match=r"'.*own.index' stores vector ids of its own, .*; build it without IDMap"):
         load_faiss(tmp_path / "own.index", 2)
 
 

@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from support.kills import kill_points, tree
 
 from calibadv.retrieval.bm25 import BM25
-from calibadv.retrieval.corpus.digests import check_digests
+from calibadv.retrieval.corpus.integrity import check_digests
 from calibadv.retrieval.corpus.size import check_disk, free_disk, sample_file
 from calibadv.retrieval.dense import Dense
 from calibadv.retrieval.index.build import index
-from calibadv.retrieval.index.builders import BM25Index, encode_shards
+from calibadv.retrieval.index.builders import BM25Builder, encode_shards
 from calibadv.retrieval.index.cost import index_size
 from calibadv.retrieval.index.faiss import build_faiss, make_index, save_faiss
 from calibadv.retrieval.index.manifest import open_index, read_manifest, verify_index, write_manifest
@@ -456,7 +456,9 @@ def test_what_did_not_change_is_not_read_again(built: Path, capsys: pytest.Captu
     overwrite_unseen(built / SHARD, 500)
     (built / "corpus" / "ids.npy").touch()  # of the files, only this one is read
     open_index(built)
-    assert re.fullmatch(r"reading 176 bytes of '.*built' once, to see whether .*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"reading 176 bytes of '.*built' once, to verify files that were copied .*\n", capsys.readouterr().err
+    )
     built.rename(built.parent / "moved")
     open_index(built.parent / "moved")
     assert capsys.readouterr().err == ""
@@ -470,7 +472,7 @@ def test_a_copy_is_read_once(built: Path, capsys: pytest.CaptureFixture[str]) ->
     capsys.readouterr()
     assert list(open_index(copy)[1]) == list(open_index(built)[1])
     told = capsys.readouterr().err
-    assert re.fullmatch(r"reading [\d,.]+ (bytes|kB) of '.*copy' once, to see whether the files are whole, .*\n", told)
+    assert re.fullmatch(r"reading [\d,.]+ (bytes|kB) of '.*copy' once, to verify files that were copied .*\n", told)
     overwrite_unseen(copy / SHARD, 500)
     open_index(copy)
     assert capsys.readouterr().err == ""
@@ -767,7 +769,7 @@ def test_the_cost_of_an_index_of_words(tmp_path: Path) -> None:
         tmp_path / "corpus.jsonl",
         *({"id": row, "contents": " ".join(f"w{rank}" for rank in text)} for row, text in enumerate(ranks)),
     )
-    cost = BM25Index("english", None).cost(sample_corpus(corpus))
+    cost = BM25Builder("english", None).cost(sample_corpus(corpus))
     index(corpus, tmp_path / "built", "bm25")
     written = sum(size for name, size in read_manifest(tmp_path / "built").files.items() if name.startswith("bm25/"))
     assert cost.index_bytes == pytest.approx(written, rel=0.2)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from calibadv.data.questions import read_questions
 from calibadv.interfaces import PartialRetrievalError, RetrievalError
 from calibadv.retrieval import BM25, MemoryRetriever
-from calibadv.retrieval.index.bm25 import Postings
+from calibadv.retrieval.index.bm25 import InvertedIndex
 from calibadv.retrieval.index.build import index
 from calibadv.retrieval.index.manifest import write_manifest
 from calibadv.retrieval.index.open import open_corpus
@@ -100,10 +100,10 @@ def test_an_index_built_in_blocks_is_that_of_bm25s(corpus: list[list[str]], firs
 
     theirs = bm25s.BM25()
     theirs.index(corpus, show_progress=False)
-    ours = Postings()
+    ours = InvertedIndex()
     ours.add(corpus[:first])
     ours.add(corpus[first:])
-    scores = ours.scores(k1=1.5, b=0.75)
+    scores = ours.pop_scores(k1=1.5, b=0.75)
     assert scores["num_docs"] == len(corpus)
     for word, number in ours.vocabulary.items():
         here = slice(scores["indptr"][number], scores["indptr"][number + 1])

@@ -24,7 +24,7 @@ from calibadv.analysis.audit import audit_coverage
 from calibadv.data.questions import read_questions
 from calibadv.interfaces import PartialRetrievalError, RetrievalError, Retriever
 from calibadv.retrieval import BM25, Cached, Dense, Hybrid, MemoryRetriever, Reranked
-from calibadv.retrieval.hybrid import fuse
+from calibadv.retrieval.hybrid import reciprocal_rank_fusion
 from calibadv.types import Document, Metrics, ScoredDocument
 
 TEXTS = {
@@ -104,8 +104,8 @@ def test_what_is_fetched_decides() -> None:
 def test_scores_do_not_depend_on_the_order_of_the_retrievers(orders: list[list[str]]) -> None:
     """To the last bit: else documents with the same ranks would not tie."""
     lists = [memory(*order).search(["q"], 5)[0] for order in orders]
-    there, back = ({hit.document.id: hit.score for hit in fuse(some, 60)} for some in (lists, lists[::-1]))
-    assert there == back
+    forward, backward = (reciprocal_rank_fusion(order, 60) for order in (lists, lists[::-1]))
+    assert {hit.document.id: hit.score for hit in forward} == {hit.document.id: hit.score for hit in backward}
 
 
 @given(orders=st.lists(st.permutations(list(TEXTS)), min_size=1, max_size=4), top_k=st.integers(1, 6))
@@ -261,7 +261,7 @@ def test_long_documents_are_cut_where_max_length_says(bert: Path) -> None:
     [
         ("nowhere", "is not a folder; give the folder of a sentence-transformers cross-encoder, or its name on"),
         ("three", "gives 3 scores to a pair; give a cross-encoder that gives one"),
-        ("encoder", "is a BertModel, whose classifier would be made up; give a cross-encoder"),
+        ("encoder", "is a BertModel, whose classifier would be random; give a cross-encoder"),
         ("no config", "has no modules.json or config.json; give a folder with a saved model"),
         ("cut off", "does not load on device 'cpu' (.*header.*); give the folder of a sentence-transformers"),
         ("pickled", "has its weights in pytorch_model.bin, a pickle, which is not loaded because it may run code"),
@@ -370,7 +370,7 @@ def test_a_cache_changes_nothing_but_the_work(queries: list[list[str]], max_quer
     cached = Cached(inner, max_queries=max_queries)
     for asked in queries:
         assert cached.search(asked, 3) == plain.search(asked, 3)
-        assert len(cached._kept) <= max_queries
+        assert len(cached._cache) <= max_queries
     searched = sum(map(len, inner.asked))
     lookups = sum(map(len, queries))
     assert cached.metrics() == ({"cache_hit_rate": pytest.approx(1 - searched / lookups)} if lookups else {})
@@ -421,7 +421,7 @@ def test_threads_share_a_cache() -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda batch: ids_of(cached.search(batch, 3)), batches))
     assert found == [[[doc_id] for doc_id in batch] for batch in batches]
-    assert len(cached._kept) == 3
+    assert len(cached._cache) == 3
 
 
 def test_caches_that_cannot_be(tmp_path: Path) -> None:
