@@ -86,5 +86,5 @@ class Cached(Retriever):
 
 
 def _copy(outcome: SearchOutcome) -> SearchOutcome:
-    """A separate list for each query, which the caller may change; a query may occur twice."""
+    """Return a separate list for each query, which the caller may change; a query may occur twice."""
     return outcome if isinstance(outcome, RetrievalError) else list(outcome)

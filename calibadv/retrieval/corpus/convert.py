@@ -165,7 +165,7 @@ def _write_ids(source: Source, folder: Path, layout: dict[str, Any], progress: _
 def find_duplicate(
     hashes: NDArray[np.uint64], rows: NDArray[np.uint64], id_of: Callable[[int], str]
 ) -> tuple[int, int] | None:
-    """Return the first row with the id of an earlier row, after that row. Ids with equal hashes are compared."""
+    """Return the first row that repeats an id, after the row that has it first. Ids with equal hashes are compared."""
     positions = np.flatnonzero(hashes[1:] == hashes[:-1]) + 1
     for position in positions[np.argsort(rows[positions])]:
         row = int(rows[position])

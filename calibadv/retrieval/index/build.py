@@ -89,11 +89,14 @@ def index(  # noqa: PLR0913 - its parameters are the options of the command
     if verify is not None:
         _verify(verify, {**needed, **options})
     elif corpus is None or out is None or backend is None:
-        missing = [f"--{name} VALUE" for name, value in needed.items() if value is None]
-        are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
-        raise UserError(f"{' and '.join(missing)} {are} missing; give {them}, or --verify DIR alone to check an index")
+        raise _missing_options([f"--{name} VALUE" for name, value in needed.items() if value is None])
     else:
         _build_folder(corpus, out, backend, options)
+
+
+def _missing_options(missing: list[str]) -> UserError:
+    are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+    return UserError(f"{' and '.join(missing)} {are} missing; give {them}, or --verify DIR alone to check an index")
 
 
 def _verify(folder: Path, given: dict[str, Any]) -> None:

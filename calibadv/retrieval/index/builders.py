@@ -160,11 +160,12 @@ class FaissBuilder(IndexBuilder):
         seconds = (time.perf_counter() - start) * sample.total / len(documents)
         embeddings = 4 * self.settings["dimension"] * sample.total
         index = self._size.fixed + round(self._size.per_vector * sample.total)
-        unknown = "" if self._size.trained else "time of training, "
-        unknown += "" if self.settings["factory"] == "Flat" else f"time of filling {self.settings['factory']}"
-        unknown += "" if self._size.known else ", what it takes beyond its vectors"
+        factory = self.settings["factory"]
+        unknown = [] if self._size.trained else ["time of training"]
+        unknown += [] if factory == "Flat" else [f"time of filling {factory}"]
+        unknown += [] if self._size.known else ["its size beyond the vectors"]
         training = 0 if self._size.trained else min(embeddings, self._size.training)
-        return IndexCost(index, embeddings, peak_memory() + index + training, seconds, unknown)
+        return IndexCost(index, embeddings, peak_memory() + index + training, seconds, ", ".join(unknown))
 
     @override
     def build(self, corpus: Corpus, target: Path, work: Path) -> None:

@@ -168,25 +168,16 @@ def _has_ids(index: Any) -> bool:
     """Tell if an index or a part of it stores an id with each vector, instead of numbering the rows."""
     import faiss
 
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        return _has_ids(index.index)
-    if isinstance(index, faiss.IndexRefine):
-        return _has_ids(index.base_index)
-    return isinstance(index, faiss.IndexIDMap)
+    return isinstance(_inner_index(index), faiss.IndexIDMap)
 
 
 def _max_centroids(index: Any) -> int:
     """Return the largest number of centroids that one part of an index is trained for."""
     import faiss
 
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        return _max_centroids(index.index)
+    index = _inner_index(index)
     if isinstance(index, faiss.IndexHNSW):
         return _max_centroids(index.storage)
-    if isinstance(index, faiss.IndexRefine):
-        return _max_centroids(index.base_index)
     quantizer = getattr(index, "pq", None)
     return max(getattr(index, "nlist", 0), 0 if quantizer is None else quantizer.ksub)
 
@@ -196,15 +187,19 @@ def _disable_polysemous_training(index: Any) -> None:
 
     It reorders the centroids for a filter that our searches do not use, and takes many times as long as the rest.
     """
+    index = _inner_index(index)
+    if hasattr(index, "do_polysemous_training"):
+        index.do_polysemous_training = False
+
+
+def _inner_index(index: Any) -> Any:
+    """Return the index inside transforms of the vectors and refinements of the results."""
     import faiss
 
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
-        _disable_polysemous_training(index.index)
-    elif isinstance(index, faiss.IndexRefine):
-        _disable_polysemous_training(index.base_index)
-    elif hasattr(index, "do_polysemous_training"):
-        index.do_polysemous_training = False
+        return _inner_index(index.index)
+    return _inner_index(index.base_index) if isinstance(index, faiss.IndexRefine) else index
 
 
 def _training_sample(index: Any, shards: Sequence[NDArray[np.float32]], count: int) -> NDArray[np.float32]:
