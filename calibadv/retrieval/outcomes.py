@@ -16,10 +16,7 @@ SearchOutcome = list[ScoredDocument] | RetrievalError
 def search_outcomes(retriever: Retriever, queries: Sequence[str], top_k: int) -> list[SearchOutcome]:
     """Search with any retriever, a user's included: validate its results and map its errors to queries.
 
-    Each query gets at most ``top_k`` documents, none of them twice.
-
-    Raises:
-        UserError: the retriever raised anything but a RetrievalError, or returned anything but lists of documents.
+    Each query gets at most ``top_k`` documents, none of them twice. Other errors and results are a UserError.
     """
     name, partial = type(retriever).__name__, False
     try:

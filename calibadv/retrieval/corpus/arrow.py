@@ -29,14 +29,7 @@ _REMEDY = "copy the folder again, or remove it and have it made again"
 
 
 class ArrowCorpus(Corpus):
-    """A corpus in a folder that ``convert`` wrote, memory-mapped.
-
-    Args:
-        folder: the folder.
-
-    Raises:
-        UserError: the folder is incomplete or damaged, or another release wrote it.
-    """
+    """A corpus in a folder that ``convert`` wrote, memory-mapped; UserError if the folder is incomplete."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

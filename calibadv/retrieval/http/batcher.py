@@ -42,12 +42,8 @@ class Batcher:
     """Combine concurrent requests into searches, which run in one thread: retrievers need not be thread-safe.
 
     The thread runs while the asynchronous context is open; leaving it drops pending requests. A search that runs then
-    does not keep the process alive.
-
-    Args:
-        retriever: retriever to search with.
-        max_batch: the most queries per search; a single request may have more.
-        max_pending: the most queries that are waiting or being searched; a single request may have more.
+    does not keep the process alive. A search has at most ``max_batch`` queries, and at most ``max_pending`` are waiting
+    or being searched, except that a single request may have more.
     """
 
     def __init__(self, retriever: Retriever, max_batch: int, max_pending: int) -> None:
@@ -72,11 +68,7 @@ class Batcher:
         self._searches.put(None)
 
     async def search(self, queries: Sequence[str], top_k: int) -> Results:
-        """Search together with other requests that arrive at the same time.
-
-        Raises:
-            BusyError: too many queries are pending.
-        """
+        """Search together with requests that arrive at the same time; BusyError if too many are pending."""
         if self._pending and self._pending + len(queries) > self._max_pending:
             raise BusyError(f"{self._pending} queries wait already, of {self._max_pending} at most; try again later")
         request = _Request(queries, top_k, asyncio.get_running_loop().create_future())

@@ -20,12 +20,7 @@ _EXAMPLE = '{"queries": ["who ..."], "topk": 3, "return_scores": true}'
 
 
 class RequestError(ValueError):
-    """An invalid request.
-
-    Args:
-        status: status code of the response.
-        reason: description of the error.
-    """
+    """An invalid request, with the status of its response."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)

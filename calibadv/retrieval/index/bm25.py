@@ -129,15 +129,8 @@ class InvertedIndex:
 
         Lucene's BM25 (Kamphuis et al. 2020, "Which BM25 Do You Mean?", without the constant factor k1 + 1): a word that
         occurs in n of N documents, c times in one of length l, where the mean length is m, scores
-        log(1 + (N - n + 0.5) / (n + 0.5)) c / (c + k1 (1 - b + b l / m)).
-
-        Args:
-            k1: saturation of repeated words.
-            b: strength of length normalization, from 0 to 1.
-
-        Returns:
-            A compressed sparse column matrix of documents by words, as bm25s stores it: ``data`` [P] float32,
-            ``indices`` [P] int32 rows, ``indptr`` [V + 1] starts of the words, and ``num_docs``.
+        log(1 + (N - n + 0.5) / (n + 0.5)) c / (c + k1 (1 - b + b l / m)). Returns the sparse column matrix of documents
+        by words that bm25s stores: ``data`` [P], their rows ``indices`` [P], and ``indptr`` [V + 1], where words start.
         """
         frequency = np.zeros(len(self.vocabulary), np.int64)
         for block in self._blocks:

@@ -50,33 +50,15 @@ class IndexBuilder(ABC):
 
     @abstractmethod
     def cost(self, sample: Sample) -> IndexCost:
-        """Estimate the cost of the index by a trial on a few documents.
-
-        Args:
-            sample: sample of the corpus.
-
-        Returns:
-            The cost.
-        """
+        """Estimate the cost of the index by a trial on a few documents."""
 
     @abstractmethod
     def build(self, corpus: Corpus, target: Path, work: Path) -> None:
-        """Build the index.
-
-        Args:
-            corpus: documents to index.
-            target: file or folder to write.
-            work: folder for parts from which a later run may resume.
-        """
+        """Write the index to ``target``; ``work`` is a folder for parts from which a later run may resume."""
 
 
 class BM25Builder(IndexBuilder):
-    """Builder of an index for ``BM25``.
-
-    Args:
-        stopwords: words that are not indexed.
-        stemmer: language of a Snowball stemmer; None for no stemming.
-    """
+    """Builder of an index for ``BM25``."""
 
     name: Backend = "bm25"
 
@@ -106,19 +88,7 @@ class BM25Builder(IndexBuilder):
 
 
 class FaissBuilder(IndexBuilder):
-    """Builder of an index for ``Dense``.
-
-    Args:
-        encoder: name of the model, as for ``Encoder``.
-        factory: index type, as ``faiss.index_factory`` reads it.
-        query_prompt: text put before queries; the encoder's own by default.
-        passage_prompt: text put before passages; the encoder's own by default.
-        batch_size: passages that are encoded together.
-        device: device of the encoder.
-
-    Raises:
-        UserError: the encoder does not load, or faiss does not make ``factory``.
-    """
+    """Builder of an index for ``Dense``."""
 
     name: Backend = "faiss"
 

@@ -141,15 +141,7 @@ def nearest_rows(index: Any, vectors: NDArray[np.float32], top_k: int) -> list[l
 
     For Flat the result is exact and does not depend on the other queries of the batch: FAISS multiplies in blocks, so
     that its sums, and with them the order of equal vectors, depend on the position in a block. Other types are searched
-    by FAISS, and only their results are ordered.
-
-    Args:
-        index: FAISS index over inner products.
-        vectors: [Q, D] query vectors.
-        top_k: the most rows per query.
-
-    Returns:
-        For each query, rows and scores, best first.
+    by FAISS, and only their results are ordered. ``vectors`` is [Q, D]; rows come with their scores, best first.
     """
     import faiss
 
