@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from calibadv.errors import ToolError, UserError
 from calibadv.interfaces import Retriever, Tool
-from calibadv.retrieval.asking import ask
+from calibadv.retrieval.outcomes import search_outcomes
 from calibadv.types import Metrics, ToolResult
 
 
@@ -37,7 +37,7 @@ class SearchTool(Tool):
 
     @override
     def call(self, arguments: Sequence[Mapping[str, Any]]) -> list[ToolResult | ToolError]:
-        outcomes = ask(self.retriever, [str(given["query"]) for given in arguments], self.retriever.top_k)
+        outcomes = search_outcomes(self.retriever, [str(given["query"]) for given in arguments], self.retriever.top_k)
         return [
             outcome if isinstance(outcome, ToolError) else ToolResult(tuple(scored.document for scored in outcome))
             for outcome in outcomes

@@ -10,8 +10,8 @@ from typing import Any
 from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
 from calibadv.io.progress_bar import blocks, progress_bar
-from calibadv.retrieval.asking import ask, unwrap
-from calibadv.retrieval.corpus.base import searched_text
+from calibadv.retrieval.corpus.base import searchable_text
+from calibadv.retrieval.outcomes import search_outcomes, unwrap
 from calibadv.rewards.answer import normalise_answer
 from calibadv.types import Document, Question, ScoredDocument
 
@@ -51,7 +51,7 @@ def audit_coverage(
     gold = [(question, labels) for question in questions if (labels := supporting_labels(question))]
     shares: dict[int, list[float]] = {k: [] for k in top_k}
     for batch in blocks(gold, _BATCH, "Searching", hidden=len(gold) <= _BATCH):
-        found = unwrap(ask(retriever, [question.question for question, _ in batch], max(top_k)))
+        found = unwrap(search_outcomes(retriever, [question.question for question, _ in batch], max(top_k)))
         for (_, labels), hits in zip(batch, found, strict=True):
             for k in shares:
                 shares[k].append(len(labels & _labels_of(hits[:k])) / len(labels))
@@ -84,7 +84,7 @@ def answer_coverage(questions: Sequence[Question], corpus: Sequence[Document]) -
         for document in corpus:
             if not missing:
                 break
-            found |= _take_found(missing, normalise_answer(searched_text(document)))
+            found |= _take_found(missing, normalise_answer(searchable_text(document)))
             advance(1)
     return sum(not answers.isdisjoint(found) for answers in wanted) / len(questions)
 

@@ -1,26 +1,9 @@
-"""What all retrievers rank by: larger scores first, ties in the order of the rows."""
+"""Selection of the best rows by score."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
-
-from calibadv.errors import UserError
-
-
-def check_top_k(top_k: int) -> None:
-    """Refuse a number of documents below 1."""
-    if top_k < 1:
-        raise UserError(f"top_k is {top_k}; it must be at least 1")
-
-
-def check_search(queries: Sequence[str], top_k: int) -> None:
-    """Refuse what no retriever can be asked."""
-    if isinstance(queries, str):
-        raise UserError(f"queries is the text {queries!r:.60}; it must be a list of texts: put it in brackets")
-    check_top_k(top_k)
 
 
 def best_rows(scores: NDArray[np.float32], top_k: int) -> list[int]:

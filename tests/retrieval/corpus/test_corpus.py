@@ -22,7 +22,7 @@ from support.kills import kill_points, tree
 
 from calibadv.retrieval.corpus.arrow import ArrowCorpus, id_hash
 from calibadv.retrieval.corpus.base import Corpus
-from calibadv.retrieval.corpus.convert import Numbered, Source, convert, first_repeated
+from calibadv.retrieval.corpus.convert import NumberedDocuments, Source, convert, find_duplicate
 from calibadv.retrieval.index.open import open_corpus, open_source
 from calibadv.types import Document
 
@@ -47,7 +47,7 @@ def write_lines(path: Path, *records: Any) -> Path:
 
 
 def source_of(documents: list[Document]) -> Source:
-    def read(after: int) -> Numbered:
+    def read(after: int) -> NumberedDocuments:
         yield from enumerate(documents[after:], after + 1)
 
     return Source("test", {"documents": [document.id for document in documents]}, read)
@@ -122,9 +122,9 @@ def test_repetitions_are_found_across_shards(tmp_path: Path) -> None:
 
 def test_equal_hashes_are_settled_by_the_ids() -> None:
     hashes, rows = np.array([1, 5, 5, 5, 8, 8], np.uint64), np.array([4, 0, 2, 3, 1, 5], np.uint64)
-    assert first_repeated(hashes, rows, "abcdef".__getitem__) is None
-    assert first_repeated(hashes, rows, "abcbeb".__getitem__) == (1, 5)
-    assert first_repeated(hashes, rows, "abacec".__getitem__) == (0, 2)
+    assert find_duplicate(hashes, rows, "abcdef".__getitem__) is None
+    assert find_duplicate(hashes, rows, "abcbeb".__getitem__) == (1, 5)
+    assert find_duplicate(hashes, rows, "abacec".__getitem__) == (0, 2)
 
 
 def test_an_id_is_not_taken_for_another_of_the_same_hash(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_stopped_conversion_goes_on_behind_its_last_whole_shard(tmp_path: Path
     convert(source_of(DOCUMENTS), tmp_path / "whole", shard_rows=4)
     asked: list[int] = []
 
-    def read(after: int) -> Numbered:
+    def read(after: int) -> NumberedDocuments:
         asked.append(after)
         for number, document in enumerate(DOCUMENTS[after:], after + 1):
             if len(asked) == 1 and number > stop:
@@ -262,7 +262,7 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_what_was_left_of_another_source_is_not_gone_on_with(tmp_path: Path) -> None:
-    def read(after: int) -> Numbered:
+    def read(after: int) -> NumberedDocuments:
         yield from enumerate(DOCUMENTS[:9], 1)
         raise StoppedError
 

@@ -420,7 +420,11 @@ print("ended", flush=True)
     ("number", "host", "said"),
     [
         (signal.SIGTERM, "127.0.0.1", "/retrieve, for this machine only; Ctrl-C stops it"),
-        (signal.SIGINT, "0.0.0.0", "/retrieve; WARNING: whoever can reach this machine may query it; Ctrl-C stops it"),
+        (
+            signal.SIGINT,
+            "0.0.0.0",
+            "/retrieve; WARNING: anyone who can reach this machine may query it; Ctrl-C stops it",
+        ),
     ],
 )
 def test_a_signal_lets_requests_in_flight_be_answered(number: int, host: str, said: str) -> None:
@@ -448,7 +452,7 @@ def test_a_signal_lets_requests_in_flight_be_answered(number: int, host: str, sa
 
 # A search that takes longer than anybody waits, and 1 s in the place of the 60 that it is given after a signal.
 STUCK = SERVER.replace("sys.stdin.readline()", "time.sleep(600)")
-HASTY = f"from calibadv.retrieval import server; server._GRACE = 1\n{STUCK}"
+HASTY = f"from calibadv.retrieval.http import server; server._GRACE = 1\n{STUCK}"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from calibadv.errors import OutageError, PartialRetrievalError, RetrievalError, UserError
 from calibadv.interfaces import Retriever
 from calibadv.retrieval import Cached, Hybrid
-from calibadv.retrieval.asking import ask, unwrap
+from calibadv.retrieval.outcomes import search_outcomes, unwrap
 from calibadv.types import Document, ScoredDocument
 
 A, B, C = (ScoredDocument(Document(name, "T", f"text {name}"), 1.0) for name in "abc")
@@ -69,7 +69,7 @@ def document(**fields: Any) -> Any:
 def test_what_is_no_answer_is_one_line_that_names_the_class(answer: Callable[[], Any], told: str) -> None:
     for retriever in (Mine(answer), Cached(Hybrid([Mine(answer)]))):
         with pytest.raises(UserError) as caught:
-            ask(retriever, ["q", "r"], 3)
+            search_outcomes(retriever, ["q", "r"], 3)
         assert str(caught.value).startswith(f"Mine.search {told}")
         assert "\n" not in str(caught.value)
 
@@ -77,23 +77,23 @@ def test_what_is_no_answer_is_one_line_that_names_the_class(answer: Callable[[],
 def test_errors_that_say_enough_and_signals_pass() -> None:
     for error in (UserError("mend this"), KeyboardInterrupt(), SystemExit(3)):
         with pytest.raises(type(error)) as caught:
-            ask(Mine(raising(error)), ["q"], 3)
+            search_outcomes(Mine(raising(error)), ["q"], 3)
         assert caught.value is error
 
 
 def test_documents_beyond_top_k_are_cut_and_repeated_ones_dropped() -> None:
     again = document(id="a", text="another text")
-    assert ask(Mine(lambda: [[A, again, B, A, C], (C, B)]), ["q", "r"], 2) == [[A, B], [C, B]]
+    assert search_outcomes(Mine(lambda: [[A, again, B, A, C], (C, B)]), ["q", "r"], 2) == [[A, B], [C, B]]
     # Of one query: another may find the same.
-    assert ask(Mine(lambda: [[A], [A]]), ["q", "r"], 2) == [[A], [A]]
-    assert ask(Mine(lambda: [[document(title="", text="")]]), ["q"], 2) == [[document(title="", text="")]]
+    assert search_outcomes(Mine(lambda: [[A], [A]]), ["q", "r"], 2) == [[A], [A]]
+    assert search_outcomes(Mine(lambda: [[document(title="", text="")]]), ["q"], 2) == [[document(title="", text="")]]
 
 
 def test_each_query_has_its_outcome() -> None:
     down, away = RetrievalError("down"), OutageError("away", patience=3.0)
-    assert ask(Mine(raising(down)), ["q", "r"], 3) == [down, down]
-    assert ask(Mine(raising(PartialRetrievalError([away, [A]]))), ["q", "r"], 3) == [away, [A]]
-    assert ask(Mine(lambda: []), [], 3) == []
+    assert search_outcomes(Mine(raising(down)), ["q", "r"], 3) == [down, down]
+    assert search_outcomes(Mine(raising(PartialRetrievalError([away, [A]]))), ["q", "r"], 3) == [away, [A]]
+    assert search_outcomes(Mine(lambda: []), [], 3) == []
 
 
 def test_outcomes_become_what_search_returns_or_raises() -> None:

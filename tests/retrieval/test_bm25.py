@@ -1,9 +1,8 @@
-"""Corpora and retrievers: formats, the BM25 formula, ties, and real passages."""
+"""BM25: its formula, ties, index folders, and real passages."""
 
 from __future__ import annotations
 
 import io
-import json
 import math
 import sys
 from collections import Counter
@@ -14,21 +13,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.corpora import write_lines
 
 from calibadv.data.questions import read_questions
-from calibadv.errors import PartialRetrievalError, RetrievalError
-from calibadv.retrieval import BM25, MemoryRetriever
-from calibadv.retrieval.index.bm25 import Postings
+from calibadv.retrieval import BM25
+from calibadv.retrieval.index.bm25 import InvertedIndex
 from calibadv.retrieval.index.build import index
 from calibadv.retrieval.index.manifest import write_manifest
 from calibadv.retrieval.index.open import open_corpus
 from calibadv.retrieval.ranking import best_rows
 from calibadv.types import Document
-
-
-def write_lines(path: Path, *records: Any) -> str:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    return str(path)
 
 
 def write_texts(path: Path, texts: list[str]) -> str:
@@ -100,10 +94,10 @@ def test_an_index_built_in_blocks_is_that_of_bm25s(corpus: list[list[str]], firs
 
     theirs = bm25s.BM25()
     theirs.index(corpus, show_progress=False)
-    ours = Postings()
+    ours = InvertedIndex()
     ours.add(corpus[:first])
     ours.add(corpus[first:])
-    scores = ours.scores(k1=1.5, b=0.75)
+    scores = ours.pop_scores(k1=1.5, b=0.75)
     assert scores["num_docs"] == len(corpus)
     for word, number in ours.vocabulary.items():
         here = slice(scores["indptr"][number], scores["indptr"][number + 1])
@@ -277,53 +271,3 @@ def test_recall_on_real_passages(shared: Path, top_k: int, least: float) -> None
         gold = set(question.metadata["supporting_titles"])
         recalls.append(len(gold & {hit.document.title for hit in hits}) / len(gold))
     assert np.mean(recalls) >= least
-
-
-DOCUMENTS = [Document("a", "A", "first"), Document("b", "B", "second")]
-
-
-def test_memory_retriever_answers_as_scripted() -> None:
-    retriever = MemoryRetriever(DOCUMENTS, {"who": ["b", "a"]}, top_k=2)
-    found = retriever.search(["who", "Who", "who"], retriever.top_k)
-    assert [[hit.document.id for hit in hits] for hits in found] == [["b", "a"], [], ["b", "a"]]
-    assert [hit.score for hit in found[0]] == [1.0, 0.5]
-    assert [hit.document.id for hit in retriever.search(["who"], 1)[0]] == ["b"]
-
-
-def test_memory_retriever_fails_as_scripted() -> None:
-    retriever = MemoryRetriever(DOCUMENTS, {"who": ["a"]}, failing=["broken"])
-    with pytest.raises(
-        PartialRetrievalError, match=r"'broken' is scripted to fail \(1 of 2 searches failed\)"
-    ) as caught:
-        retriever.search(["who", "broken"], 1)
-    assert caught.value.results[0] == retriever.search(["who"], 1)[0]
-    with pytest.raises(RetrievalError, match=r"^the search for 'broken' is scripted to fail$"):
-        retriever.search(["broken"], 1)
-    assert len(retriever.search(["who"], 1)[0]) == 1
-
-
-def test_memory_retriever_refuses_bad_scripts() -> None:
-    with pytest.raises(ValueError, match="results names the document 'c', which is not in documents"):
-        MemoryRetriever(DOCUMENTS, {"who": ["a", "c"]})
-    with pytest.raises(ValueError, match="3 documents have only 2 different ids"):
-        MemoryRetriever([*DOCUMENTS, DOCUMENTS[0]])
-
-
-def test_memory_retriever_from_yaml() -> None:
-    from jsonargparse import ArgumentParser
-
-    from calibadv.interfaces import Retriever
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Retriever, "retriever")
-    config = """
-    class_path: calibadv.retrieval.MemoryRetriever
-    init_args:
-      documents:
-        - {id: a, title: A, text: first}
-      results: {who: [a]}
-      failing: [broken]
-      top_k: 1
-    """
-    retriever = parser.instantiate(parser.parse_args([f"--retriever={config}"])).retriever
-    assert retriever.search(["who"], 3)[0][0].document == DOCUMENTS[0]
