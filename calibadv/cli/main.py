@@ -1,65 +1,64 @@
-"""The entry point: ``calibadv COMMAND``. Four verbs go to LightningCLI; the others are typed functions."""
+"""The entry point: ``calibadv COMMAND``."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
 
-from calibadv.cli.logging import quiet_environment
-from calibadv.cli.threads import sleep_while_waiting
 from calibadv.config.help import PLAN, STUDY, TOOLS, VERBS
-from calibadv.config.user_errors import message_for_users, report
+from calibadv.config.logging import quiet_environment
+from calibadv.config.threads import sleep_while_waiting
+from calibadv.config.user_errors import report, run_reporting
 from calibadv.runs.versions import versions
 
 _COMMANDS = {**VERBS, **STUDY, **PLAN, **TOOLS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command."""
+    """Run one command; return its exit status."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         _print_help()
         return 0
     if command == "--version":
-        others = versions()
-        own = others.pop("calibadv")
-        made_with = ", ".join(f"{name} {number}" for name, number in others.items())
-        Console(soft_wrap=True).print(f"calibadv {own} ({made_with})", highlight=False)
+        _print_versions()
         return 0
     if command not in _COMMANDS:
         report(f"there is no command '{command}'; choose one of {', '.join(_COMMANDS)}")
         return 2
     quiet_environment()
     sleep_while_waiting()
-    try:
-        if command in VERBS:
-            from calibadv.cli.fit import run_verb
+    return run_reporting(partial(_run, command, rest))
 
-            return run_verb(command, rest)
-        if command in STUDY:
-            from calibadv.study import study
 
-            return study(rest)
-        if command in PLAN:
-            from calibadv.planning.command import plan
+def _run(command: str, arguments: Sequence[str]) -> int:
+    # Imported here, once the environment is set: each of these takes torch or another large library along.
+    if command in VERBS:
+        from calibadv.config.verbs import run_verb
 
-            plan(rest)
-            return 0
-        from calibadv.cli.commands import run_tool
+        return run_verb(command, arguments)
+    if command in STUDY:
+        from calibadv.study import study
 
-        return run_tool(command, rest)
-    except Exception as error:
-        message = message_for_users(error)
-        if message is None:
-            raise
-        report(message, getattr(error, "__notes__", ()))
-        return 2
-    except KeyboardInterrupt:
-        report("stopped at once; what was written before is kept")
-        return 130
+        return study(arguments)
+    if command in PLAN:
+        from calibadv.planning.command import plan
+
+        return plan(arguments)
+    from calibadv.cli.commands import run_tool
+
+    return run_tool(command, arguments)
+
+
+def _print_versions() -> None:
+    others = versions()
+    own = others.pop("calibadv")
+    made_with = ", ".join(f"{name} {number}" for name, number in others.items())
+    Console(soft_wrap=True).print(f"calibadv {own} ({made_with})", highlight=False)
 
 
 def _print_help() -> None:

@@ -30,7 +30,6 @@ from calibadv.callbacks.results import Results
 from calibadv.callbacks.rollout_writer import RolloutWriter
 from calibadv.callbacks.run_start import RunStart
 from calibadv.callbacks.tensorboard import TensorBoardPages, swept_settings
-from calibadv.cli.threads import limit_threads
 from calibadv.config.errors import explain
 from calibadv.config.files import ConfigFile, Option, configs_folder
 from calibadv.config.help import HELP, VERBS, describe
@@ -45,6 +44,7 @@ from calibadv.config.run_setup import (
     refuse_untrained,
     resume_command,
 )
+from calibadv.config.threads import limit_threads
 from calibadv.config.trainer_checks import check_checkpoint, check_trainer, is_first_process, moment
 from calibadv.data.datamodule import QuestionData
 from calibadv.errors import StopRequestedError, UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rich.console import Console
 from rich.text import Text
@@ -45,6 +45,21 @@ def _of_the_machine(error: BaseException) -> str | None:
     if isinstance(error, RecursionError):
         return "something is nested too deeply to be read; see to the JSON or YAML that was given"
     return None
+
+
+def run_reporting(command: Callable[[], int]) -> int:
+    """Run a command; an error for users ends it with one line and status 2, any other with its traceback."""
+    try:
+        return command()
+    except Exception as error:
+        message = message_for_users(error)
+        if message is None:
+            raise
+        report(message, getattr(error, "__notes__", ()))
+        return 2
+    except KeyboardInterrupt:
+        report("stopped at once; what was written before is kept")
+        return 130
 
 
 def report(message: str, notes: Iterable[str] = ()) -> None:

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import AutoConfig
 from typing_extensions import override
 
-from calibadv.cli.logging import quiet_libraries
 from calibadv.config.files import read_words
 from calibadv.config.help import PLAN
 from calibadv.config.lightning_cli import ReadingCLI
+from calibadv.config.logging import quiet_libraries
 from calibadv.config.trainer_checks import number_of_processes
 from calibadv.errors import UserError
 from calibadv.planning.job import GIB, GPUS, PRECISIONS, Assumptions, Gpu, Job, Precision, Sampler
@@ -101,7 +101,7 @@ class PlanCLI(ReadingCLI):
         super().parse_arguments(parser, args)
 
 
-def plan(arguments: Sequence[str]) -> None:
+def plan(arguments: Sequence[str]) -> int:
     """Print what the run of a config will take: memory of a device by phase, and seconds of a rollout step.
 
     No weights are loaded, nothing is run and nothing is written.
@@ -111,6 +111,7 @@ def plan(arguments: Sequence[str]) -> None:
     settings, sizing = cli.settings_of_fit, cli.sizing
     job = read_job(settings, sizing)
     print_report(job, sizing.gpu, settings.trainer.precision or "32-true", _notes(settings, job))
+    return 0
 
 
 def read_job(settings: Namespace, sizing: Sizing) -> Job:

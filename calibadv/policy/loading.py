@@ -1,4 +1,4 @@
-"""Load the policy from an ordinary Hugging Face folder, and make its reference."""
+"""Loading a policy from a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,15 @@ from calibadv.errors import UserError
 from calibadv.policy.lora import Lora, same_for_every_seed, with_adapters
 from calibadv.policy.policy import Policy
 from calibadv.policy.tokenizer import STOP_TAGS, TAGS, AgentTokenizer, prepare_tags
-from calibadv.world import EMBEDDED, policy_folder
 
 log = logging.getLogger(__name__)
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def policy_folder() -> Path:
+    """Return the Hugging Face folder of the embedded policy, which ``calibadv world`` makes."""
+    return _PACKAGE / "world" / "policy"
 
 
 def check_model_folder(name: str) -> Path:
@@ -33,7 +39,7 @@ def check_model_folder(name: str) -> Path:
     Raises:
         UserError: there is no such folder, or it holds no model.
     """
-    folder = policy_folder() if name == EMBEDDED else Path(name)
+    folder = policy_folder() if name == "embedded" else Path(name)
     if not folder.is_dir():
         raise UserError(f"model.policy '{name}' is not a folder; give a Hugging Face model folder, or 'embedded'")
     if not (folder / "config.json").is_file():

@@ -12,12 +12,12 @@ from typing_extensions import override
 
 from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
+from calibadv.numerics.ranking import best_rows
 from calibadv.retrieval.checks import check_at_least, check_search
 from calibadv.retrieval.corpus.base import Corpus
 from calibadv.retrieval.index.bm25 import build_bm25, load_bm25, tokenize_words
 from calibadv.retrieval.index.manifest import Manifest, open_index
 from calibadv.retrieval.index.open import open_corpus
-from calibadv.retrieval.ranking import best_rows
 from calibadv.types import ScoredDocument
 
 # From this many documents on, indexing takes longer than about two seconds, so a progress bar is shown.

@@ -16,9 +16,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from typing_extensions import override
 
-from calibadv.cli.logging import quiet_libraries
 from calibadv.config.files import Option, read_words
 from calibadv.config.help import describe
+from calibadv.config.logging import quiet_libraries
 from calibadv.errors import UserError
 from calibadv.runs.folder import RunFolder
 from calibadv.runs.versions import versions

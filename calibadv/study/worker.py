@@ -14,8 +14,10 @@ from threading import Thread
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from calibadv.cli.main import main as calibadv
+from calibadv.config.logging import quiet_environment
 from calibadv.config.run_setup import STUDY_WORDS
+from calibadv.config.threads import sleep_while_waiting
+from calibadv.config.user_errors import run_reporting
 from calibadv.study.manifest import Record
 from calibadv.study.runs import StudyRun, runs_of
 
@@ -23,7 +25,7 @@ from calibadv.study.runs import StudyRun, runs_of
 def main(arguments: Sequence[str]) -> int:
     """Run or continue one run, and note when it has come to its end."""
     if STUDY_WORDS in os.environ:  # Lightning starts further processes by this command, with a copy of the environment
-        return calibadv(shlex.split(os.environ[STUDY_WORDS]))
+        return _train(shlex.split(os.environ[STUDY_WORDS]))
     out, arm, seed = arguments
     record = Record.read(Path(out))
     assert record is not None, "the study has written it"
@@ -41,10 +43,24 @@ def main(arguments: Sequence[str]) -> int:
         words = run.words
         os.environ[STUDY_WORDS] = shlex.join(words)
         console.print(f"calibadv {os.environ[STUDY_WORDS]}")
-        status = calibadv(words)
+        status = _train(words)
         if status == 0:
             run.mark_finished()
         return status
+
+
+def _train(words: Sequence[str]) -> int:
+    """Run the command line ``calibadv fit ...``."""
+    quiet_environment()
+    sleep_while_waiting()
+    verb, *arguments = words
+
+    def command() -> int:
+        from calibadv.config.verbs import run_verb
+
+        return run_verb(verb, arguments)
+
+    return run_reporting(command)
 
 
 def _end_with_the_study() -> None:

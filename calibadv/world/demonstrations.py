@@ -79,7 +79,7 @@ class WorldSearch:
 
     def search(self, query: str, top_k: int) -> list[Document]:
         """Find the best documents."""
-        from calibadv.retrieval.ranking import best_rows
+        from calibadv.numerics.ranking import best_rows
 
         known = self._index.get_tokens_ids(_search_words(query))
         if not known:

@@ -19,11 +19,11 @@ from support.records import answer, rollout, search
 
 from calibadv import calibrators, callbacks, engines, estimators, losses, retrieval, rewards
 from calibadv.cli.commands import tool_parser
-from calibadv.cli.logging import quiet_environment
 from calibadv.cli.main import main
 from calibadv.config.files import read_words
 from calibadv.config.help import TOOLS, VERBS
 from calibadv.config.lightning_cli import CalibadvCLI
+from calibadv.config.logging import quiet_environment
 from calibadv.runs.rollouts import read_rollouts, rollout_to_json, write_records
 from calibadv.world import embedded_world
 

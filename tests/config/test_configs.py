@@ -11,9 +11,9 @@ from support.encoders import bert_folder, word_folder
 from support.fits import fit
 
 from calibadv.callbacks import AdvantageCalibration
-from calibadv.cli.logging import quiet_environment
 from calibadv.config.files import config_name, configs_folder, read_words
 from calibadv.config.lightning_cli import CalibadvCLI
+from calibadv.config.logging import quiet_environment
 from calibadv.runs.rollouts import read_records
 
 # Every packaged config, and the calibrators that the recipe installs: none is plain GRPO.

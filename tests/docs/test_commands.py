@@ -20,11 +20,11 @@ from support.fits import fit
 from torch.utils.tensorboard import SummaryWriter
 
 from calibadv.cli.commands import tool_parser
-from calibadv.cli.logging import quiet_environment
 from calibadv.cli.main import main
 from calibadv.config.files import read_words
 from calibadv.config.help import PLAN, STUDY, TOOLS, VERBS
 from calibadv.config.lightning_cli import CalibadvCLI
+from calibadv.config.logging import quiet_environment
 from calibadv.study.command import read_study
 
 ROOT = Path(__file__).parents[2]

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from calibadv.analysis.replay import replay
 from calibadv.batch import RolloutBatch, collate, to_device, turn_values
-from calibadv.cli.logging import quiet_environment
 from calibadv.config.files import configs_folder, read_words
 from calibadv.config.lightning_cli import CalibadvCLI
+from calibadv.config.logging import quiet_environment
 from calibadv.distributed import SINGLE_PROCESS
 from calibadv.estimators import GRPO, IGPO, MTGRPO, RLOO, DrGRPO, GiGPO
 from calibadv.estimators._answer_likelihood import answer_likelihoods, answer_tokens, turn_gains

@@ -13,10 +13,10 @@ import torch
 from support.fits import SMALL, curves, fit
 from torch import Tensor
 
-from calibadv.cli.logging import quiet_environment
 from calibadv.cli.main import main
 from calibadv.config.files import read_words
 from calibadv.config.lightning_cli import CalibadvCLI
+from calibadv.config.logging import quiet_environment
 from calibadv.numerics.logprobs import message_perplexities
 from calibadv.policy.loading import load_policy
 from calibadv.policy.lora import Lora

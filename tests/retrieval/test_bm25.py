@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from support.corpora import write_lines
 
 from calibadv.data.questions import read_questions
+from calibadv.numerics.ranking import best_rows
 from calibadv.retrieval import BM25
 from calibadv.retrieval.index.bm25 import InvertedIndex
 from calibadv.retrieval.index.build import index
 from calibadv.retrieval.index.manifest import write_manifest
 from calibadv.retrieval.index.open import open_corpus
-from calibadv.retrieval.ranking import best_rows
 from calibadv.types import Document
 
 

@@ -22,8 +22,8 @@ from rich.console import Console
 from support.fits import SMALL, curves
 
 from calibadv.analysis.compare.command import compare
-from calibadv.cli.logging import quiet_environment
 from calibadv.cli.main import main as calibadv
+from calibadv.config.logging import quiet_environment
 from calibadv.runs.versions import versions
 from calibadv.study import study
 from calibadv.study.command import plan, read_study

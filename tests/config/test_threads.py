@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from calibadv.cli.threads import limit_threads, sleep_while_waiting
+from calibadv.config.threads import limit_threads, sleep_while_waiting
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Selection of the best rows by score."""
+"""Ranking by scores."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from calibadv.cli.logging import ended_by_sigterm, quiet_libraries
 from calibadv.config.files import ConfigFile, Option, read_words
 from calibadv.config.lightning_cli import CalibadvCLI
+from calibadv.config.logging import ended_by_sigterm, quiet_libraries
 from calibadv.config.overlays import scan_settings
 from calibadv.config.run_setup import (
     FinishedError,
