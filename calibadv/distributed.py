@@ -81,11 +81,11 @@ class ProcessGroup:
         """
         failure_here = own.error and (_kind(own.error), str(own.error) or type(own.error).__name__)
         gathered = self.gather((own.result, failure_here))
-        failures = [(rank, failure) for rank, (_, failure) in enumerate(gathered) if failure]
-        if failures:
-            rank, (kind, text) = failures[0]
-            with raising_together():
-                raise own.error or (kind or RuntimeError)(f"process {rank}: {text}")
+        for rank, (_, failure) in enumerate(gathered):
+            if failure:
+                kind, text = failure
+                with raising_together():
+                    raise own.error or (kind or RuntimeError)(f"process {rank}: {text}")
         sources = [iter(items or ()) for items, _ in gathered]
         return [next(sources[owner]) for owner in owners]
 

@@ -20,8 +20,7 @@ from calibadv.agent.rollout import Draws, check_engine
 from calibadv.agent.tools import make_tools
 from calibadv.batch import StepOutput, collate, to_device
 from calibadv.calibrators import check_combination
-from calibadv.data.datamodule import QuestionData, replacement_questions
-from calibadv.errors import UserError
+from calibadv.data.datamodule import replacement_questions
 from calibadv.interfaces import (
     AdvantageEstimator,
     Calibrator,
@@ -43,25 +42,22 @@ from calibadv.policy.reference import Reference, make_reference
 from calibadv.protocol.search import SearchProtocol
 from calibadv.training.advantages import compute_advantages
 from calibadv.training.checks import (
+    check_data,
     check_filter,
     check_importance_sampling,
     check_numbers,
     check_objective,
-    check_prompts,
-    check_questions_per_step,
     check_replaced,
     check_trainer,
 )
 from calibadv.training.importance_sampling import TruncatedImportanceSampling
 from calibadv.training.logprobs import UpdateBatch, compute_old_logprobs, loss_inputs
-from calibadv.training.metrics import rollout_metrics, speed_metrics, stability_metrics
+from calibadv.training.metrics import Stopwatch, rollout_metrics, speed_metrics, stability_metrics
 from calibadv.training.minibatches import Batching
 from calibadv.training.objective import Objective
 from calibadv.training.optimization import UpdateMetrics, clip_gradient
-from calibadv.training.policy_module import PolicyModule
+from calibadv.training.policy_module import PolicyModule, Schedule
 from calibadv.training.sampling import RolloutSampler, collect_groups
-from calibadv.training.schedule import Schedule
-from calibadv.training.timer import Stopwatch
 from calibadv.types import Metrics, Question
 
 log = logging.getLogger(__name__)
@@ -290,10 +286,4 @@ class SearchAgentModule(PolicyModule):
         check_engine(self.agent)
         check_positions(self.policy, self.agent.protocol.max_rollout_tokens)
         self.sampler.engine_is_stale = True  # a checkpoint may be loaded after this, and parameters be sharded
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, QuestionData):
-            if fitting:
-                check_questions_per_step(data.questions_per_step, self.trainer.world_size)
-            check_prompts(data.questions_for(stage), self.agent)
-        elif fitting and self.group_filter is not None:
-            raise UserError("model.group_filter asks further questions of QuestionData; give that to fit as datamodule")
+        check_data(self.trainer, stage, self.agent, self.group_filter)

@@ -46,23 +46,23 @@ class Environment:
         Raises:
             UserError: a call names no tool, or a tool raised an error of its own, or returned what is no result.
         """
-        known = {tool.name for tool in self.tools}
-        unknown = {call.tool for calls in messages for call in calls} - known
-        if unknown:
-            raise UserError(f"the protocol calls '{min(unknown)}', and the tools are {', '.join(sorted(known))}")
-        found: dict[tuple[int, int], ToolResult | ToolError] = {}
-        for tool in self.tools:
-            places = [
-                (index, number)
-                for index, calls in enumerate(messages)
-                for number, call in enumerate(calls)
-                if call.tool == tool.name
-            ]
-            results = _run(tool, [messages[index][number] for index, number in places]) if places else []
-            found |= {place: self._own(tool, result) for place, result in zip(places, results, strict=True)}
-        return [
-            _outcome([found[index, number] for number in range(len(calls))]) for index, calls in enumerate(messages)
-        ]
+        results: list[list[Any]] = [[None] * len(calls) for calls in messages]
+        for tool, places in self._places(messages).items():
+            found = _run(tool, [messages[index][number] for index, number in places])
+            for (index, number), result in zip(places, found, strict=True):
+                results[index][number] = self._own(tool, result)
+        return [_outcome(own) for own in results]
+
+    def _places(self, messages: Sequence[Sequence[ToolCall]]) -> dict[Tool, list[tuple[int, int]]]:
+        """Where the calls of each tool are: the indices of message and call."""
+        tools = {tool.name: tool for tool in self.tools}
+        places: dict[Tool, list[tuple[int, int]]] = {}
+        for index, calls in enumerate(messages):
+            for number, call in enumerate(calls):
+                if call.tool not in tools:
+                    raise UserError(f"the protocol calls '{call.tool}', and the tools are {', '.join(sorted(tools))}")
+                places.setdefault(tools[call.tool], []).append((index, number))
+        return places
 
     def metrics(self) -> Metrics:
         """Return the curves of the tools, ``retrieval/...`` or, of several tools, ``retrieval/<tool>/...``."""
@@ -99,10 +99,14 @@ def _run(tool: Tool, calls: Sequence[ToolCall]) -> Sequence[ToolResult | ToolErr
             f"{name}.call raised {type(error).__name__} ({one_line(error)}); mend it, or return a ToolError for a call "
             "that cannot be made"
         ) from error
-    if not isinstance(results, list | tuple) or len(results) != len(calls):
+    return _checked(results, len(calls), name)
+
+
+def _checked(results: Any, calls: int, name: str) -> Sequence[ToolResult | ToolError]:
+    if not isinstance(results, list | tuple) or len(results) != calls:
         what = f"{len(results)} results" if isinstance(results, list | tuple) else shown(results)
-        raise UserError(f"{name}.call returned {what} for {len(calls)} calls; it must be a list with one for each")
-    wrong = next((result for result in results if not isinstance(result, ToolResult | ToolError)), None)
-    if wrong is not None:
-        raise UserError(f"{name}.call returned {shown(wrong)}; a result is a ToolResult or a ToolError")
+        raise UserError(f"{name}.call returned {what} for {calls} calls; it must be a list with one for each")
+    wrong = [result for result in results if not isinstance(result, ToolResult | ToolError)]
+    if wrong:
+        raise UserError(f"{name}.call returned {shown(wrong[0])}; a result is a ToolResult or a ToolError")
     return results

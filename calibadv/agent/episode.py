@@ -54,6 +54,11 @@ class Episode:
         return self.messages[-1].calls
 
 
+def unfinished(episodes: Sequence[Episode]) -> list[Episode]:
+    """Return the episodes that go on."""
+    return [episode for episode in episodes if episode.status is None]
+
+
 def append_message(episode: Episode, completion: Completion, agent: Agent) -> None:
     """Append a message to an episode, in place; the episode ends unless the message calls a tool.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calibadv.agent.completions import check_count
-from calibadv.agent.episode import Agent, Episode, append_message, append_observations, to_rollout
+from calibadv.agent.episode import Agent, Episode, append_message, append_observations, to_rollout, unfinished
 from calibadv.agent.patience import PatientEnvironment, Waiting
 from calibadv.agent.streaming import Key, run_streaming
 from calibadv.distributed import SINGLE_PROCESS, ProcessGroup
@@ -96,10 +96,10 @@ def _run_lockstep(
         check_count(completions, agent.engine, [episode.question for episode in active])
         for episode, completion in zip(active, completions, strict=True):
             append_message(episode, completion, agent)
-        active = [episode for episode in active if episode.status is None]
+        active = unfinished(active)
         if active:
             append_observations(active, environment.step([episode.calls for episode in active]), agent)
-        active = [episode for episode in active if episode.status is None]
+        active = unfinished(active)
 
 
 def check_engine(agent: Agent) -> None:

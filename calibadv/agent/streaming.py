@@ -8,7 +8,7 @@ from contextlib import closing
 
 from calibadv.agent.completions import check_count, collect
 from calibadv.agent.environment import Outcome
-from calibadv.agent.episode import Agent, Episode, append_message, append_observations
+from calibadv.agent.episode import Agent, Episode, append_message, append_observations, unfinished
 from calibadv.agent.patience import PatientEnvironment
 from calibadv.interfaces import StreamingEngine
 from calibadv.types import DrawKey, Sampling
@@ -42,10 +42,17 @@ def run_streaming(
     pending: list[Episode] = []  # have made calls that are not run yet
 
     def submit(ready: Sequence[Episode]) -> None:
-        going = [episode for episode in ready if episode.status is None]
+        going = unfinished(ready)
         numbers = engine.submit([e.token_ids for e in going], sampling, [key(e) for e in going])
         check_count(numbers, engine, [e.question for e in going])
         in_flight.update(zip(numbers, going, strict=True))
+
+    def receive() -> list[Episode]:
+        done = collect(engine, {number: episode.question for number, episode in in_flight.items()})
+        received = [in_flight.pop(number) for number in done]
+        for episode, completion in zip(received, done.values(), strict=True):
+            append_message(episode, completion, agent)
+        return received
 
     submit(episodes)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="search") as background, closing(environment):
@@ -59,9 +66,4 @@ def run_streaming(
             if pending and not acting:
                 acting, pending = pending, []
                 found = background.submit(environment.step, [episode.calls for episode in acting])
-            questions = {number: episode.question for number, episode in in_flight.items()}
-            for number, completion in collect(engine, questions).items() if in_flight else ():
-                episode = in_flight.pop(number)
-                append_message(episode, completion, agent)
-                if episode.status is None:
-                    pending.append(episode)
+            pending += unfinished(receive() if in_flight else [])

@@ -119,12 +119,15 @@ def histograms(output: StepOutput) -> dict[str, Any]:
 
 def swept_settings(config: Mapping[str, Any]) -> dict[str, Setting]:
     """The settings of a run that people vary, flat."""
-    found = {key: _look_up(config, key) for key in _SWEPT}
-    callbacks = [_arguments(callback) for callback in _look_up(config, "trainer.callbacks") or []]
-    calibrators = [calibrator for arguments in callbacks for calibrator in arguments.get("calibrators") or []]
-    flat = {key.rpartition(".")[2] if key.startswith("model") else key: value for key, value in found.items()}
-    named = {"calibrators": as_text(calibrators) if calibrators else "none", **flat}
+    named = {"calibrators": _calibrators(config) or "none"}
+    for key in _SWEPT:
+        named[key.rpartition(".")[2] if key.startswith("model") else key] = _look_up(config, key)
     return {key: value if isinstance(value, Setting) else as_text(value) for key, value in named.items()}
+
+
+def _calibrators(config: Mapping[str, Any]) -> list[Any]:
+    callbacks = [_arguments(callback) for callback in _look_up(config, "trainer.callbacks") or []]
+    return [calibrator for arguments in callbacks for calibrator in arguments.get("calibrators") or []]
 
 
 def _look_up(config: Any, key: str) -> Any:

@@ -37,11 +37,9 @@ def explain(message: str, options: Collection[str] = (), verb: str = "") -> str:
     nested = _LAST_CALLBACK.search(message)
     if nested:
         return _option_of_last_callback(*nested.groups())
-    unknown = re.search(r"unrecognized arguments: (\S+)", message)
-    if unknown:
+    if unknown := re.search(r"unrecognized arguments: (\S+)", message):
         return _unknown_option(unknown[1].partition("=")[0], options)
-    in_file = re.search(r"does not accept option '([^']+)'", message)
-    if in_file:
+    if in_file := re.search(r"does not accept option '([^']+)'", message):
         return _unknown_option(f"--{in_file[1].rstrip('+')}", options)
     missing = re.search(r"arguments are required: (.+)", message)
     keys = list(dict.fromkeys(_KEY.findall(message)))

@@ -121,13 +121,9 @@ class CalibadvCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.verb]
         check_trainer(config.trainer)
-        prefix = [] if self.verb == "fit" else [self.verb]
-        names = [setting.path.stem for setting in self.settings if isinstance(setting, ConfigFile)]
-        seed = f"seed{config.seed_everything}"
-        default_name = "-".join([*prefix, *names, seed, moment()])
         if config.ckpt_path == "auto" and self.verb != "fit":
             raise UserError("--ckpt_path auto is for fit, which may start anew; give last, or a checkpoint")
-        folder = locate(config.run.root, config.run.name, default_name, config.ckpt_path)
+        folder = locate(config.run.root, config.run.name, self._default_name(), config.ckpt_path)
         if self._lock is not None and is_first_process():
             self._lock.take(folder)
         self.start = plan_start(folder, config.ckpt_path)
@@ -141,6 +137,11 @@ class CalibadvCLI(LightningCLI):
         else:
             refuse_untrained(self.start, self.verb)
         config.ckpt_path = self.start.checkpoint and str(self.start.checkpoint)
+
+    def _default_name(self) -> str:
+        prefix = [] if self.verb == "fit" else [self.verb]
+        names = [setting.path.stem for setting in self.settings if isinstance(setting, ConfigFile)]
+        return "-".join([*prefix, *names, f"seed{self.config[self.verb].seed_everything}", moment()])
 
     @property
     def resume_command(self) -> str:

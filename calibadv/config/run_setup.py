@@ -155,8 +155,7 @@ def check_left_to_do(start: Start, rollout_steps: int, ckpt_path: str) -> None:
     done = start.resumed_from
     if done is None:
         return
-    own = owner(start.checkpoint) if start.checkpoint else None
-    finished = start.folder.is_finished and (own is None or own.path.resolve() == start.folder.path.resolve())
+    finished = start.folder.is_finished and _is_own(start)
     if ckpt_path == "auto" and finished and (done >= rollout_steps or stops_of_guard(start.folder)[-1:] == [done]):
         why = "" if done >= rollout_steps else ", where its guard stopped it; --ckpt_path last goes on"
         raise FinishedError(f"{start.folder.path} is finished at rollout step {done}{why}")
@@ -165,6 +164,12 @@ def check_left_to_do(start: Start, rollout_steps: int, ckpt_path: str) -> None:
             f"nothing is left to do: the checkpoint holds {done} rollout steps and model.rollout_steps is "
             f"{rollout_steps}; raise it to go on"
         )
+
+
+def _is_own(start: Start) -> bool:
+    """Whether the checkpoint belongs to the folder of the run, as far as its place tells."""
+    own = owner(start.checkpoint) if start.checkpoint else None
+    return own is None or own.path.resolve() == start.folder.path.resolve()
 
 
 def refuse_untrained(start: Start, verb: str) -> None:

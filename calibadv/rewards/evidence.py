@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -60,12 +60,12 @@ def step_correctness(rollout: Rollout, silver: frozenset[str]) -> tuple[float | 
     turns = [frozenset(document.id for document in documents or ()) for documents in found]
     if not rollout.format_valid or not silver:
         return _where_found(found, [0.0] * len(turns))
-    shares = [len(new & silver) / len(turn) if turn else 0.0 for turn, new in zip(turns, _new(turns), strict=True)]
+    shares = _shares(turns, silver)
     if not any(shares[1:]):
         return _where_found(found, shares)  # nothing for a repetition to undo, so the thinks need not be read
     thinks = [message.think.split() for message in rollout.messages]
     for place, share in enumerate(shares):
-        if share and (_repeats_documents(turns, place) or _repeats_think(thinks, place)):
+        if share and _repeats(turns, thinks, place):
             shares[place] = 0.0
     return _where_found(found, shares)
 
@@ -74,18 +74,20 @@ def _where_found(found: Sequence[object | None], shares: Sequence[float]) -> tup
     return tuple(None if documents is None else share for documents, share in zip(found, shares, strict=True))
 
 
-def _new(turns: Sequence[frozenset[str]]) -> Iterator[frozenset[str]]:
+def _shares(turns: Sequence[frozenset[str]], wanted: frozenset[str]) -> list[float]:
+    """The share of wanted documents among each turn's, those of earlier turns left out of the count."""
     seen: frozenset[str] = frozenset()
+    shares = []
     for turn in turns:
-        yield turn - seen
+        shares.append(len((turn - seen) & wanted) / len(turn) if turn else 0.0)
         seen |= turn
+    return shares
 
 
-def _repeats_documents(turns: Sequence[frozenset[str]], place: int) -> bool:
-    return any(len(turns[place] & earlier) > 1 for earlier in turns[:place])
-
-
-def _repeats_think(thinks: Sequence[Sequence[str]], place: int) -> bool:
+def _repeats(turns: Sequence[frozenset[str]], thinks: Sequence[Sequence[str]], place: int) -> bool:
+    """True if a turn shares documents, or its think, with an earlier one."""
+    if any(len(turns[place] & earlier) > 1 for earlier in turns[:place]):
+        return True
     similarity = partial(Levenshtein.normalized_similarity, thinks[place], score_cutoff=SIMILAR_THINK)  # 0.0 below it
     return any(similarity(other) > SIMILAR_THINK for other in thinks[:place])
 
@@ -129,5 +131,4 @@ def true_step_correctness(rollout: Rollout) -> tuple[float | None, ...] | None:
     gold = frozenset(str(label) for label in labels)
     found = rollout.turn_documents
     turns = [frozenset(doc.id if by_id else doc.title for doc in documents or ()) for documents in found]
-    shares = [len(new & gold) / len(turn) if turn else 0.0 for turn, new in zip(turns, _new(turns), strict=True)]
-    return _where_found(found, shares)
+    return _where_found(found, _shares(turns, gold))

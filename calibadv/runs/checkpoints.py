@@ -173,15 +173,17 @@ def _wrong_content(content: Any, checkpoint: Path) -> str | None:
     ):
         if key in part and (wrong := _wrong_kind(part[key], inner)):
             return f"in '{key}', {wrong}"
-    step, named = content["rollout_step"], step_of(checkpoint)
+    step = content["rollout_step"]
     if step < 0:
         return f"it has {step} as 'rollout_step'"
-    if named not in (-1, step):
+    if step_of(checkpoint) not in (-1, step):
         return f"it holds rollout step {step}, which its name contradicts"
-    for name, tensor in content.get("state_dict", {}).items():
-        if not isinstance(tensor, Tensor) or (tensor.is_floating_point() and not tensor.isfinite().all()):
-            return f"its weight {name} is not finite"
-    return None
+    broken = (name for name, tensor in content.get("state_dict", {}).items() if not _is_finite(tensor))
+    return next((f"its weight {name} is not finite" for name in broken), None)
+
+
+def _is_finite(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and (not tensor.is_floating_point() or bool(tensor.isfinite().all()))
 
 
 def _digest(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 _FINAL_EVALUATIONS = 3
@@ -26,8 +27,9 @@ def outcome(validations: Sequence[dict[str, float]]) -> dict[str, Any]:
     scores = [row["f1"] for row in rows]
     last = [row["f1"] for row in final_validations(rows)]
     final = sum(last) / len(last)
-    fallen = [score <= max(scores[: place + 1]) - DROP + ROUNDING for place, score in enumerate(scores)]
-    still_up = max((place for place, down in enumerate(fallen) if not down), default=-1)
+    best_so_far = accumulate(scores, max)
+    fallen = [score <= best - DROP + ROUNDING for score, best in zip(scores, best_so_far, strict=True)]
+    still_up = max((index for index, down in enumerate(fallen) if not down), default=-1)
     return {
         "best_f1": max(scores),
         "final_f1": final,

@@ -99,10 +99,10 @@ def check_optimizer(states: Sequence[Any], trained: Sequence[nn.Parameter]) -> N
     """
     content = states[0] if len(states) == 1 and isinstance(states[0], dict) else {}
     state, groups = content.get("state", {}), content.get("param_groups", [])
-    wrong = [index for index, values in state.items() if not _fits(values, trained, index)]
+    wrong = next((f"parameter {index}" for index, values in state.items() if not _fits(values, trained, index)), None)
     grouped = sum(len(group.get("params", ())) for group in groups)
-    if wrong or len(groups) != 1 or grouped != len(trained) or len(state) not in (0, len(trained)):
-        where = f"parameter {wrong[0]}" if wrong else f"{len(state)} of {len(trained)} parameters"
+    if wrong or grouped != len(trained) or len(state) not in (0, len(trained)):
+        where = wrong or f"{len(state)} of {len(trained)} parameters"
         raise UserError(
             f"the checkpoint's optimizer state does not fit the policy ({where}); resume from another checkpoint"
         )

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 
 from calibadv.agent.episode import Agent
 from calibadv.agent.rollout import check_prompt
+from calibadv.data.datamodule import QuestionData
 from calibadv.errors import UserError
 from calibadv.interfaces import AdvantageEstimator, GroupFilter
 from calibadv.policy.precision import check_precision
 from calibadv.training.objective import Objective
-from calibadv.types import Question
 
 if TYPE_CHECKING:
     from calibadv.training.importance_sampling import TruncatedImportanceSampling
@@ -79,7 +79,8 @@ def check_objective(objective: Objective, mini_batches: int, old_logprobs: str) 
             "model.kl_estimator is k1: as a term of the loss, its gradient does not depend on the reference, and "
             "nothing pulls the policy back to it; k2 and k3 do"
         )
-    if objective.loss.requires_multiple_updates and mini_batches == 1 and old_logprobs == "trainer":
+    ratio_is_one = mini_batches == 1 and old_logprobs == "trainer"
+    if ratio_is_one and objective.loss.requires_multiple_updates:
         log.warning(
             "model.mini_batches is 1, so every ratio is 1 when a rollout step makes its only update, and this %s "
             "behaves like the default PPOClip; set mini_batches to at least 2",
@@ -91,16 +92,21 @@ def check_objective(objective: Objective, mini_batches: int, old_logprobs: str) 
             raise UserError(
                 f"model.regularizers names {kind} {kinds.count(kind)} times; keep one, with the sum of weights"
             )
-        if regularizer.requires_multiple_updates and old_logprobs == "engine":
-            raise UserError(
-                f"model.old_logprobs is engine and {kind} acts on changes of the trainer's log-probabilities: "
-                "it would take the engine's other numerics for that; set old_logprobs to trainer"
-            )
-        if regularizer.requires_multiple_updates and mini_batches < 2:
-            raise UserError(
-                f"model.mini_batches is {mini_batches} and {kind} acts on what earlier updates of a rollout step "
-                f"have changed, of which there are none; set mini_batches to at least 2, or leave {kind} out"
-            )
+        if regularizer.requires_multiple_updates:
+            _check_updates(kind, mini_batches, old_logprobs)
+
+
+def _check_updates(kind: str, mini_batches: int, old_logprobs: str) -> None:
+    if old_logprobs == "engine":
+        raise UserError(
+            f"model.old_logprobs is engine and {kind} acts on changes of the trainer's log-probabilities: "
+            "it would take the engine's other numerics for that; set old_logprobs to trainer"
+        )
+    if mini_batches < 2:
+        raise UserError(
+            f"model.mini_batches is {mini_batches} and {kind} acts on what earlier updates of a rollout step "
+            f"have changed, of which there are none; set mini_batches to at least 2, or leave {kind} out"
+        )
 
 
 def check_filter(group_filter: GroupFilter | None, estimator: AdvantageEstimator, group_size: int) -> None:
@@ -117,18 +123,23 @@ def check_filter(group_filter: GroupFilter | None, estimator: AdvantageEstimator
         )
 
 
-def check_questions_per_step(questions_per_step: int, world_size: int) -> None:
-    """Refuse a number of questions that the ranks cannot share evenly."""
-    if questions_per_step % world_size:
+def check_data(trainer: Trainer, stage: str, agent: Agent, group_filter: GroupFilter | None) -> None:
+    """Refuse questions that the ranks cannot share evenly, or whose prompt alone fills a rollout.
+
+    Of many questions, the longest are checked.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, QuestionData):
+        if stage == "fit" and group_filter is not None:
+            raise UserError("model.group_filter asks further questions of QuestionData; give that to fit as datamodule")
+        return
+    if stage == "fit" and data.questions_per_step % trainer.world_size:
         raise UserError(
-            f"data.questions_per_step is {questions_per_step} and there are {world_size} processes, which must share "
-            "the questions evenly; give a multiple"
+            f"data.questions_per_step is {data.questions_per_step} and there are {trainer.world_size} processes, which "
+            "must share the questions evenly; give a multiple"
         )
-
-
-def check_prompts(questions: Sequence[Question], agent: Agent) -> None:
-    """Refuse questions whose prompt alone fills a rollout; of many, the longest are checked."""
-    for question in sorted(questions, key=lambda question: -len(question.question))[:_PROMPTS_CHECKED]:
+    longest = sorted(data.questions_for(stage), key=lambda question: -len(question.question))
+    for question in longest[:_PROMPTS_CHECKED]:
         check_prompt(question, agent)
 
 

@@ -5,7 +5,9 @@ A curve without anything to average over in a batch is left out for that step, n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from torch import Tensor
@@ -84,13 +86,9 @@ def advantage_metrics(batch: RolloutBatch, advantages: Tensor, stage: str) -> Me
 
 
 def group_metrics(batch: RolloutBatch) -> Metrics:
-    """What the groups offer to learn from, over the groups that are trained."""
-    included = batch.included.tolist()
-    groups = [
-        [batch.rollouts[row] for row in rows if included[row]]
-        for rows in group_rollouts(batch.rollouts)
-        if any(included[row] for row in rows)
-    ]
+    """Silver documents of the groups that are trained, and how many have equal rewards."""
+    rollouts = [batch.rollouts[row] for row in batch.included.nonzero().flatten().tolist()]
+    groups = [[rollouts[row] for row in rows] for rows in group_rollouts(rollouts)]
     sizes = [len(group[0].silver) for group in groups]
     return _without_empty(
         {
@@ -109,13 +107,11 @@ def credit_metrics(batch: RolloutBatch, estimated: Tensor) -> Metrics:
     silver: list[bool] = []
     gold: list[bool] = []
     for row in np.flatnonzero(batch.included.numpy(force=True)):
-        rollout = batch.rollouts[row]
-        negative = penalized[row]
-        correctness = [(turn, value) for turn, value in enumerate(rollout.step_correctness) if value is not None]
-        found.extend(value for _, value in correctness)
-        silver.extend(value > 0 for turn, value in correctness if negative[turn])
-        truth = true_step_correctness(rollout) if negative.any() else None
-        gold.extend(value > 0 for turn, value in enumerate(truth or ()) if value is not None and negative[turn])
+        rollout, negative = batch.rollouts[row], penalized[row]
+        found.extend(value for value in rollout.step_correctness if value is not None)
+        silver.extend(_correct(rollout.step_correctness, negative))
+        if negative.any():
+            gold.extend(_correct(true_step_correctness(rollout) or (), negative))
     return _without_empty(
         {
             "credit/step_correctness": found,
@@ -123,6 +119,11 @@ def credit_metrics(batch: RolloutBatch, estimated: Tensor) -> Metrics:
             "credit/true_mispenalised": gold,
         }
     )
+
+
+def _correct(correctness: Sequence[float | None], chosen: Sequence[bool]) -> list[bool]:
+    """Whether each chosen search turn that finds documents found some that count."""
+    return [value > 0 for value, is_chosen in zip(correctness, chosen, strict=False) if is_chosen and value is not None]
 
 
 def evaluation_metrics(rollouts: Sequence[Rollout]) -> Metrics:
@@ -192,3 +193,21 @@ def stability_metrics(batch: RolloutBatch, old: BatchLogprobs, garbled_perplexit
         "stability/sampler_drift_mean": drift.mean().item(),
         "stability/sampler_drift_max": drift.max().item(),
     }
+
+
+class Stopwatch:
+    """Collects seconds by stage.
+
+    Attributes:
+        seconds: wall time of each stage, all its measurements so far added up.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Measure what runs inside."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

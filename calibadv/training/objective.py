@@ -11,7 +11,7 @@ from calibadv.batch import LossInputs
 from calibadv.errors import UserError, shown
 from calibadv.interfaces import PolicyLoss, Regularizer
 from calibadv.numerics.kl import KL_ESTIMATORS, KLEstimator, k3
-from calibadv.training.contracts import checked_pair
+from calibadv.training.advantages import checked_pair
 from calibadv.types import Metrics
 
 # Curves of every update, which no part may report another value of.

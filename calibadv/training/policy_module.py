@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 import yaml
@@ -25,7 +27,6 @@ from calibadv.policy.reference import Reference
 from calibadv.training.checkpoint_compat import RunIdentity, check_optimizer, check_steps_left, check_weights
 from calibadv.training.evaluation import EvaluationModule
 from calibadv.training.optimization import FiniteSteps, trained_parameters
-from calibadv.training.schedule import Schedule
 
 
 class PolicyModule(EvaluationModule):
@@ -196,3 +197,21 @@ def _from_config(cls: type[Any], settings: dict[str, Any]) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "model")
     return parser.instantiate_classes(parser.parse_object({"model": settings})).model
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Linear warm-up, then a constant rate or half a cosine: the same for all mini-batches of a rollout step."""
+
+    kind: Literal["constant", "cosine"]
+    warmup_steps: int
+    rollout_steps: int
+
+    def at(self, step: int, peak: float) -> float:
+        """Compute the learning rate of a rollout step, from 1."""
+        if step <= self.warmup_steps:
+            return peak * step / self.warmup_steps
+        if self.kind == "constant":
+            return peak
+        progress = (step - 1 - self.warmup_steps) / max(self.rollout_steps - self.warmup_steps, 1)
+        return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

@@ -19,7 +19,7 @@ from calibadv.interfaces import GroupFilter, Reward
 from calibadv.policy.policy import Policy
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
-from calibadv.training.timer import Stopwatch
+from calibadv.training.metrics import Stopwatch
 from calibadv.types import Group, Metrics, Question, Rollout, RolloutStatus
 
 # A retriever that fails this often is down; going on would train on what is left by chance.

@@ -27,7 +27,7 @@ from calibadv.training.importance_sampling import TruncatedImportanceSampling
 from calibadv.training.logprobs import BatchLogprobs, UpdateBatch, compute_logprobs
 from calibadv.training.minibatches import micro_batches, mini_batches
 from calibadv.training.objective import Objective
-from calibadv.training.schedule import Schedule
+from calibadv.training.policy_module import Schedule
 from calibadv.types import Metrics, Rollout, RolloutStatus
 
 LN2 = math.log(2)

@@ -27,7 +27,7 @@ from calibadv.policy.loading import enable_checkpointing
 from calibadv.rewards import F1
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.training.logprobs import BatchLogprobs, UpdateBatch, compute_logprobs
-from calibadv.training.timer import Stopwatch
+from calibadv.training.metrics import Stopwatch
 from calibadv.types import Metrics, Rollout
 from tools.bench.step.random_agent import Episodes, PeakMemory, graded, random_agent, random_questions, written_rollouts
 
