@@ -270,7 +270,7 @@ def test_a_resume_with_more_steps_belongs_to_the_longer_arm(study: Path, tmp_pat
         (run / "config-resume-000030.yaml").write_text(yaml.safe_dump(config))
     figures, _ = compare_runs([tmp_path / "runs"])
     assert sum("not finished (30 of 50 rollout steps)" in warning for warning in figures["warnings"]) == 4
-    assert "grpo/seed1: resumed with other settings (model.learning_rate)" in figures["warnings"]
+    assert "grpo/seed1: resumed with other settings: model.learning_rate 0.0001 (now 1.0)" in figures["warnings"]
 
 
 def test_different_questions_are_not_compared(study: Path, tmp_path: Path) -> None:
@@ -626,3 +626,18 @@ def test_meanings_come_from_the_documentation() -> None:
     assert meaning("advantage/calibrated/answer/ratio").startswith("positive / negative mass")
     assert meaning("rollout/invalid") == "share of rollouts with that status"  # without the link
     assert meaning("no/such_curve") == ""
+
+
+def test_packed_runs_give_the_same_tables(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    from tools.run_archive import pack, unpack
+
+    pack(study, tmp_path / "runs.parquet")
+    unpack(tmp_path / "runs.parquet", tmp_path / "again")
+    for name, runs in (("first", study), ("second", tmp_path / "again")):
+        compare([runs], baseline="grpo", out=tmp_path / name)
+    first, second = ((tmp_path / name / "report.md").read_text() for name in ("first", "second"))
+    assert "| calibadv |" in first
+    assert first == second
+    curves = read_curves(tmp_path / "again" / "grpo" / "seed1")
+    assert curves == read_curves(study / "grpo" / "seed1")

@@ -160,7 +160,7 @@ def _read_ours(path: Path, label: str) -> Run:
         raise UserError(f"'{folder.results}' is no JSON ({error}); copy it again, or leave its run out") from error
     changed = changed_settings(first, last)
     curves = read_curves(path)
-    notes = [f"{label}: resumed with other settings ({', '.join(changed)})"] if changed else []
+    notes = [f"{label}: resumed with other settings: {', '.join(changed)}"] if changed else []
     if not curves:
         notes.append(f"{label}: no TensorBoard curves; only the figures of its validations are shown")
     notes += _not_finite(curves, label)
