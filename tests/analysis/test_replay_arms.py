@@ -233,7 +233,7 @@ def test_arms_that_cannot_be_replayed(three: Path, tmp_path: Path, arm: str, pro
 
 def test_each_arm_writes_a_file_of_its_name(three: Path, tmp_path: Path) -> None:
     replay([three], tmp_path / "out", arm=["grpo", "calibadv=calibrators/calibadv"])
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"grpo.jsonl", "calibadv.io.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"grpo.jsonl", "calibadv.jsonl"}
     for name, config in (("grpo", []), ("calibadv", ["calibrators/calibadv"])):
         replay([three], tmp_path / "alone.jsonl", config)
         assert (tmp_path / "out" / f"{name}.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
