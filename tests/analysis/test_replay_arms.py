@@ -218,7 +218,7 @@ def test_settings_that_decide_no_advantages_are_named(three: Path, capsys: pytes
         ("two=calibrators/calibadv+calibrators/soft_penalty", r"arm 'two': .* each install an AdvantageCalibration"),
         ("none=calibrators/none", r"arm 'none': config 'calibrators/none' is neither a file nor a packaged config"),
         ("a b", r"arm 'a b': a name has letters, digits"),
-        ("GRPO", r"arm 'GRPO' is there twice"),
+        ("GRPO", r"duplicate arm 'GRPO'; arm names must be unique"),
     ],
 )
 def test_arms_that_cannot_be_replayed(three: Path, tmp_path: Path, arm: str, problem: str) -> None:
