@@ -28,7 +28,7 @@ PER_RUN_OPTIONS = {
 
 @dataclass
 class StudyOptions:
-    """The options of ``calibadv study`` that are not options of ``fit``."""
+    """Arms and seeds of a study, and the number of parallel runs."""
 
     out: str
     """Folder of the study: runs in OUT/ARM/seedK, the report in OUT/report. A second call with it continues."""
