@@ -156,16 +156,16 @@ def _run(manifest: StudyManifest, jobs: int, options: StudyOptions, command: str
 
 def _report(arms: Sequence[str], state: StudyState, options: StudyOptions, command: str) -> None:
     """Write the report of the finished runs, as ``compare`` does, with a warning for each failed one."""
-    from calibadv.analysis.compare.command import compare_runs, print_figures, write_report
+    from calibadv.analysis.compare.command import compare_runs, print_results, write_report
     from calibadv.analysis.compare.summary import default_baseline
 
     finished = sorted(state.finished, key=lambda run: (arms.index(run.arm), run.seed))
     wanted = options.baseline or default_baseline(arms)
     baseline = wanted if any(run.arm == wanted for run in finished) else None
-    figures, compared = compare_runs([run.folder.path for run in finished], baseline)
+    results, compared = compare_runs([run.folder.path for run in finished], baseline)
     missing = [f"{run.name} failed, and is not in this report" for run in state.failed]
     if baseline is None:
-        missing.append(f"no run of {wanted} is finished, so {figures['baseline']} is the baseline instead")
-    figures["warnings"][:0] = missing
-    write_report(options.folder / REPORT, figures, compared, command)
-    print_figures(figures)
+        missing.append(f"no run of {wanted} is finished, so {results['baseline']} is the baseline instead")
+    results["warnings"][:0] = missing
+    write_report(options.folder / REPORT, results, compared, command)
+    print_results(results)

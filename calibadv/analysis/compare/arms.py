@@ -35,13 +35,13 @@ class Arm:
     runs: tuple[Run, ...]
 
     @property
-    def ours(self) -> bool:
+    def is_calibadv_run(self) -> bool:
         """Whether this program made the runs."""
-        return self.runs[0].ours
+        return self.runs[0].is_calibadv_run
 
     @property
     def finished(self) -> list[Run]:
-        """The runs that have figures: trained to the end, with validations."""
+        """The runs that have results: trained to the end, with validations."""
         return [run for run in self.runs if run.finished]
 
     @property
@@ -93,11 +93,11 @@ def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
     for proposed in (bases, [_own_folder(group, owners) for group in groups]):
         unique = [name if proposed.count(name) == 1 and name not in names else "" for name in proposed]
         names = [name or other for name, other in zip(names, unique, strict=True)]
-    nameless = [place for place, name in enumerate(names) if not name]
-    for base in {bases[place] for place in nameless}:
-        alike = [place for place in nameless if bases[place] == base]
-        for place, given in zip(alike, _settings_names([groups[place][0] for place in alike]), strict=True):
-            names[place] = ", ".join(filter(None, [base, given]))
+    nameless = [index for index, name in enumerate(names) if not name]
+    for base in {bases[index] for index in nameless}:
+        alike = [index for index in nameless if bases[index] == base]
+        for index, given in zip(alike, _settings_names([groups[index][0] for index in alike]), strict=True):
+            names[index] = ", ".join(filter(None, [base, given]))
     counts = Counter(names)
     return [name if counts[name] == 1 else group[0].label for name, group in zip(names, groups, strict=True)]
 
@@ -118,9 +118,9 @@ def _base_name(group: Sequence[Run]) -> str:
 
 def _without_seed(run: Run) -> str:
     """``quickstart`` for the name that ``fit`` gives a run; whole where the number at its end is not the seed."""
-    name = _MOMENT.sub("", run.path.name) if run.ours else run.path.name
+    name = _MOMENT.sub("", run.path.name) if run.is_calibadv_run else run.path.name
     ending = _SEED_SUFFIX.search(name)
-    is_seed = ending is not None and (not run.ours or int(ending[1]) == run.seed)
+    is_seed = ending is not None and (not run.is_calibadv_run or int(ending[1]) == run.seed)
     return _SEED_SUFFIX.sub("", name) if is_seed else name
 
 
@@ -137,7 +137,7 @@ def _settings_names(runs: Sequence[Run]) -> list[str]:
     names: list[str] = [""] * len(runs)
     for longest, count in product((_SHORT_VALUE, None), range(1, len(settings) + 1)):
         chosen = settings[:count]
-        names = [_joined([(key, texts[place]) for key, texts in chosen], longest) for place in range(len(runs))]
+        names = [_joined([(key, texts[index]) for key, texts in chosen], longest) for index in range(len(runs))]
         if len(set(names)) == len(names):
             break
     return names
@@ -167,7 +167,7 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def _values(texts: Sequence[str], runs: Sequence[Run]) -> set[str]:
-    return {text for text, run in zip(texts, runs, strict=True) if run.ours}
+    return {text for text, run in zip(texts, runs, strict=True) if run.is_calibadv_run}
 
 
 def _value(settings: Mapping[str, Any], key: str) -> str:

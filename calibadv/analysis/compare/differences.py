@@ -11,7 +11,7 @@ import numpy as np
 from calibadv.analysis.compare.arms import Arm
 from calibadv.analysis.compare.runs import Run
 from calibadv.analysis.compare.scores import Floats, RunScores
-from calibadv.analysis.statistics import holm, interval_over_whole, sign_flip_test, smallest_p
+from calibadv.analysis.statistics import bootstrap_complete_cases, holm_correction, sign_flip_test, smallest_p
 from calibadv.runs.summary import final_validations
 
 DIGITS = 6  # of every fraction in results.json
@@ -46,22 +46,22 @@ class ArmScores:
         return int(np.any(missing, axis=0).sum()) if self.questions and missing else 0
 
 
-def over(table: ArmScores) -> str:
-    """What an interval of an arm's figures is over."""
+def interval_scope(table: ArmScores) -> str:
+    """What an interval of an arm's results is over."""
     parts = ["seeds"] * (len(table.runs) > 1) + ["questions"] * (len(table.questions) > 1)
     return " and ".join(parts) or "nothing"
 
 
-def difference(arm: Arm, baseline: Arm, tables: Mapping[str, ArmScores]) -> dict[str, Any]:
+def paired_difference(arm: Arm, baseline: Arm, tables: Mapping[str, ArmScores]) -> dict[str, Any]:
     """Compare an arm with the baseline, run by run of equal seed and question by question."""
-    reason = _refusal(arm, baseline, tables)
+    reason = _incomparable_reason(arm, baseline, tables)
     if reason:
         return {"verdict": f"{arm.name} is not compared with {baseline.name}: {reason}."}
     pair = _paired(tables[arm.name], tables[baseline.name])
-    found: dict[str, Any] = {"seeds": [run.run.seed for run in pair[0].runs], "over": over(pair[0])}
+    found: dict[str, Any] = {"seeds": [run.run.seed for run in pair[0].runs], "over": interval_scope(pair[0])}
     measures = [m for m in _PAIRED if all(m in run.measures for table in pair for run in table.runs)]
     blocks = np.stack([pair[0].matrix(measure) - pair[1].matrix(measure) for measure in measures])
-    ends = interval_over_whole(blocks)
+    ends = bootstrap_complete_cases(blocks)
     for measure, (low, high) in zip(measures, ends.tolist(), strict=True):
         by_seed = [a.measures[measure] - b.measures[measure] for a, b in zip(*(t.runs for t in pair), strict=True)]
         found[measure] = {"mean": float(np.mean(by_seed)), "low": low, "high": high, "by_seed": by_seed}
@@ -71,22 +71,22 @@ def difference(arm: Arm, baseline: Arm, tables: Mapping[str, ArmScores]) -> dict
     return found
 
 
-def conclude(differences: Mapping[str, dict[str, Any]], baseline: str) -> None:
+def add_verdicts(differences: Mapping[str, dict[str, Any]], baseline: str) -> None:
     """Correct the p values of a comparison for their number, and put every difference into words."""
     tested = [found for found in differences.values() if "p" in found]
-    for found, corrected in zip(tested, holm([found["p"] for found in tested]), strict=True):
+    for found, corrected in zip(tested, holm_correction([found["p"] for found in tested]), strict=True):
         found["p_holm"] = corrected
     for name, found in differences.items():
         if "verdict" not in found:
             found["verdict"] = _verdict(name, baseline, found, len(tested))
 
 
-def _refusal(arm: Arm, baseline: Arm, tables: Mapping[str, ArmScores]) -> str:
+def _incomparable_reason(arm: Arm, baseline: Arm, tables: Mapping[str, ArmScores]) -> str:
     """Why two arms cannot be compared; empty if they can."""
     first, second = tables[arm.name], tables[baseline.name]
     if not first.runs or not second.runs:
         return f"{(baseline if first.runs else arm).name} has no finished run"
-    if arm.ours != baseline.ours:
+    if arm.is_calibadv_run != baseline.is_calibadv_run:
         return "one of them is of another program, whose seeds draw something else"
     if first.questions and second.questions and first.questions != second.questions:
         return "they were validated on different questions"

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from calibadv.analysis.compare.curve_docs import known_tags
-from calibadv.analysis.compare.curves import Curves, event_files, read_curves, rename
+from calibadv.analysis.compare.curves import Curves, event_files, read_curves, rename_curves
 from calibadv.errors import UserError
 from calibadv.runs.folder import STUDY_FILE, RunFolder
 from calibadv.runs.settings import changed_settings, method_of
@@ -48,7 +48,7 @@ class Run:
     notes: Sequence[str] = field(default=())
 
     @property
-    def ours(self) -> bool:
+    def is_calibadv_run(self) -> bool:
         """Whether this program made it."""
         return self.settings is not None
 
@@ -74,7 +74,7 @@ class Run:
     @property
     def validations(self) -> list[dict[str, float]]:
         """Each validation: ``step``, ``f1`` and whatever else is known of it; empty if F1 is not."""
-        if self.ours:
+        if self.is_calibadv_run:
             return [dict(row) for row in self.results.get("validations", ()) if "f1" in row]
         names = [tag.removeprefix("val/") for tag in self.curves if tag.startswith("val/")]
         steps = self.curves.get("val/f1", {})
@@ -110,10 +110,10 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _below(folder: Path) -> Iterator[Path]:
     arms = _arms_of_study(folder)
 
-    def place(path: Path) -> tuple[int, list[tuple[int, str]]]:
+    def index(path: Path) -> tuple[int, list[tuple[int, str]]]:
         return (arms.index(path.name) if path.name in arms else len(arms), _natural(path))
 
-    for path in sorted(folder.iterdir(), key=place):
+    for path in sorted(folder.iterdir(), key=index):
         if path.is_dir() and not path.name.startswith("."):
             yield from _walk(path)
 
@@ -162,7 +162,7 @@ def _read_ours(path: Path, label: str) -> Run:
     curves = read_curves(path)
     notes = [f"{label}: resumed with other settings ({', '.join(changed)})"] if changed else []
     if not curves:
-        notes.append(f"{label}: no TensorBoard curves; only the figures of its validations are shown")
+        notes.append(f"{label}: no TensorBoard curves; only the results of its validations are shown")
     notes += _not_finite(curves, label)
     inside = [found.relative_to(path).as_posix() for found in _below(path) if _is_ours(found)]
     if inside:
@@ -193,7 +193,7 @@ def _validation_curves(validations: Sequence[Mapping[str, float]]) -> Curves:
 
 def _read_foreign(path: Path, label: str, names: Mapping[str, str]) -> Run:
     read = read_curves(path)
-    curves = rename(read, names) if names else {tag: read[tag] for tag in read if _is_known(tag)}
+    curves = rename_curves(read, names) if names else {tag: read[tag] for tag in read if _is_known(tag)}
     if not curves:
         tags = ", ".join(sorted(read)[:12]) + (", ..." if len(read) > 12 else "")
         reason = "tags of the name map" if names else "curves; map its tags with --names"

@@ -25,7 +25,7 @@ MEASURES = ("final_f1", "final_em", "best_f1", "best_em", "untrained_f1", "untra
 
 @dataclass(frozen=True)
 class RunScores:
-    """The figures of one run that is finished.
+    """The results of one run that is finished.
 
     Attributes:
         run: what they are of.
@@ -71,7 +71,7 @@ def _steps(validations: Sequence[Mapping[str, float]]) -> dict[str, list[int]]:
 
 def score_run(run: Run) -> RunScores:
     """Read what a run achieved."""
-    if not run.ours:
+    if not run.is_calibadv_run:
         return RunScores(run, (), {}, "the run of another program has no rollouts of ours")
     needed = _steps(run.validations)
     read: dict[int, dict[str, tuple[float, float]]] = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from calibadv.analysis.compare.arms import Arm
 from calibadv.analysis.compare.charts import Chart
-from calibadv.analysis.compare.curves import band, windows
+from calibadv.analysis.compare.curves import seed_band, step_windows
 
 # In this order; each holds the curves of a prefix, the last one all that is left.
 _GROUPS = {
@@ -21,7 +21,7 @@ _GROUPS = {
     "update": "Updates",
 }
 _BY_SOURCE, _OTHER = "Validation by data source", "Other"
-# What people look for first.
+# What people theme for first.
 _FIRST = ("val/f1", "val/em", "val/format_valid", "val/searches")
 
 
@@ -42,7 +42,7 @@ class Section:
     single: Sequence[str]
 
 
-def panel(arms: Sequence[Arm]) -> list[Section]:
+def curve_sections(arms: Sequence[Arm]) -> list[Section]:
     """Sort the curves of all arms into sections."""
     tags = list(dict.fromkeys(tag for arm in arms for run in arm.runs for tag in run.curves))
     ordered = [tag for tag in _FIRST if tag in tags] + [tag for tag in tags if tag not in _FIRST]
@@ -68,20 +68,20 @@ def _section(title: str, tags: Sequence[str], arms: Sequence[Arm]) -> Section:
         elif len({step for curve in curves for step in curve}) == 1:
             single.append(tag)
         else:
-            found = chart(tag, arms)
+            found = make_chart(tag, arms)
             charts += [found] if found.bands else []
     return Section(title, charts, constant, single)
 
 
-def chart(tag: str, arms: Sequence[Arm]) -> Chart:
+def make_chart(tag: str, arms: Sequence[Arm]) -> Chart:
     """Sum up one curve over the seeds of each arm."""
-    members = {place: [run.curves[tag] for run in arm.runs if tag in run.curves] for place, arm in enumerate(arms)}
-    grid = windows(curve for curves in members.values() for curve in curves)
-    bands = {place: band(curves, grid) for place, curves in members.items() if curves}
-    return Chart(tag, {place: found for place, found in bands.items() if len(found.steps)})
+    members = {index: [run.curves[tag] for run in arm.runs if tag in run.curves] for index, arm in enumerate(arms)}
+    grid = step_windows(curve for curves in members.values() for curve in curves)
+    bands = {index: seed_band(curves, grid) for index, curves in members.items() if curves}
+    return Chart(tag, {index: found for index, found in bands.items() if len(found.steps)})
 
 
-def step_window(arms: Sequence[Arm]) -> int:
+def window_width(arms: Sequence[Arm]) -> int:
     """Over how many neighbouring steps the longest curves are averaged."""
     curves = [curve for arm in arms for run in arm.runs for curve in run.curves.values()]
-    return max((len(window) for window in windows(curves)), default=1)
+    return max((len(window) for window in step_windows(curves)), default=1)

@@ -1,4 +1,4 @@
-"""The figures of a comparison, per arm and per run, as results.json holds them."""
+"""The results of a comparison, per arm and per run, as results.json holds them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from calibadv.analysis.compare.arms import Arm, differing_settings, shared_settings
-from calibadv.analysis.compare.differences import DIGITS, ArmScores, conclude, difference, over
+from calibadv.analysis.compare.differences import DIGITS, ArmScores, add_verdicts, interval_scope, paired_difference
 from calibadv.analysis.compare.runs import Run
 from calibadv.analysis.compare.scores import MEASURES, RunScores
-from calibadv.analysis.statistics import LEVEL, RESAMPLES, interval_over_whole, share_interval
+from calibadv.analysis.statistics import LEVEL, RESAMPLES, bootstrap_complete_cases, wilson_interval
 from calibadv.errors import UserError
 
-Figures = dict[str, Any]
+Results = dict[str, Any]
 _RECORDED = ("seed", "threads", "device", "versions", "machine")
 
 
@@ -32,17 +32,17 @@ def choose_baseline(arms: Sequence[Arm], name: str | None) -> Arm:
     return by_name[name]
 
 
-def summarise(arms: Sequence[Arm], baseline: Arm, scores: Mapping[str, Sequence[RunScores]]) -> Figures:
-    """Compute all figures of a comparison."""
+def summarize(arms: Sequence[Arm], baseline: Arm, scores: Mapping[str, Sequence[RunScores]]) -> Results:
+    """Compute all results of a comparison."""
     tables = {arm.name: _arm_scores(scores[arm.name]) for arm in arms}
-    rows = [_arm_figures(arm, tables[arm.name]) for arm in arms]
+    rows = [_arm_results(arm, tables[arm.name]) for arm in arms]
     for arm, row in zip(arms, rows, strict=True):
         if arm is not baseline:
-            row["difference"] = difference(arm, baseline, tables)
+            row["difference"] = paired_difference(arm, baseline, tables)
     compared = {row["name"]: row["difference"] for row in rows if "difference" in row}
-    conclude(compared, baseline.name)
+    add_verdicts(compared, baseline.name)
     firsts = [arm.runs[0] for arm in arms]
-    figures: Figures = {
+    results: Results = {
         "baseline": baseline.name,
         "untrained": _untrained(arms, tables),
         "arms": rows,
@@ -51,9 +51,9 @@ def summarise(arms: Sequence[Arm], baseline: Arm, scores: Mapping[str, Sequence[
         "shared_settings": shared_settings(firsts),
         "method": {"interval": LEVEL, "resamples": RESAMPLES},
         "warnings": _warnings(arms, tables),
-        "runs": [_run_figures(arm, tables[arm.name], run) for arm in arms for run in arm.runs],
+        "runs": [_run_results(arm, tables[arm.name], run) for arm in arms for run in arm.runs],
     }
-    rounded: Figures = _rounded(figures)
+    rounded: Results = _rounded(results)
     return rounded
 
 
@@ -67,7 +67,7 @@ def _arm_scores(runs: Sequence[RunScores]) -> ArmScores:
     return ArmScores(tuple(runs), runs[0].questions, "")
 
 
-def _arm_figures(arm: Arm, table: ArmScores) -> Figures:
+def _arm_results(arm: Arm, table: ArmScores) -> Results:
     collapses = [
         {"seed": run.run.seed, "step": run.outcome["step_of_collapse"]}
         for run in table.runs
@@ -78,32 +78,32 @@ def _arm_figures(arm: Arm, table: ArmScores) -> Figures:
         "seeds": [run.seed for run in arm.runs],
         "finished": [run.seed for run in arm.finished],
         **_measures(table),
-        "over": over(table),
+        "over": interval_scope(table),
         "questions": len(table.questions) or None,
         "collapsed": {"runs": len(collapses), "of": len(table.runs), **_share(collapses, table), "when": collapses},
     }
 
 
-def _share(collapses: Sequence[Figures], table: ArmScores) -> Figures:
-    low, high = share_interval(len(collapses), len(table.runs)) if table.runs else (np.nan, np.nan)
+def _share(collapses: Sequence[Results], table: ArmScores) -> Results:
+    low, high = wilson_interval(len(collapses), len(table.runs)) if table.runs else (np.nan, np.nan)
     return {"low": low, "high": high}
 
 
-def _measures(table: ArmScores) -> Figures:
+def _measures(table: ArmScores) -> Results:
     """Mean over the runs, interval, and the single runs' values, of each measure that all of the runs have."""
     shared = [measure for measure in MEASURES if table.runs and all(measure in run.measures for run in table.runs)]
     blocks = np.stack([table.matrix(measure) for measure in shared]) if shared else np.empty((0, 0, 0))
-    ends = interval_over_whole(blocks)
-    found: Figures = {}
+    ends = bootstrap_complete_cases(blocks)
+    found: Results = {}
     for measure, (low, high) in zip(shared, ends.tolist(), strict=True):
         values = [run.measures[measure] for run in table.runs]
         found[measure] = {"mean": float(np.mean(values)), "low": low, "high": high, "by_run": values}
     return found
 
 
-def _untrained(arms: Sequence[Arm], tables: Mapping[str, ArmScores]) -> list[Figures]:
+def _untrained(arms: Sequence[Arm], tables: Mapping[str, ArmScores]) -> list[Results]:
     """Rows of the policy before training: one for all arms that start with the same scores on the same questions."""
-    rows: dict[str, Figures] = {}
+    rows: dict[str, Results] = {}
     for arm in arms:
         table = tables[arm.name]
         if not table.runs or any("untrained_f1" not in run.measures for run in table.runs):
@@ -112,16 +112,16 @@ def _untrained(arms: Sequence[Arm], tables: Mapping[str, ArmScores]) -> list[Fig
         # Where all seeds start from one policy, as ours do, one run tells it all.
         if all(np.array_equal(scores[0], other, equal_nan=True) for other in scores):
             table, scores = ArmScores(table.runs[:1], table.questions, table.reason), scores[:1]
-        figures = _measures(table)
-        row = {"arms": [], "f1": figures["untrained_f1"], "em": figures.get("untrained_em")}
+        results = _measures(table)
+        row = {"arms": [], "f1": results["untrained_f1"], "em": results.get("untrained_em")}
         row["seeds"] = [run.run.seed for run in table.runs] if len(table.runs) > 1 else None
         rows.setdefault(str(scores.tolist()), row)["arms"].append(arm.name)
     return list(rows.values())
 
 
-def _run_figures(arm: Arm, table: ArmScores, run: Any) -> Figures:
+def _run_results(arm: Arm, table: ArmScores, run: Any) -> Results:
     scored = next((scores for scores in table.runs if scores.run is run), None)
-    figures = {
+    results = {
         "run": run.label,
         "arm": arm.name,
         **{key: run.results.get(key) for key in _RECORDED},
@@ -130,10 +130,10 @@ def _run_figures(arm: Arm, table: ArmScores, run: Any) -> Figures:
         "finished": scored is not None,
     }
     if scored is not None:
-        figures |= scored.measures | {key: scored.outcome[key] for key in ("collapsed", "step_of_collapse")}
+        results |= scored.measures | {key: scored.outcome[key] for key in ("collapsed", "step_of_collapse")}
     kept = ("step", "f1", "em", "format_valid")
-    figures["validations"] = [{key: row[key] for key in kept if key in row} for row in run.validations]
-    return figures
+    results["validations"] = [{key: row[key] for key in kept if key in row} for row in run.validations]
+    return results
 
 
 def _warnings(arms: Sequence[Arm], tables: Mapping[str, ArmScores]) -> list[str]:
@@ -157,14 +157,14 @@ def _warnings(arms: Sequence[Arm], tables: Mapping[str, ArmScores]) -> list[str]
             "training, such as reward/* and credit/*, are of what was kept, and not comparable with those of other arms"
         )
     found += [
-        f"{run.label} was stopped by its guard after {run.steps_done} of {run.planned} rollout steps: its figures are "
+        f"{run.label} was stopped by its guard after {run.steps_done} of {run.planned} rollout steps: its results are "
         "those up to there"
         for arm in arms
         for run in arm.finished
         if run.stopped_by_guard
     ]
     for arm in arms:
-        comparable = [run for other in arms if other.ours == arm.ours for run in other.runs]
+        comparable = [run for other in arms if other.is_calibadv_run == arm.is_calibadv_run for run in other.runs]
         seeds = sorted({run.seed for run in comparable if run.seed is not None})
         present = {run.seed for run in arm.runs}
         missing = [str(seed) for seed in seeds if seed not in present] if present != {None} else []
