@@ -256,7 +256,7 @@ def test_a_run_that_its_guard_stopped_is_not_left_out(study: Path, tmp_path: Pat
     results, _ = compare_runs([runs])
     assert arm(results, "grpo")["final_f1"]["by_run"][2] == 0.0  # of the one validation after training
     assert results["warnings"][0] == (
-        "grpo/seed2 was stopped by its guard after 10 of 30 rollout steps: its results are those up to there"
+        "grpo/seed2 was stopped by its guard after 10 of 30 rollout steps: its results are those up to that step"
     )
 
 
@@ -298,8 +298,8 @@ def test_validations_at_other_distances_from_the_end_are_not_compared(study: Pat
         results.write_text(json.dumps(content))
     results, _ = compare_runs([tmp_path])
     assert arm(results, "other")["difference"] == {
-        "verdict": "other is not compared with grpo: the validations of their final F1 lie differently before the end "
-        "of training, in rollout steps: 0, 10, 20 in grpo/seed1 and 0, 20 in other/seed1."
+        "verdict": "other is not compared with grpo: the validations of their final F1 are at different numbers of "
+        "rollout steps before the end of training: 0, 10, 20 in grpo/seed1 and 0, 20 in other/seed1."
     }
     assert arm(results, "longer")["difference"]["seeds"] == [0, 1]
 
@@ -341,7 +341,7 @@ def test_rollouts_of_another_run_are_not_taken_for_its_own(study: Path, tmp_path
     wrong = study / "calibadv" / "seed0" / "rollouts" / "val-step-000030.jsonl"
     shutil.copy(wrong, tmp_path / "runs" / "grpo" / "seed0" / "rollouts")
     results, _ = compare_runs([tmp_path / "runs"])
-    assert any("is not what its results.json is of" in warning for warning in results["warnings"])
+    assert any("does not match its results.json" in warning for warning in results["warnings"])
     assert arm(results, "grpo")["over"] == "seeds"
 
 
