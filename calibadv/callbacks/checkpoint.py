@@ -110,7 +110,7 @@ class RolloutCheckpoint(Callback):
         return trainer.should_stop or bool(pl_module.rollout_step % self.every_n_rollout_steps == 0)
 
     def _validates(self, trainer: Trainer, pl_module: Any) -> bool:
-        return sum(trainer.num_val_batches) > 0 and bool(pl_module.is_validated_after(pl_module.rollout_step))
+        return sum(trainer.num_val_batches) > 0 and bool(pl_module.validation_is_due(pl_module.rollout_step))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -128,6 +128,8 @@ class CalibadvCLI(LightningCLI):
             self._lock.take(folder)
         self.start = plan_start(folder, config.ckpt_path)
         check_checkpoint(self.start.checkpoint, config.trainer)
+        if self.verb in ("validate", "test"):
+            config.verbose = False  # Progress prints the table
         if self.verb == "predict":
             config.return_predictions = False  # RolloutWriter writes them; Lightning would keep them all in memory
         if self.verb == "fit":

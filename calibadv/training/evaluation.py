@@ -101,14 +101,14 @@ class EvaluationModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
 
-    def is_validated_after(self, step: int) -> bool:
-        """Return True if a validation follows a rollout step: each that the interval divides, and the last.
+    def validation_is_due(self, step: int) -> bool:
+        """Return True if a validation is due after a rollout step: after 0, and each that the interval divides.
 
-        Lightning's default interval, 1.0, is an epoch, and the training questions have no end: it leaves the last.
+        Lightning's default interval, 1.0, is an epoch, and the training questions have no end: it leaves the first.
+        Lightning validates once more where training ends; a run that goes on later has no such validation.
         """
         interval = self.trainer.val_check_interval
-        due = isinstance(interval, int) and step % interval == 0
-        return self.trainer.enable_validation and (due or step == 0 or self.trainer.should_stop)
+        return self.trainer.enable_validation and (step == 0 or (isinstance(interval, int) and step % interval == 0))
 
     def _log_evaluation(self, prefix: str) -> None:
         self.evaluation = evaluation_metrics(self._evaluated)

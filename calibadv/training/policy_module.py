@@ -113,7 +113,7 @@ class PolicyModule(EvaluationModule):
     @override
     def on_train_start(self) -> None:
         self.finished_step = self.rollout_step
-        if self.is_validated_after(self.rollout_step) and self.validated_step != self.rollout_step:
+        if self.validation_is_due(self.rollout_step) and self.validated_step != self.rollout_step:
             self.trainer.validating = True
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True

@@ -613,19 +613,19 @@ def test_what_cannot_work_is_refused_with_the_reason(make: Callable[[], object],
         (lambda: module(PPOClip(), kl_coef=0.1, kl_estimator="k2"), []),
         (
             lambda: module(PPOClip(clip_high=0.28), mini_batches=1),
-            ["mini_batches is 1, .* this PPOClip behaves"],
+            ["model.mini_batches is 1, .* this PPOClip behaves"],
         ),
         (
             lambda: module(PPOClip(dual_clip=3.0), mini_batches=1),
-            ["mini_batches is 1, .* this PPOClip behaves"],
+            ["model.mini_batches is 1, .* this PPOClip behaves"],
         ),
         (
             lambda: module(CISPO(), mini_batches=1),
-            ["mini_batches is 1, .* this CISPO behaves"],
+            ["model.mini_batches is 1, .* this CISPO behaves"],
         ),
         (
             lambda: module(GSPO(), mini_batches=1),
-            ["mini_batches is 1, .* this GSPO behaves"],
+            ["model.mini_batches is 1, .* this GSPO behaves"],
         ),
         (lambda: module(GSPO(), mini_batches=2), []),
         (lambda: module(GSPO(), mini_batches=1, old_logprobs="engine"), []),

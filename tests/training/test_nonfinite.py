@@ -182,7 +182,10 @@ def test_after_three_in_a_row_the_run_stops_and_leaves_the_mini_batch(
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     folder = RunFolder(tmp_path / "run")
     dump = folder.path / "nonfinite-step-000002.pt"
-    assert "rollout step 2: the gradient of 3 mini-batches in a row was not finite (the last norm is nan)" in error
+    assert (
+        "rollout step 2, mini-batch 2 of 2: the gradient of 3 mini-batches in a row was not finite (the last norm"
+        in error
+    )
     assert f"the last of them lies in '{dump}': look at it, and resume with a lower model.learning_rate" in error
     assert [path.name for path in folder.step_checkpoints()] == ["rollout-step=000001.ckpt"]
     assert finite(folder.last)
@@ -213,7 +216,7 @@ def test_the_count_survives_a_resume(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert content["skipped_in_a_row"] == 1
     words = (*EVERY, *poison(1, 2), "--model.rollout_steps", "2")
     assert fit(tmp_path, "run", *words, "--ckpt_path", "last") == 2
-    assert "rollout step 2: the gradient of 3 mini-batches in a row" in capsys.readouterr().err
+    assert "mini-batch 2 of 2: the gradient of 3 mini-batches in a row" in capsys.readouterr().err
     del content["skipped_in_a_row"]  # as older versions wrote it
     torch.save(content, tmp_path / "older.ckpt")
     assert fit(tmp_path, "other", *words, "--ckpt_path", tmp_path / "older.ckpt") == 0

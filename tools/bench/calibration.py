@@ -27,8 +27,8 @@ from calibadv.batch import collate
 from calibadv.calibrators import AnswerRebalance, SoftPenalty
 from calibadv.estimators import GRPO
 from calibadv.planning.job import GPUS, PRECISIONS, Job, Sampler
-from calibadv.planning.model_shape import empty_model, shape_of
-from calibadv.planning.time import seconds
+from calibadv.planning.model_shape import empty_model, read_shape
+from calibadv.planning.time import step_times
 from calibadv.rewards import F1
 from calibadv.rewards.evidence import credit_rollouts
 from calibadv.rewards.scoring import score_rollouts
@@ -53,7 +53,7 @@ def timed(function: Callable[[], Any], times: int) -> tuple[float, Any]:
 
 def estimate(shape: str, devices: int, questions: int) -> float:
     """Seconds of a step on H100s with vLLM and bf16, by ``calibadv plan``."""
-    sizes = shape_of(empty_model(shape_config(shape)))
+    sizes = read_shape(empty_model(shape_config(shape)))
     job = Job(
         shape=sizes,
         trained=sizes.parameters,
@@ -62,16 +62,16 @@ def estimate(shape: str, devices: int, questions: int) -> float:
         sampler=Sampler("vllm"),
         questions=questions,
         group_size=_GROUP,
-        limit=4096,
-        tokens=_EPISODES.tokens,
-        policy_tokens=_EPISODES.turns * _EPISODES.message,
-        turns=_EPISODES.turns,
+        max_rollout_tokens=4096,
+        mean_rollout_tokens=_EPISODES.tokens,
+        mean_policy_tokens=_EPISODES.turns * _EPISODES.message,
+        max_turns=_EPISODES.turns,
         processes=devices,
         sharded=True,
         checkpointing=True,
         mini_batches=10,
     )
-    return sum(span.seconds for span in seconds(job))
+    return sum(item.seconds for item in step_times(job))
 
 
 def main() -> None:

@@ -43,6 +43,6 @@ def _read_definitions() -> Iterator[tuple[re.Pattern[str], str]]:
             yield _pattern(tag), _LINK.sub(r"\1", text).replace("`", "")
 
 
-def meaning(tag: str) -> str:
+def curve_description(tag: str) -> str:
     """What a curve means."""
     return next((text for pattern, text in _definitions() if pattern.fullmatch(tag)), "")

@@ -20,9 +20,9 @@ Curves = dict[str, Curve]
 Floats = NDArray[np.float64]
 
 _EVENT_FILES = "*tfevents*"
-_MOST_POINTS = 60
+_MAX_POINTS = 60
 # Of at most so many seeds, each has a thin line of its own.
-_MOST_SEED_LINES = 5
+_MAX_SEED_LINES = 5
 
 
 def event_files(folder: Path) -> list[Path]:
@@ -92,7 +92,7 @@ def _count_records(path: Path) -> int:
     return count
 
 
-def read_names(path: Path, known: Iterable[Any]) -> dict[str, str]:
+def read_name_map(path: Path, known: Iterable[Any]) -> dict[str, str]:
     """Read a name map: which curve of another program is which of ours."""
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
@@ -111,7 +111,7 @@ def read_names(path: Path, known: Iterable[Any]) -> dict[str, str]:
     return dict(content)
 
 
-def rename(curves: Curves, names: Mapping[str, str]) -> Curves:
+def rename_curves(curves: Curves, names: Mapping[str, str]) -> Curves:
     """Take the curves of another program by our names."""
     return {ours: curves[theirs] for ours, theirs in names.items() if theirs in curves}
 
@@ -135,14 +135,14 @@ class Band:
     seeds: Floats
 
 
-def windows(curves: Iterable[Curve]) -> list[list[int]]:
+def step_windows(curves: Iterable[Curve]) -> list[list[int]]:
     """Divide the steps of several curves, so that a plot has few points."""
     steps = sorted({step for curve in curves for step in curve})
-    width = max(1, -(-len(steps) // _MOST_POINTS))
+    width = max(1, -(-len(steps) // _MAX_POINTS))
     return [steps[start : start + width] for start in range(0, len(steps), width)]
 
 
-def band(curves: Sequence[Curve], grid: Sequence[Sequence[int]]) -> Band:
+def seed_band(curves: Sequence[Curve], grid: Sequence[Sequence[int]]) -> Band:
     """Sum up one metric over the seeds of an arm."""
     rows = np.array([[_mean_within(curve, window) for window in grid] for curve in curves])
     steps = np.array([sum(window) / len(window) for window in grid])
@@ -156,7 +156,7 @@ def band(curves: Sequence[Curve], grid: Sequence[Sequence[int]]) -> Band:
     spread = np.sqrt(squares / np.maximum(counts - 1, 1))
     lowest = np.where(present, rows, np.inf).min(0)
     highest = np.where(present, rows, -np.inf).max(0)
-    shown = rows if 1 < len(rows) <= _MOST_SEED_LINES else rows[:0]
+    shown = rows if 1 < len(rows) <= _MAX_SEED_LINES else rows[:0]
     return Band(steps, mean, np.maximum(mean - spread, lowest), np.minimum(mean + spread, highest), shown)
 
 

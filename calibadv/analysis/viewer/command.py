@@ -1,4 +1,4 @@
-"""A page to read rollouts in a browser: one file, without a network, for some or for ten thousand of them."""
+"""``calibadv view``: write rollouts into one HTML file that needs no network, for up to tens of thousands of them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def view(rollouts: list[Path], out: Path) -> None:
 
 
 def render(data: Record) -> str:
-    """Put data into the page."""
+    """Return the page with the given data."""
     folder = files("calibadv.analysis.viewer") / "templates"
     script = "".join((folder / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -62,7 +62,7 @@ def render(data: Record) -> str:
 
 
 def script_safe(value: Record) -> str:
-    r"""JSON that can stand in a ``<script>`` element, whatever its texts say.
+    r"""Return JSON that is safe inside a ``<script>`` element, whatever its texts contain.
 
     Without ``<`` it holds no ``</script>`` and no ``<!--``; U+2028 and U+2029 end lines in some parsers; and a lone
     surrogate, which UTF-8 cannot hold, becomes its JSON escape.

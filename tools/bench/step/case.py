@@ -21,7 +21,7 @@ from calibadv.interfaces import Engine
 from calibadv.losses import PPOClip
 from calibadv.module import SearchAgentModule
 from calibadv.planning.job import GPUS, PRECISIONS, Assumptions, Job, Sampler
-from calibadv.planning.model_shape import shape_of
+from calibadv.planning.model_shape import read_shape
 from calibadv.planning.time import decode_seconds, pass_flops
 from calibadv.policy.loading import enable_checkpointing
 from calibadv.rewards import F1
@@ -78,7 +78,7 @@ class Bench:
         self.device = device
         engine: Engine = VLLMEngine(dtype="bfloat16") if case.engine == "vllm" else TransformersEngine()
         self.policy, self.agent = random_agent(case.shape, case.episodes, engine, device)
-        self.shape = shape_of(self.policy.model)
+        self.shape = read_shape(self.policy.model)
         if case.checkpointing:
             enable_checkpointing(self.policy)
         self.questions = random_questions(case.questions, case.episodes)
@@ -179,10 +179,10 @@ class Bench:
             sampler=sampler,
             questions=case.questions,
             group_size=case.group_size,
-            limit=self.agent.protocol.max_rollout_tokens,
-            tokens=round(found["read"] / rollouts),
-            policy_tokens=round(found["tokens"] / rollouts),
-            turns=case.episodes.turns,
+            max_rollout_tokens=self.agent.protocol.max_rollout_tokens,
+            mean_rollout_tokens=round(found["read"] / rollouts),
+            mean_policy_tokens=round(found["tokens"] / rollouts),
+            max_turns=case.episodes.turns,
             assumed=Assumptions(mfu=1.0, bandwidth_share=1.0, launch_seconds=0.0),
         )
         # Without what checkpointing computes twice: utilisation counts useful operations.
