@@ -12,7 +12,7 @@ from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
 from calibadv.io.progress_bar import blocks, progress_bar
 from calibadv.retrieval.corpus.base import searchable_text
-from calibadv.retrieval.outcomes import unwrap
+from calibadv.retrieval.outcomes import search_outcomes, unwrap
 from calibadv.rewards.answer import normalise_answer
 from calibadv.types import Document, Question, ScoredDocument
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -12,17 +10,16 @@ from jsonargparse import Namespace
 
 from calibadv.calibrators import check_combination
 from calibadv.callbacks import AdvantageCalibration
-from calibadv.config.files import ConfigFile, Option, read_config, resolve_config
+from calibadv.config.arms import Arm, check_not_per_run
+from calibadv.config.files import ConfigFile, Option
 from calibadv.config.lightning_cli import ReadingCLI
 from calibadv.config.overlays import scan_settings
 from calibadv.config.user_errors import message_for_users
 from calibadv.errors import UserError
 from calibadv.io.progress_bar import tracked
-from calibadv.study.options import check_not_per_run
 
 Settings = dict[str, Any]
 
-REPORT = "report"
 # Parts that may be large, remote or start something, and their replacements while a method is checked.
 _PLACEHOLDERS: dict[str, Any] = {
     **dict.fromkeys(("trainer.logger", "trainer.profiler", "trainer.plugins", "model.lora")),
@@ -32,49 +29,6 @@ _PLACEHOLDERS: dict[str, Any] = {
     "model.retriever.class_path": "calibadv.retrieval.BM25",
     "model.retriever.init_args": Namespace({"corpus": "embedded"}),  # type: ignore[no-untyped-call]
 }
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One method of a study.
-
-    Attributes:
-        name: also that of its folder.
-        overlays: config files that come after those of all arms.
-    """
-
-    name: str
-    overlays: tuple[ConfigFile, ...] = ()
-
-
-def read_arms(words: Sequence[str]) -> list[Arm]:
-    """Read the values of ``--arm``."""
-    arms: list[Arm] = []
-    for word in words:
-        arm = _read_arm(word)
-        if any(arm.name.lower() == other.name.lower() for other in arms):  # as file systems may take it
-            raise UserError(f"duplicate arm '{arm.name}'; arm names must be unique")
-        arms.append(arm)
-    return arms
-
-
-def _read_arm(word: str) -> Arm:
-    name, equals, overlays = word.partition("=")
-    if not _NAME.fullmatch(name):
-        raise UserError(
-            f"arm '{name}': a name has letters, digits, '_', '-' and '.', and begins with a letter or digit"
-        )
-    if name.lower() == REPORT:
-        raise UserError(f"arm '{name}': the folder of this name is for the report; give another name")
-    try:
-        files = tuple(read_config(resolve_config(overlay)) for overlay in (overlays.split("+") if equals else ()))
-        for file in files:
-            for key in file.values:
-                check_not_per_run(key, f"'{key}' of '{file.name}'")
-    except ValueError as error:
-        raise UserError(f"arm '{name}': {error}") from error
-    return Arm(name, files)
 
 
 def resolve_arms(arms: Sequence[Arm], common: Sequence[ConfigFile | Option]) -> dict[str, Settings]:

@@ -16,16 +16,17 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from typing_extensions import override
 
+from calibadv.config.arms import PER_RUN_OPTIONS, REPORT, read_arms
 from calibadv.config.files import Option, read_words
 from calibadv.config.help import describe
 from calibadv.config.logging import quiet_libraries
 from calibadv.errors import UserError
 from calibadv.runs.folder import RunFolder
 from calibadv.runs.versions import versions
-from calibadv.study.arms import REPORT, ArmCLI, read_arms, resolve_arms
+from calibadv.study.arms import ArmCLI, resolve_arms
 from calibadv.study.fingerprints import source_fingerprints
 from calibadv.study.manifest import StudyManifest
-from calibadv.study.options import LIST_OPTIONS, PER_RUN_OPTIONS, StudyOptions, read_options, split_options
+from calibadv.study.options import LIST_OPTIONS, StudyOptions, read_options, split_options
 from calibadv.study.runner import StudyState, run_all
 from calibadv.study.runs import study_runs, write_arm_config
 from calibadv.study.table import ConsoleView

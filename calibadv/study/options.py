@@ -11,6 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from calibadv.config.arms import check_not_per_run
 from calibadv.config.errors import explain
 from calibadv.config.files import ConfigFile, Option
 from calibadv.errors import UserError
@@ -18,12 +19,6 @@ from calibadv.errors import UserError
 _MAX_SEED = 2**32 - 1  # of NumPy, which LightningCLI seeds too
 # Options that may be given several times or with several values, and their metavars in --help.
 LIST_OPTIONS = {"arm": "NAME[=OVERLAY[+OVERLAY...]]", "seeds": "N ..."}
-# Options of fit that a study sets for each run, by the first part of their names.
-PER_RUN_OPTIONS = {
-    "run": "every run has the folder OUT/ARM/seedK; give --out",
-    "seed_everything": "every arm is trained with each of --seeds",
-    "ckpt_path": "unfinished runs continue from their last checkpoint by themselves, and all others start alike",
-}
 
 
 @dataclass
@@ -75,13 +70,6 @@ def split_options(settings: Sequence[ConfigFile | Option]) -> tuple[list[Option]
             check_not_per_run(setting.name.lstrip("-"), setting.name)
         others.append(setting)
     return own, others
-
-
-def check_not_per_run(key: str, shown: str) -> None:
-    """Check that a setting is not one that a study sets for each run."""
-    reason = PER_RUN_OPTIONS.get(key.partition(".")[0])
-    if reason:
-        raise UserError(f"{shown} is set by the study: {reason}")
 
 
 def read_options(own: Sequence[Option]) -> StudyOptions:

@@ -40,7 +40,7 @@ def load_arms(words: Sequence[str], common: Sequence[str]) -> list[ReplayArm]:
     if not words:
         name = "+".join(config.name for config in shared) or "grpo"
         return [ReplayArm(name, _load(shared))]
-    from calibadv.study.arms import read_arms
+    from calibadv.config.arms import read_arms
 
     arms = []
     for arm in read_arms(words):
