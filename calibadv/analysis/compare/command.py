@@ -93,7 +93,7 @@ def _json(content: Any) -> str:
 
 
 def _write_together(out: Path, contents: dict[str, str | bytes]) -> None:
-    """Write files beside their indexes first, and put them there when all are written."""
+    """Write all files into a temporary folder, and move them to their places once all are written."""
     out.mkdir(parents=True, exist_ok=True)
     partial = out / f".report.{os.getpid()}.partial"
     partial.mkdir()
