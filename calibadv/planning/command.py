@@ -45,7 +45,7 @@ class PlanOptions:
     gpu_bandwidth: float | None = None
     """The bandwidth of its memory in GB/s."""
     gpu_link: float | None = None
-    """What it sends to its neighbours in GB/s; between machines at most 50 are assumed."""
+    """The bandwidth of its link to its neighbours in GB/s; between machines at most 50 are assumed."""
     mfu: float = _ASSUMED.mfu
     """Share of the peak rate that passes through the model reach."""
     rollout_tokens: int | None = None

@@ -518,7 +518,7 @@ def test_a_name_map_that_does_not_fit(study: Path, tmp_path: Path) -> None:
     write_curves(tmp_path / "theirs", {"critic/val_f1": {0: 0.2}})
     names = tmp_path / "names.yaml"
     for text, message in [
-        ("val/f2: critic/val_f1", "'val/f2' is none of our curves"),
+        ("val/f2: critic/val_f1", "'val/f2' is not one of our curves"),
         ("val/f1: critic/f1", "has none of our tags of the name map. It has: critic/val_f1"),
         ("- val/f1", "is no map of tags"),
         ("val/f1: [", "cannot be read"),

@@ -1,4 +1,4 @@
-"""Charts of curves: SVG that takes its colors from the page it stands on, and one figure for a README."""
+"""Charts of curves: SVG with the colors of the surrounding page, and a standalone figure for a README."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from calibadv.analysis.compare.curves import Band
 from calibadv.analysis.compare.palette import Style, styles
 
-# Stand-ins that are replaced in the SVG. matplotlib leaves out black, the default of SVG.
+# Placeholder colors, replaced in the SVG. matplotlib does not write black, the default of SVG.
 _INK, _GRID = "#010203", "#010204"
 _NUMBER = re.compile(r"-?\d+\.\d+")
 _PATH_DATA = re.compile(r'(?<= d=")[^"]*')
@@ -31,17 +31,17 @@ _FIGURE_SIZE = (7.6, 3.4)
 _LOG_FROM = 50
 _LABEL = 32
 _LINE_POINTS = 10.5
-# Of more arms a figure shows no bands: they would be one grey.
+# With more arms a figure shows no bands, since they would overlap too much.
 MAX_BANDS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One metric.
+    """The chart of one metric.
 
     Attributes:
         tag: its name.
-        bands: of the arms that have it, by the arm's number.
+        bands: of the arms that have the metric, by the arm's index.
     """
 
     tag: str
@@ -50,7 +50,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class _Theme:
-    """Colours by arm, size in inches, colors of text and of the grid, title of the vertical axis."""
+    """Colors by arm, size in inches, colors of text and of the grid, title of the vertical axis."""
 
     colors: Sequence[str]
     size: tuple[float, float]
@@ -79,7 +79,7 @@ def _placeholder_color(arm: int) -> str:
 
 
 def figure_svg(chart: Chart, names: Sequence[str], title: str) -> str:
-    """Draw a figure that stands alone, and follows the reader's choice of light or dark."""
+    """Draw a standalone figure that follows the reader's light or dark mode."""
     theme = _Theme([_placeholder_color(index) for index in range(len(names))], _FIGURE_SIZE, _INK, _GRID, title)
     svg = _css_colors(_as_svg(_draw(_without_seed_lines(chart), names, theme)), len(names), "")
     chosen = styles(len(names))
@@ -103,7 +103,7 @@ def figure_png(chart: Chart, names: Sequence[str], title: str) -> bytes:
 
 
 def _without_seed_lines(chart: Chart) -> Chart:
-    """Without single seeds; and without bands, which cannot be hidden here, where there are many."""
+    """The chart without seed lines and, with many arms, without bands: a figure cannot hide them."""
     shown = len(chart.bands) <= MAX_BANDS
     bands = {
         index: Band(
@@ -136,7 +136,7 @@ def _draw(chart: Chart, names: Sequence[str], theme: _Theme) -> Any:
 def _draw_arm(axes: Any, order: tuple[int, int], band: Band, drawn_as: tuple[int, str], style: Style) -> None:
     arm, color = drawn_as
     index, count = order
-    opacity = min(0.14, 0.5 / count)  # many bands on top of each other still let the lines through
+    opacity = min(0.14, 0.5 / count)  # lines stay visible under many overlapping bands
     filled = axes.fill_between(band.steps, band.low, band.high, color=color, alpha=opacity, linewidth=0)
     filled.set_gid(f"arm-{arm}-band-0")
     for number, seed in enumerate(band.seeds):
@@ -165,7 +165,7 @@ def _style_axes(axes: Any, theme: _Theme) -> None:
 
 
 def _scale(axes: Any, chart: Chart) -> None:
-    """A logarithmic axis where a few values would flatten all others; linear below the smallest of note."""
+    """Use a logarithmic axis, linear near 0, if a few large values would flatten all others."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -182,7 +182,7 @@ def _scale(axes: Any, chart: Chart) -> None:
 
 
 def _tick(value: float) -> str:
-    """``0.25``, ``1000``, ``5e-4``: short, whatever the size."""
+    """``0.25``, ``1000``, ``5e-4``: short at any magnitude."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.6g}"
     digits, _, power = f"{value:.2e}".partition("e")
@@ -190,7 +190,7 @@ def _tick(value: float) -> str:
 
 
 def _label(axes: Any, chart: Chart, names: Sequence[str], colors: Sequence[str]) -> None:
-    """Write each arm's name beside the end of its line, moved up or down as far as it takes to be legible."""
+    """Write each arm's name beside the end of its line, shifted vertically to avoid overlap."""
     height = axes.get_window_extent().height * 72 / axes.figure.dpi
     ends = {arm: axes.transData.transform((0, band.mean[-1]))[1] for arm, band in chart.bands.items()}
     bottom = axes.get_window_extent().y0
@@ -211,7 +211,7 @@ def _label(axes: Any, chart: Chart, names: Sequence[str], colors: Sequence[str])
 
 
 def _spread(wanted: Mapping[int, float], height: float) -> dict[int, float]:
-    """Move positions apart, keeping their order, until neighbours have a line's distance."""
+    """Move positions apart, keeping their order, until neighbors are one line apart."""
     order = sorted(wanted, key=lambda arm: wanted[arm])
     line = min(_LINE_POINTS, height / max(len(order) - 1, 1))
     placed: list[float] = []
@@ -238,7 +238,7 @@ def _saved(figure: Any, **options: Any) -> bytes:
 
 
 def _as_svg(figure: Any) -> str:
-    """The ``<svg>`` element, without what a page does not need, coordinates to a tenth of a point."""
+    """The ``<svg>`` element, without metadata, with coordinates to a tenth of a point."""
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     text = _saved(figure, format="svg", transparent=True, metadata=nothing).decode("utf-8")
     text = text[text.index("<svg") :].strip()

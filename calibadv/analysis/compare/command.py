@@ -1,4 +1,4 @@
-"""The command ``calibadv compare``: from run folders to a report."""
+"""``calibadv compare``: read run folders, and write the report that compares them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def write_report(out: Path, results: Results, arms: Sequence[Arm], command: str 
         contents["figure.png"] = figure_png(headline, arm_names, _HEADLINE_TITLE)
     _write_together(out, contents)
     if not headline.bands:
-        for name in ("figure.svg", "figure.png"):  # of a report that stood here before
+        for name in ("figure.svg", "figure.png"):  # of an earlier report
             (out / name).unlink(missing_ok=True)
 
 
@@ -102,7 +102,7 @@ def _json(content: Any) -> str:
 
 
 def _write_together(out: Path, contents: dict[str, str | bytes]) -> None:
-    """Write files beside their indexes first, and put them there when all are written."""
+    """Write all files into a temporary folder, and move them to their places once all are written."""
     out.mkdir(parents=True, exist_ok=True)
     partial = out / f".report.{os.getpid()}.partial"
     partial.mkdir()
@@ -116,7 +116,7 @@ def _write_together(out: Path, contents: dict[str, str | bytes]) -> None:
 
 
 def _timing(arms: Sequence[Arm], command: str | None) -> dict[str, Any]:
-    """What depends on when and where the runs and the report were made."""
+    """The content of timing.json: everything that depends on when and where runs and report were made."""
     rows = {
         run.label: {
             "arm": arm.name,
@@ -135,7 +135,7 @@ def _timing(arms: Sequence[Arm], command: str | None) -> dict[str, Any]:
 
 
 def print_results(results: Results) -> None:
-    """Print what a report says in words."""
+    """Print the warnings and verdicts of a report."""
     console = Console(soft_wrap=True)
     for warning in results["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)

@@ -18,7 +18,7 @@ _NOTHING = "\u2013"
 def render_html(
     results: Results, timing: Mapping[str, Any], arms: Sequence[Arm], drawn: Sequence[tuple[Section, Sequence[str]]]
 ) -> str:
-    """Fill in the page."""
+    """Render report.html."""
     from markupsafe import Markup
 
     sections = [
@@ -43,7 +43,7 @@ def render_html(
 
 
 def render_markdown(results: Results, timing: Mapping[str, Any], arms: Sequence[Arm], has_figure: bool) -> str:
-    """Fill in the page without the curves."""
+    """Render report.md, which has no curves."""
     template = _environment(escape=False).get_template("report.md")
     page: str = template.render(
         **_shared(results, timing, arms), has_figure=has_figure, has_bands=len(arms) <= MAX_BANDS
@@ -95,12 +95,12 @@ def _shared(results: Results, timing: Mapping[str, Any], arms: Sequence[Arm]) ->
         "made_with": _made_with(results),
         "validated": _validated(results),
         "command": timing.get("command"),
-        "over": _over(results),
+        "interval_scopes": _interval_scopes(results),
     }
 
 
 def _untrained_in(start: Mapping[str, Any], seed: int | None) -> str:
-    """F1 before training with a seed: one figure for all seeds that start alike, else each its own."""
+    """F1 before training with a seed: the common one, or that of the seed if they differ."""
     if start["seeds"] is None:
         return f"{start['f1']['mean']:.3f}"
     by_seed = dict(zip(start["seeds"], start["f1"]["by_run"], strict=True))
@@ -124,7 +124,7 @@ def _made_with(results: Results) -> dict[str, str]:
 
 
 def _validated(results: Results) -> str:
-    """On how many questions and at which steps, where all finished runs agree."""
+    """Number of questions and steps of the validations, if all finished runs agree; else empty."""
     counts = {arm["questions"] for arm in results["arms"] if arm["finished"]}
     steps = {tuple(row["step"] for row in run["validations"]) for run in results["runs"] if run["finished"]}
     if len(counts) != 1 or len(steps) != 1 or None in counts:
@@ -132,8 +132,8 @@ def _validated(results: Results) -> str:
     return f"on {counts.pop()} questions at the rollout steps {', '.join(map(str, steps.pop()))}"
 
 
-def _over(results: Results) -> str:
-    """What the intervals are over: once where it is the same for all arms."""
+def _interval_scopes(results: Results) -> str:
+    """The units that the intervals are over: once if they are the same for all arms."""
     by_kind: dict[str, list[str]] = {}
     for arm in results["arms"]:
         by_kind.setdefault(arm["over"], []).append(arm["name"])
@@ -175,7 +175,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Text that can stand in a cell of a Markdown table."""
+    """Text escaped for a cell of a Markdown table."""
     text = " ".join(str(value).split())
     for character in "\\|<`*_[":
         text = text.replace(character, f"\\{character}" if character != "<" else "&lt;")
@@ -183,5 +183,5 @@ def _cell(value: Any) -> str:
 
 
 def _code(value: str) -> str:
-    """The same, as code."""
+    """Text as inline code in Markdown."""
     return "`" + value.replace("`", "'").replace("|", "\\|") + "`" if value else _NOTHING

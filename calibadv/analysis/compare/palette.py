@@ -1,4 +1,4 @@
-"""Colours and line styles of the arms, told apart by color-blind readers, in print, and on light and dark pages."""
+"""Colors and line styles of the arms: distinct for color-blind readers, in print, and on light and dark pages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DASHES: tuple[Any, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How an arm is drawn.
+    """Color and line style of an arm.
 
     Attributes:
         light: color on a light page.
@@ -40,7 +40,7 @@ class Style:
 
 
 def styles(count: int) -> list[Style]:
-    """Styles for arms."""
+    """Return the styles of so many arms."""
     return [
         Style(_LIGHT[index % len(_LIGHT)], _DARK[index % len(_DARK)], _DASHES[index % len(_DASHES)])
         for index in range(count)

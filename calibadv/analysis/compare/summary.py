@@ -205,14 +205,18 @@ def _searches_failed(run: Run) -> list[str]:
 def _unequal(arms: Sequence[Arm]) -> dict[str, str]:
     """Properties that all runs should share, and the values of those that differ."""
     runs = [run for arm in arms for run in arm.runs if run.results]
-    finished = [run for arm in arms for run in arm.finished]
+    finished = chain.from_iterable(arm.finished for arm in arms)
     values: dict[str, list[Any]] = {
         **{name: [run.results.get(name) for run in runs] for name in ("threads", "device")},
         **_versions(runs),
         "the rollout steps asked for": [run.planned for run in runs],
-        "the steps of validation": [[row["step"] for row in run.validations] for run in finished],
+        "the steps of validation": [_validation_steps(run) for run in finished],
     }
     return _differing(values)
+
+
+def _validation_steps(run: Run) -> list[float]:
+    return [row["step"] for row in run.validations]
 
 
 def _differing(values: Mapping[str, Sequence[Any]]) -> dict[str, str]:
