@@ -73,12 +73,7 @@ class ProcessGroup:
             return Attempt(error=error)
 
     def all_gather_in_order(self, own: Attempt[list[T]], owners: Sequence[int]) -> list[T]:
-        """Gather the results of all ranks, in the order of the items; if one rank failed, all raise here.
-
-        Args:
-            own: one result per item of this rank, in order.
-            owners: the rank of every item, of ``assign_ranks``.
-        """
+        """Gather the results of all ranks, in the order of the items; if one rank failed, all raise here."""
         failure_here = own.error and (_kind(own.error), str(own.error) or type(own.error).__name__)
         gathered = self.gather((own.result, failure_here))
         for rank, (_, failure) in enumerate(gathered):

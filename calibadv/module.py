@@ -220,15 +220,7 @@ class SearchAgentModule(PolicyModule):
         return self.finish_step(update, {**metrics, **steps.summary()}, timer)
 
     def prepare_update(self, questions: Sequence[Question], timer: Stopwatch) -> tuple[UpdateBatch, Metrics]:
-        """Sample and score rollouts, and compute their advantages and old log-probabilities.
-
-        Args:
-            questions: questions of this rollout step.
-            timer: measures the stages.
-
-        Returns:
-            What the update needs, and the curves of the rollouts.
-        """
+        """Sample and score rollouts, and compute their advantages and old log-probabilities."""
         step = self.rollout_step + 1
         draws = Draws(self.seed, step, self.group_size, self.temperature)
         sample = partial(

@@ -35,17 +35,7 @@ class Environment:
         self.tools = list(tools)
 
     def step(self, messages: Sequence[Sequence[ToolCall]]) -> list[Outcome]:
-        """Run the calls of some messages.
-
-        Args:
-            messages: the calls of each.
-
-        Returns:
-            One outcome per message: a result per call, or the error of one of them.
-
-        Raises:
-            UserError: a call names no tool, or a tool raised an error of its own, or returned what is no result.
-        """
+        """Run the calls of some messages."""
         results: list[list[Any]] = [[None] * len(calls) for calls in messages]
         for tool, places in self._places(messages).items():
             found = _run(tool, [messages[index][number] for index, number in places])

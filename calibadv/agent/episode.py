@@ -60,11 +60,7 @@ def unfinished(episodes: Sequence[Episode]) -> list[Episode]:
 
 
 def append_message(episode: Episode, completion: Completion, agent: Agent) -> None:
-    """Append a message to an episode, in place; the episode ends unless the message calls a tool.
-
-    Raises:
-        UserError: the engine answered wrongly.
-    """
+    """Append a message to an episode, in place; the episode ends unless the message calls a tool."""
     fault = fault_of(completion, agent.tokenizer, agent.protocol.max_turn_tokens)
     if fault:
         place = f"question '{episode.question.id}', sample {episode.sample}, message {len(episode.messages) + 1}"

@@ -29,14 +29,6 @@ def run_streaming(
     While the engine samples, one round of calls at a time runs beside it, for all episodes that have called since the
     last one began. Only tools, and waiting for one that is away, run in the worker thread: tokenizers are not
     thread-safe.
-
-    Args:
-        episodes: with their prompts; changed in place.
-        engine: the agent's.
-        agent: its protocol and tokenizer are used.
-        environment: runs the calls.
-        sampling: temperature and the most tokens of a message.
-        key: returns the key of the draws of an episode's next message.
     """
     in_flight: dict[int, Episode] = {}
     pending: list[Episode] = []  # have made calls that are not run yet

@@ -49,11 +49,7 @@ class SearchTool(Tool):
 
 
 def make_tools(retriever: Retriever | None, tools: Sequence[Tool] | None) -> Sequence[Tool]:
-    """Return the tools of an agent: those that are given, or the search with a retriever.
-
-    Raises:
-        UserError: neither is given, or both are.
-    """
+    """Return the tools of an agent: those that are given, or the search with a retriever."""
     if retriever is not None and tools is not None:
         raise UserError(
             "model.retriever and model.tools are both set; give one: SearchTool makes a tool of a retriever"

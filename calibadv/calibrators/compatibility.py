@@ -13,16 +13,7 @@ from calibadv.interfaces import AdvantageEstimator, Calibrator
 def check_combination(
     estimator: AdvantageEstimator, calibrators: Sequence[Calibrator], group_size: int | None = None
 ) -> None:
-    """Refuse an estimator and calibrators whose sum is no method.
-
-    Args:
-        estimator: turns rewards into advantages.
-        calibrators: installed, in order.
-        group_size: rollouts per question, None where nothing is trained.
-
-    Raises:
-        UserError: a calibrator is installed twice, two share a role, or step correctness would count twice.
-    """
+    """Refuse an estimator and calibrators whose sum is no method."""
     if group_size == 1 and calibrators:
         name = type(calibrators[0]).__name__
         raise UserError(f"model.group_size is 1, and {name} needs the other rollouts of a group; give at least 2")

@@ -35,8 +35,8 @@ class ConstantPenalty(Calibrator):
         self.correctness = correctness
 
     @property
+    @override
     def uses_step_correctness(self) -> bool:  # type: ignore[override]
-        """True if the constant is the mean of the batch."""
         return self.correctness == "batch_mean"
 
     @override

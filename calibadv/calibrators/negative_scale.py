@@ -50,13 +50,13 @@ class NegativeScale(Calibrator):
         self.match = match
 
     @property
+    @override
     def uses_step_correctness(self) -> bool:  # type: ignore[override]
-        """True if the ratio is matched."""
         return self.match is not None
 
     @property
+    @override
     def roles(self) -> frozenset[str]:  # type: ignore[override]
-        """The roles of all of CalibAdv, if its ratio is matched: another part of it would change that."""
         return frozenset({"search penalty", "answer balance", "negative clip"} if self.match else ())
 
     @override

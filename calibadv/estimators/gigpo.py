@@ -54,9 +54,6 @@ def anchor_ids(batch: RolloutBatch) -> Tensor:
 
     The state before a turn is the set of documents that the last observation showed, or its text where its tools find
     none; before the first turn it is one and the same.
-
-    Returns:
-        [B, K], equal within a group where two turns start from the same state; -1 for none.
     """
     anchors = np.full(batch.step_correctness.shape, -1, dtype=np.int64)
     included = batch.included.tolist()

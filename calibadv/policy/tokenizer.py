@@ -50,37 +50,16 @@ class AgentTokenizer:
         self._decode_one = lru_cache(maxsize=None)(lambda token_id: self.decode((token_id,)))
 
     def encode(self, text: str) -> list[int]:
-        """Encode text of the environment, adding no special tokens.
-
-        Args:
-            text: an observation, or a message to be scripted.
-
-        Returns:
-            Its token ids.
-        """
+        """Encode text of the environment, adding no special tokens."""
         return list(self.backend.encode(text, add_special_tokens=False, verbose=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Decode what the policy wrote, special tokens shown, end-of-sequence and padding left out.
-
-        Args:
-            token_ids: sampled token ids.
-
-        Returns:
-            The text.
-        """
+        """Decode what the policy wrote, special tokens shown, end-of-sequence and padding left out."""
         shown = self.visible(token_ids)
         return str(self.backend.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def visible(self, token_ids: Sequence[int]) -> list[int]:
-        """Leave out end-of-sequence and padding.
-
-        Args:
-            token_ids: sampled token ids.
-
-        Returns:
-            Those that ``decode`` shows.
-        """
+        """Leave out end-of-sequence and padding."""
         return [token_id for token_id in token_ids if token_id not in self._invisible]
 
     def may_stop(self, token_id: int) -> bool:
@@ -88,13 +67,7 @@ class AgentTokenizer:
         return any(stop[-1] in self._decode_one(token_id) for stop in self.stop_strings)
 
     def encode_prompt(self, text: str, chat: bool, opening: str) -> list[int]:
-        """Encode a prompt: chat template where there is one, begin-of-sequence, and what stands before a message.
-
-        Args:
-            text: the prompt.
-            chat: whether to wrap it in the tokenizer's chat template, if it has one.
-            opening: text that the environment writes before the first message.
-        """
+        """Encode a prompt: chat template where there is one, begin-of-sequence, and what stands before a message."""
         if chat and self.backend.chat_template:
             messages = [{"role": "user", "content": text.strip()}]
             text = str(self.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -103,18 +76,7 @@ class AgentTokenizer:
 
 
 def prepare_tags(tokenizer: PreTrainedTokenizerBase, tags: Sequence[str] = TAGS) -> list[str]:
-    """Make a tokenizer return the tags unchanged, adding those that it would break as ordinary tokens.
-
-    Args:
-        tokenizer: changed in place where a tag does not survive.
-        tags: the protocol's.
-
-    Returns:
-        The tags that were added; the embedding must be resized when there are any.
-
-    Raises:
-        UserError: the tags do not survive even so.
-    """
+    """Make a tokenizer return the tags unchanged, adding those that it would break as ordinary tokens."""
 
     def find_broken() -> list[str]:
         return [tag for tag in tags if _tags_of(tokenizer, _PROBE.format(tag), tags) != [tag, tag]]

@@ -17,16 +17,6 @@ def score_rollouts(rollouts: Iterable[Rollout], reward: Reward) -> list[Rollout]
 
     ``answer`` and ``answer_score`` are those of the answer block, whatever the format; None where the last message has
     no answer. ``score``, ``f1``, ``em`` and ``cover_em`` are 0 unless the format is valid.
-
-    Args:
-        rollouts: episodes with their final status.
-        reward: scores an answer in [0, 1].
-
-    Returns:
-        The same rollouts in the same order, with these fields set.
-
-    Raises:
-        UserError: the reward raised an error, or returned what is no number in [0, 1].
     """
     return [_score(rollout, reward) for rollout in rollouts]
 
@@ -64,19 +54,7 @@ def _ask(reward: Reward, answer: str, question: Question) -> float:
 
 
 def checked_score(score: Any, reward: Reward, question_id: str) -> float:
-    """See that a reward scored an answer.
-
-    Args:
-        score: what it returned.
-        reward: for the message.
-        question_id: of the answer.
-
-    Returns:
-        The same.
-
-    Raises:
-        UserError: it is no number in [0, 1].
-    """
+    """See that a reward scored an answer."""
     if not (is_number(score) and 0 <= score <= 1):
         raise UserError(
             f"{type(reward).__name__} scored {shown(score)} on question '{question_id}'; a reward lies in [0, 1]"

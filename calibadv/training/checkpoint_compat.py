@@ -34,11 +34,7 @@ class RunIdentity:
         return entries if self.reference is None else {**entries, "reference_checksum": self.reference}
 
     def check(self, checkpoint: Mapping[str, Any], training: bool) -> None:
-        """Refuse to train on as another run; warn where an evaluation uses another protocol than the training.
-
-        Raises:
-            UserError: the seed, the protocol or the reference is another.
-        """
+        """Refuse to train on as another run; warn where an evaluation uses another protocol than the training."""
         if training and checkpoint["seed"] != self.seed:
             raise UserError(
                 f"--seed_everything is {self.seed} and the checkpoint's run has {checkpoint['seed']}; all draws of a "

@@ -43,13 +43,7 @@ def check_numbers(betas: tuple[float, float], temperature: float, **settings: fl
 
 
 def check_replaced(name: str, given: object, replaced: Mapping[str, tuple[object, object]]) -> None:
-    """Refuse settings that a custom optimizer or scheduler replaces.
-
-    Args:
-        name: option of the custom one.
-        given: its value, None if it is not used.
-        replaced: value and default of each setting.
-    """
+    """Refuse settings that a custom optimizer or scheduler replaces."""
     for key, (value, default) in replaced.items() if given is not None else ():
         if value != default:
             raise UserError(

@@ -28,14 +28,7 @@ class Objective:
     kl_estimator: KLEstimator = "k3"
 
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
-        """Sum the terms of one micro-batch.
-
-        Returns:
-            A scalar with gradient, and metrics that add up over micro-batches.
-
-        Raises:
-            UserError: a part returned what is no term of a loss, or a metric under a name that is taken.
-        """
+        """Sum the terms of one micro-batch."""
         loss, reported = checked_term(self.loss.compute(inputs), self.loss)
         metrics = _merge({}, reported, self.loss)
         metrics["kl_old"] = k3(inputs.logprobs.detach(), inputs.old_logprobs).sum().item() / inputs.denominator

@@ -102,22 +102,7 @@ class FiniteSteps:
         dump: Path,
         processes: ProcessGroup,
     ) -> bool:
-        """Make an optimizer step, unless the gradient is not finite on some rank.
-
-        Args:
-            optimizer: holds the gradient of the mini-batch.
-            norm: norm of the gradient.
-            update: the rollout batch in its update.
-            mini_batch: written to a file where the run stops.
-            dump: that file; ``torch.load`` reads it with ``weights_only=True``.
-            processes: the ranks, which agree.
-
-        Returns:
-            Whether a step was made.
-
-        Raises:
-            UserError: too many steps in a row were skipped.
-        """
+        """Make an optimizer step, unless the gradient is not finite on some rank."""
         if not processes.all_reduce_max(not math.isfinite(norm)):
             optimizer.step()
             self.skipped_in_a_row = 0

@@ -167,16 +167,6 @@ class PolicyModule(EvaluationModule):
     def load_from_checkpoint(  # type: ignore[override]  # the base has options for pickled hyperparameters
         cls, checkpoint_path: str | os.PathLike[str], map_location: Any = "cpu", **arguments: Any
     ) -> Self:
-        """Build a module from a checkpoint, with its weights.
-
-        Args:
-            checkpoint_path: a file that a run or a Trainer has saved.
-            map_location: where to load the tensors.
-            **arguments: of the constructor; by default those of the config that a run of the command line has saved.
-
-        Raises:
-            UserError: the checkpoint holds no config and no arguments are given, or it is sharded.
-        """
         path = Path(checkpoint_path)
         if path.is_dir():
             raise UserError(f"checkpoint '{path}' is sharded; load it with calibadv validate, --config cluster/fsdp")

@@ -51,19 +51,7 @@ class RolloutSampler:
         timer: Stopwatch | None = None,
         credit: bool = True,
     ) -> list[Group]:
-        """Sample and score the groups of some questions; each rank its own, then all ranks hold all of them.
-
-        Args:
-            questions: one group is sampled for each.
-            draws: samples per question, temperature, and what the randomness depends on.
-            processes: the ranks that share the questions.
-            waiting: how long a retriever that is away may be waited for.
-            timer: measures the stages ``rollout`` and ``evidence``.
-            credit: whether to find which searches brought evidence.
-
-        Returns:
-            One group per question, in their order, with scores and step correctness.
-        """
+        """Sample and score the groups of some questions; each rank its own, then all ranks hold all of them."""
         timer = timer or Stopwatch()
         own = processes.attempt(partial(self._sample, questions, draws, processes, waiting, timer, credit))
         with timer.measure("evidence"):
@@ -98,22 +86,7 @@ def collect_groups(
     replacements: Iterator[Question],
     step: int,
 ) -> tuple[list[Group], Metrics]:
-    """Sample the groups of a rollout step, and replace those that the filter drops.
-
-    Args:
-        questions: questions of the step.
-        sample: samples a scored group for each of some questions.
-        group_filter: None to keep all groups.
-        replacements: questions to ask in the place of others, each once; they may run out.
-        step: rollout step, for messages.
-
-    Returns:
-        One group per question, and the metrics of the filter.
-
-    Raises:
-        RetrievalError: more than half of the searches failed.
-        UserError: the filter answered neither yes nor no.
-    """
+    """Sample the groups of a rollout step, and replace those that the filter drops."""
     sampled: list[Group] = []
 
     def sample_checked(asked: Sequence[Question]) -> list[Group]:
@@ -135,12 +108,7 @@ def refill(
     replacements: Iterator[Question],
     sample: Callable[[list[Question]], Sequence[Group]],
 ) -> tuple[list[Group], Metrics]:
-    """Replace the groups that a filter drops, until the batch is full or there were enough tries.
-
-    Returns:
-        As many groups, each kept one in its place, those without replacement unchanged; and ``filter/asked``, the
-        questions asked, and ``filter/unreplaced``, the groups that should have been dropped.
-    """
+    """Replace the groups that a filter drops, until the batch is full or there were enough tries."""
     filled = list(groups)
 
     def keeps(group: Group) -> bool:
