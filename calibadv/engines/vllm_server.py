@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from calibadv.distributed import Processes
-from calibadv.engines._partial_completion import Draft
+from calibadv.engines._partial_completion import PartialCompletion
 from calibadv.engines.vllm import Dtype
 from calibadv.errors import ServiceError, UserError
 from calibadv.interfaces import StreamingEngine
@@ -188,11 +188,11 @@ class VLLMServerEngine(StreamingEngine):
             "skip_special_tokens": False,
         }
         (choice,) = self._call("POST", "/v1/completions", request)["choices"]
-        draft = Draft()
-        draft.extend(choice["token_ids"], choice["logprobs"]["token_logprobs"], self._tokenizer)
-        if draft.reason is None and choice["finish_reason"] != "length":
+        partial = PartialCompletion()
+        partial.extend(choice["token_ids"], choice["logprobs"]["token_logprobs"], self._tokenizer)
+        if partial.reason is None and choice["finish_reason"] != "length":
             raise ServiceError(
                 f"the vLLM server at {self.url} ended a message ({choice['finish_reason']}) that ends in "
-                f"{self._tokenizer.decode(draft.token_ids)[-40:]!r}; is its folder that of model.policy?"
+                f"{self._tokenizer.decode(partial.token_ids)[-40:]!r}; is its folder that of model.policy?"
             )
-        return draft.completion()
+        return partial.completion()

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from calibadv.batch import RolloutBatch, answer_mask, group_rollouts
-from calibadv.numerics.credit import negative_search_turns
+from calibadv.numerics.credit import penalized_search_turns
 from calibadv.numerics.logprobs import message_perplexities
 from calibadv.numerics.masked import turn_means
 from calibadv.rewards.answer import f1
@@ -104,7 +104,7 @@ def group_metrics(batch: RolloutBatch) -> Metrics:
 def credit_metrics(batch: RolloutBatch, estimated: Tensor) -> Metrics:
     """How often searches find evidence, and are punished nevertheless."""
     per_turn = turn_means(estimated, batch.turn_ids, batch.step_correctness.shape[1])
-    punished = negative_search_turns(per_turn, batch.answer_turn.cpu()).numpy()
+    punished = penalized_search_turns(per_turn, batch.answer_turn.cpu()).numpy()
     trained: list[float] = []
     silver: list[bool] = []
     gold: list[bool] = []

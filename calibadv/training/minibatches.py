@@ -12,7 +12,7 @@ import numpy as np
 
 from calibadv.batch import RolloutBatch
 from calibadv.distributed import Processes
-from calibadv.numerics.rng import uniforms
+from calibadv.numerics.rng import keyed_uniforms
 from calibadv.types import DrawKey
 
 
@@ -43,7 +43,7 @@ def deal_micro_batches(
 def mini_batches(batch: RolloutBatch, count: int, seed: int, step: int) -> list[list[int]]:
     """Cut a rollout batch into blocks of whole groups, in an order drawn from (seed, step)."""
     groups = batch.group_ids.tolist()
-    order = np.argsort(uniforms(DrawKey(seed, step, "mini-batches", 0, 0), max(groups) + 1), kind="stable")
+    order = np.argsort(keyed_uniforms(DrawKey(seed, step, "mini-batches", 0, 0), max(groups) + 1), kind="stable")
     trained = batch.loss_mask.any(dim=1).tolist()
     blocks = [
         [row for row, group in enumerate(groups) if group in chosen]

@@ -12,7 +12,7 @@ from calibadv.analysis.replay.method import Outcome
 from calibadv.analysis.replay.recording import Recorded
 from calibadv.analysis.replay.results import KINDS, SIDES, ArmFigures, Disagreement, DisputedTurn, Figures, Masses
 from calibadv.batch import RolloutBatch, group_rollouts, turn_values
-from calibadv.numerics.credit import negative_search_turns
+from calibadv.numerics.credit import penalized_search_turns
 from calibadv.numerics.masked import turn_means
 from calibadv.training.metrics import advantage_metrics
 
@@ -40,7 +40,7 @@ class _Totals:
         num_turns = batch.step_correctness.shape[1]
         before = turn_means(outcome.estimated, batch.turn_ids, num_turns)
         after = turn_means(outcome.calibrated, batch.turn_ids, num_turns)
-        punished = negative_search_turns(before, batch.answer_turn)
+        punished = penalized_search_turns(before, batch.answer_turn)
         self.punished += int(punished.sum())
         self.softened += int((punished & (after > before)).sum())
         for rows in groups:
