@@ -64,7 +64,7 @@ class DecodingBatch:
         self.rows = torch.tensor(self.prompt_indices, device=device)
 
     def select(self, indices: list[int]) -> None:
-        """Keep some rows, each as often as its index is there."""
+        """Keep the rows with these indices; an index that is repeated duplicates its row."""
         keep = torch.tensor(indices, device=self.mask.device)
         self.cache.batch_select_indices(keep)
         self.mask, self._positions, self.logits = self.mask[keep], self._positions[keep], self.logits[keep]

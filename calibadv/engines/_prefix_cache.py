@@ -53,7 +53,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._set_length(length)
 
     def select(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Copy some columns of some rows."""
+        """Copy the columns [N, C] of the rows [N]: keys and values [N, H, C, D]."""
         keys, values = (buffer[rows[:, None], :, columns].transpose(1, 2) for buffer in self._buffers)
         return keys, values
 

@@ -144,10 +144,11 @@ class VLLMEngine(StreamingEngine):
             partial = self._partial[number]
             logprobs = [of[token].logprob for token, of in zip(drawn.token_ids, drawn.logprobs or (), strict=True)]
             partial.extend(drawn.token_ids, logprobs, self._tokenizer)
-            if partial.reason is not None and not output.finished:
+            if partial.reason is None and not output.finished:
+                continue
+            if not output.finished:
                 stopped.append(output.request_id)
-            if partial.reason is not None or output.finished:
-                done[number] = self._partial.pop(number).completion()
+            done[number] = self._partial.pop(number).completion()
         self._llm.llm_engine.abort_request(stopped)
         return done
 

@@ -139,13 +139,13 @@ class VLLMServerEngine(StreamingEngine):
         except HTTPError as error:
             raise ServiceError(f"the vLLM server at {self.url}{route} does not answer ({error}); is it up?") from error
         if response.status != 200:
-            told = " ".join(response.data.decode(errors="replace").split())[:300]
+            body_text = " ".join(response.data.decode(errors="replace").split())[:300]
             hint = "; start it with VLLM_SERVER_DEV_MODE=1" if response.status == 404 else ""
-            raise ServiceError(f"the vLLM server at {self.url}{route} answered {response.status}: {told}{hint}")
+            raise ServiceError(f"the vLLM server at {self.url}{route} answered {response.status}: {body_text}{hint}")
         return response.json()
 
     def _hand_over(self, weights: dict[str, Tensor]) -> str:
-        """Have the server load these weights; returns what went wrong, so that other processes can be told."""
+        """Have the server load these weights; returns the error, which all processes must raise, or an empty text."""
         from safetensors.torch import save_file
 
         folder = self.weights_folder / f"weights-{next(self._versions):06d}"

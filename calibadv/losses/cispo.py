@@ -1,4 +1,4 @@
-"""Clipped importance weights in the place of clipped updates."""
+"""Clipped importance weights instead of clipped updates."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The embedded default: a synthetic search world and a tiny policy that knows how to search in it.
 
 Both ship inside the package, so that everything runs offline on a laptop. ``calibadv world`` exports the world's files
-and makes the policy again from nothing.
+and trains the policy from scratch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from calibadv.world.world import World, build_world
 __all__ = ["EMBEDDED", "World", "build_world", "embedded_world", "policy_folder"]
 
 EMBEDDED = "embedded"
-"""What a config says in place of a file or a folder, to get what the package ships."""
+"""Name in a config, instead of that of a file or a folder, of the data and the policy that the package ships."""
 
 
 @lru_cache(maxsize=1)

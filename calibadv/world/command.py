@@ -1,4 +1,4 @@
-"""What ``calibadv world`` does: export the embedded world's files, or make the tiny policy again from nothing."""
+"""The commands of ``calibadv world``: export the embedded world's files, or train the tiny policy from scratch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from calibadv.world.world import build_world
 
 def export(out: Path, seed: int = 0) -> None:
     """Write a synthetic world as files: corpus.jsonl, train.jsonl, validation.jsonl and test.jsonl."""
-    check_empty(out)
+    _check_empty(out)
     world = build_world(seed)
     out.mkdir(parents=True, exist_ok=True)
     corpus = ({"id": d.id, "contents": f'"{d.title}"\n{d.text}'} for d in world.documents)
@@ -24,8 +24,8 @@ def export(out: Path, seed: int = 0) -> None:
 
 
 def policy(out: Path, seed: int = 0, clean_steps: int = 250, noisy_steps: int = 400) -> None:
-    """Make the tiny policy from nothing, in about two minutes on two cores: supervised on scripted demonstrations."""
-    check_empty(out)
+    """Train the tiny policy from scratch, in about two minutes on two cores: supervised on scripted demonstrations."""
+    _check_empty(out)
     for name, steps in (("clean_steps", clean_steps), ("noisy_steps", noisy_steps)):
         if steps < 0:
             raise UserError(f"{name} is {steps}; it must be at least 0")
@@ -34,8 +34,8 @@ def policy(out: Path, seed: int = 0, clean_steps: int = 250, noisy_steps: int = 
     make_policy(out, seed, clean_steps, noisy_steps)
 
 
-def check_empty(out: Path) -> None:
-    """Refuse a folder that holds something."""
+def _check_empty(out: Path) -> None:
+    """Check that a folder does not exist or is empty."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out '{out}' exists and is not an empty folder; name another folder, or remove it")
 
