@@ -25,7 +25,7 @@ from calibadv.protocol.search import STOP_TAGS
 from calibadv.protocol.tokenizer import AgentTokenizer
 from calibadv.types import Completion, DrawKey, Sampling
 
-_MOMENT = 0.02  # seconds that collect waits; a search that comes back meanwhile waits no longer
+_POLL_SECONDS = 0.02  # that collect waits; a search that comes back meanwhile waits no longer
 
 
 class VLLMServerEngine(StreamingEngine):
@@ -71,7 +71,7 @@ class VLLMServerEngine(StreamingEngine):
         self._tokenizer: AgentTokenizer | None = None
         self._numbers = count()
         self._versions = count()
-        self._replies: dict[Future[Completion], int] = {}
+        self._requests: dict[Future[Completion], int] = {}
 
     @override
     def check(self) -> None:
@@ -94,7 +94,7 @@ class VLLMServerEngine(StreamingEngine):
         for name, tensor in policy.weights():  # sharded ones are put together on all processes at once
             if processes.rank == 0:
                 weights[name] = tensor.to("cpu", getattr(torch, self.dtype), copy=True).contiguous()
-        failures = processes.gather(self._hand_over(weights) if processes.rank == 0 else "")
+        failures = processes.gather(self._load_weights(weights) if processes.rank == 0 else "")
         if any(failures):
             raise ServiceError(max(failures))
 
@@ -103,21 +103,21 @@ class VLLMServerEngine(StreamingEngine):
         numbers = []
         for prompt, key in zip(prompts, keys, strict=True):
             number = next(self._numbers)
-            self._replies[self._senders.submit(self._ask, list(prompt), sampling, key)] = number
+            self._requests[self._executor.submit(self._complete, list(prompt), sampling, key)] = number
             numbers.append(number)
         return numbers
 
     @override
     def collect(self) -> dict[int, Completion]:
-        done, _ = wait(self._replies, timeout=_MOMENT, return_when=FIRST_COMPLETED)
-        return {self._replies.pop(reply): reply.result() for reply in done}
+        done, _ = wait(self._requests, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+        return {self._requests.pop(request): request.result() for request in done}
 
     @override
     def rest(self) -> None:
-        for reply in self._replies:
-            reply.cancel()
-        wait(self._replies)
-        self._replies.clear()
+        for request in self._requests:
+            request.cancel()
+        wait(self._requests)
+        self._requests.clear()
 
     @cached_property
     def _client(self) -> Any:
@@ -128,7 +128,7 @@ class VLLMServerEngine(StreamingEngine):
         return urllib3.PoolManager(maxsize=self.concurrency, block=True, timeout=timeout, retries=False)
 
     @cached_property
-    def _senders(self) -> ThreadPoolExecutor:
+    def _executor(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.concurrency, thread_name_prefix="vllm")
 
     def _call(self, method: str, route: str, body: dict[str, Any] | None = None) -> Any:
@@ -144,7 +144,7 @@ class VLLMServerEngine(StreamingEngine):
             raise ServiceError(f"the vLLM server at {self.url}{route} answered {response.status}: {body_text}{hint}")
         return response.json()
 
-    def _hand_over(self, weights: dict[str, Tensor]) -> str:
+    def _load_weights(self, weights: dict[str, Tensor]) -> str:
         """Have the server load these weights; returns the error, which all processes must raise, or an empty text."""
         from safetensors.torch import save_file
 
@@ -167,7 +167,7 @@ class VLLMServerEngine(StreamingEngine):
                 shutil.rmtree(old, ignore_errors=True)
         return ""
 
-    def _ask(self, prompt: list[int], sampling: Sampling, key: DrawKey) -> Completion:
+    def _complete(self, prompt: list[int], sampling: Sampling, key: DrawKey) -> Completion:
         assert self._tokenizer is not None, "sync comes before submit"
         assert self.max_model_len is not None
         request = {

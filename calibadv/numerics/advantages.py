@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calibadv.numerics.masked import check_shapes, group_sum
 
-EPSILON = 1e-6
+_EPSILON = 1e-6
 
 
 def group_normalise(rewards: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def group_normalise(rewards: Tensor, group_ids: Tensor, included: Tensor) -> Ten
         [B], exactly 0 for rollouts that are not included and for groups whose rewards are all equal.
     """
     standardized = _standardize_within(rewards, group_ids, included)
-    return _with_singletons(standardized, rewards / (1 + EPSILON), group_ids, included)
+    return _with_singletons(standardized, rewards / (1 + _EPSILON), group_ids, included)
 
 
 def group_centre(rewards: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def gain_rewards(
     kinds = torch.zeros_like(last) if joint else (turns == last).long()
     normalised = _standardize_within(values, group_ids.cpu()[:, None] * 2 + kinds, exists)
     lone = _is_singleton(group_ids)[:, None] & exists
-    return torch.where(lone, values / (1 + EPSILON), normalised)
+    return torch.where(lone, values / (1 + _EPSILON), normalised)
 
 
 def discounted_sums(turn_rewards: Tensor, gamma: float) -> Tensor:
@@ -204,7 +204,7 @@ def _standardize_within(values: Tensor, set_ids: Tensor, counted: Tensor, by_std
     centred = torch.where(counts, numbers - mean, 0.0)
     if by_std:
         std = (group_sum(centred.square(), ids) / (size - 1).clamp(min=1)).sqrt()[ids]
-        centred = centred / (std + EPSILON)
+        centred = centred / (std + _EPSILON)
     varies = (size >= 2)[ids] & ~_zero_variance(numbers, ids, counts)
     return torch.where(counts & varies, centred, 0.0).view_as(values)
 
