@@ -1,4 +1,4 @@
-"""Balance rewarded and punished answers."""
+"""Balance the positive and the negative advantages of answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a message ends, for engines that see each token as it is drawn."""
+"""Stop conditions of a message, for engines that see each token as it is drawn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WINDOW = 16
 
 
 def stop_reason(tokenizer: AgentTokenizer, token_ids: Sequence[int]) -> StopReason | None:
-    """Whether the token drawn last ends the message.
+    """The reason why the token drawn last ends the message, None if it does not.
 
     The tag is looked for in decoded text, since a tag may be one token, several, or share its last token with the
     white space behind it.
@@ -33,8 +33,8 @@ def ends_with_search(tokenizer: AgentTokenizer, token_ids: Sequence[int]) -> boo
     return tokenizer.stop_strings[0] in _tail(tokenizer, token_ids)
 
 
-def may_stop(tokenizer: AgentTokenizer, vocabulary: int) -> Tensor:
-    """Mark the tokens after which ``stop_reason`` is worth asking, so that a batch asks for few of its rows."""
+def stop_candidates(tokenizer: AgentTokenizer, vocabulary: int) -> Tensor:
+    """[V] bool: the tokens after which a message may end, so that ``stop_reason`` is called for few rows of a batch."""
     ends = tokenizer.end_ids
     return torch.tensor([token in ends or tokenizer.may_stop(token) for token in range(vocabulary)])
 

@@ -10,7 +10,7 @@ from calibadv.batch import RolloutBatch
 from calibadv.estimators._broadcast import broadcast_turn_values
 from calibadv.estimators._validation import check_weight
 from calibadv.interfaces import AdvantageEstimator
-from calibadv.numerics.advantages import group_normalise, turn_index_advantages
+from calibadv.numerics.advantages import group_normalise, per_turn_group_advantages
 
 
 class MTGRPO(AdvantageEstimator):
@@ -39,6 +39,6 @@ class MTGRPO(AdvantageEstimator):
     def estimate(self, batch: RolloutBatch) -> Tensor:
         group = batch.group_ids, batch.included
         outcome = group_normalise(batch.rewards.cpu().double(), *group)[:, None]
-        per_turn = turn_index_advantages(batch.step_correctness, batch.answer_turn, *group)
+        per_turn = per_turn_group_advantages(batch.step_correctness, batch.answer_turn, *group)
         is_answer = torch.arange(per_turn.shape[1]) == batch.answer_turn.cpu()[:, None]
         return broadcast_turn_values(torch.where(is_answer, outcome, per_turn + self.outcome_weight * outcome), batch)

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from calibadv.batch import LossInputs
 from calibadv.interfaces import PolicyLoss
-from calibadv.losses._clipping import check_clips, clip_shares
+from calibadv.losses._clipping import check_clips, clip_fractions
 from calibadv.losses.aggregation import Aggregation, TokenMean
 from calibadv.numerics.losses import active_clips, clipped_surrogate, sequence_ratio
 from calibadv.types import Metrics
@@ -53,4 +53,4 @@ class GSPO(PolicyLoss):
         ratio = sequence_ratio(inputs.logprobs, inputs.old_logprobs, inputs.rollout_ids)
         clips = {"clip_low": self.clip_low, "clip_high": self.clip_high}
         loss = -self.aggregation.reduce(clipped_surrogate(ratio, inputs.advantages, **clips), inputs)
-        return loss, clip_shares(*active_clips(ratio.detach(), inputs.advantages, **clips), inputs)
+        return loss, clip_fractions(*active_clips(ratio.detach(), inputs.advantages, **clips), inputs)

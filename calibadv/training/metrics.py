@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from calibadv.batch import RolloutBatch, answer_mask, group_rollouts
-from calibadv.numerics.credit import negative_search_turns
+from calibadv.numerics.credit import penalized_search_turns
 from calibadv.numerics.logprobs import message_perplexities
 from calibadv.numerics.masked import turn_means
 from calibadv.rewards.answer import f1
@@ -102,7 +102,7 @@ def group_metrics(batch: RolloutBatch) -> Metrics:
 def credit_metrics(batch: RolloutBatch, estimated: Tensor) -> Metrics:
     """Mean step correctness, and how many of the penalized searches had found evidence."""
     per_turn = turn_means(estimated, batch.turn_ids, batch.step_correctness.shape[1])
-    penalized = negative_search_turns(per_turn, batch.answer_turn.cpu()).numpy()
+    penalized = penalized_search_turns(per_turn, batch.answer_turn.cpu()).numpy()
     found: list[float] = []
     silver: list[bool] = []
     gold: list[bool] = []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from calibadv.batch import RolloutBatch
 from calibadv.distributed import ProcessGroup
-from calibadv.numerics.rng import uniforms
+from calibadv.numerics.rng import keyed_uniforms
 from calibadv.types import DrawKey
 
 
@@ -89,7 +89,7 @@ def mini_batches(batch: RolloutBatch, count: int, seed: int, step: int) -> list[
         Rows of each block; blocks without a trained token are left out.
     """
     groups = batch.group_ids.tolist()
-    order = np.argsort(uniforms(DrawKey(seed, step, "mini-batches", 0, 0), max(groups) + 1), kind="stable")
+    order = np.argsort(keyed_uniforms(DrawKey(seed, step, "mini-batches", 0, 0), max(groups) + 1), kind="stable")
     trained = batch.loss_mask.any(dim=1).tolist()
     blocks = [
         [row for row, group in enumerate(groups) if group in chosen]

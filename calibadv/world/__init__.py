@@ -1,7 +1,7 @@
 """The embedded default: a synthetic search world and a tiny policy that knows how to search in it.
 
 Both ship inside the package, so that everything runs offline on a laptop. ``calibadv world`` exports the world's files
-and makes the policy again from nothing.
+and trains the policy from scratch.
 """
 
 from __future__ import annotations

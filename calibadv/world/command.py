@@ -1,4 +1,4 @@
-"""What ``calibadv world`` does: export the embedded world's files, or make the tiny policy again from nothing."""
+"""The commands of ``calibadv world``: export the embedded world's files, or train the tiny policy from scratch."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from calibadv.calibrators import (
     SoftPenalty,
     check_combination,
 )
-from calibadv.calibrators._penalty import find_punished
+from calibadv.calibrators._penalty import find_negative_turns
 from calibadv.estimators import GRPO, IGPO, MTGRPO, GiGPO
 from calibadv.interfaces import AdvantageEstimator, Calibrator
 from calibadv.numerics.credit import sign_masses
@@ -174,10 +174,10 @@ def batches(draw: st.DrawFn) -> list[Rollout]:
 @given(batches(), st.integers(0, 5))
 def test_shuffling_keeps_the_values_and_how_many_there_are(rollouts: list[Rollout], seed: int) -> None:
     batch = batch_of(*rollouts)
-    punished = find_punished(batch, GRPO().estimate(batch))
-    before, after = batch.step_correctness, ShuffledPenalty(seed).shuffled_correctness(batch, punished)
-    assert sorted(after[punished.searches].tolist()) == sorted(before[punished.searches].tolist())
-    assert torch.equal(after[~punished.searches], before[~punished.searches])
+    negative = find_negative_turns(batch, GRPO().estimate(batch))
+    before, after = batch.step_correctness, ShuffledPenalty(seed).shuffled_correctness(batch, negative)
+    assert sorted(after[negative.searches].tolist()) == sorted(before[negative.searches].tolist())
+    assert torch.equal(after[~negative.searches], before[~negative.searches])
 
 
 @settings(max_examples=40)

@@ -16,7 +16,7 @@ from calibadv.agent.episode import Agent
 from calibadv.agent.rollout import Draws, run_rollouts
 from calibadv.agent.tools import SearchTool
 from calibadv.engines import ScriptedEngine, TransformersEngine
-from calibadv.numerics.rng import draw_tokens, uniforms
+from calibadv.numerics.rng import draw_tokens, keyed_uniforms
 from calibadv.policy.loading import load_policy
 from calibadv.policy.policy import Policy
 from calibadv.retrieval import BM25
@@ -78,7 +78,7 @@ def test_logprobs_and_draws_equal_a_plain_forward_pass(
         expected = logprobs.gather(1, ids[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
         # The first token whose cumulative probability is above the uniform, in the order of the vocabulary.
-        uniform = uniforms(key, len(ids))
+        uniform = keyed_uniforms(key, len(ids))
         assert completion.token_ids == tuple(inverse_cdf(logprobs.double().exp().numpy(), uniform))
 
 

@@ -16,8 +16,8 @@ from calibadv.agent.episode import Agent
 from calibadv.agent.rollout import Draws, run_rollouts
 from calibadv.agent.tools import SearchTool
 from calibadv.engines import TransformersEngine
-from calibadv.engines._stop import may_stop, stop_reason
-from calibadv.engines.transformers import whole_copy
+from calibadv.engines._stop import stop_candidates, stop_reason
+from calibadv.engines.transformers import unsharded_copy
 from calibadv.policy.loading import load_policy
 from calibadv.policy.lora import Lora
 from calibadv.policy.policy import Policy
@@ -229,10 +229,10 @@ def test_mixed_precision_leaves_the_gradient_of_the_update_alone(taught: Policy)
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=2)])
-def test_a_whole_copy_follows_the_policy(llama_folder: Path, lora: Lora | None) -> None:
+def test_an_unsharded_copy_follows_the_policy(llama_folder: Path, lora: Lora | None) -> None:
     policy = load_policy(str(llama_folder), lora)
     ids = torch.tensor([policy.tokenizer.encode("the director of the film")])
-    copy = whole_copy(policy)
+    copy = unsharded_copy(policy)
     for _ in range(2):
         with torch.no_grad():
             assert torch.allclose(copy(ids).logits, policy.model(ids).logits, atol=1e-5)
@@ -240,14 +240,14 @@ def test_a_whole_copy_follows_the_policy(llama_folder: Path, lora: Lora | None) 
                 if parameter.requires_grad:
                     parameter.add_(0.02)
             assert not torch.allclose(copy(ids).logits, policy.model(ids).logits, atol=1e-3)
-        assert whole_copy(policy, copy) is copy
+        assert unsharded_copy(policy, copy) is copy
     assert not copy.training
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_end_is_overlooked(kind: str, llama_folder: Path, newline_folder: Path, wordpiece: Path) -> None:
     tokenizer = tokenizers_of_all_kinds(llama_folder, newline_folder, wordpiece)[kind]
-    table = may_stop(tokenizer, len(tokenizer.backend))
+    table = stop_candidates(tokenizer, len(tokenizer.backend))
     assert 0 < int(table.sum()) < len(table) // 4
     for message in (SEARCH + "\n\n", ANSWER + "\n", "so</search>.", "I do not know."):
         token_ids = [*tokenizer.encode(message), *tokenizer.end_ids]

@@ -20,7 +20,7 @@ from calibadv.analysis.replay.results import (
     ReplayResults,
 )
 from calibadv.batch import RolloutBatch, group_rollouts, turn_values
-from calibadv.numerics.credit import negative_search_turns
+from calibadv.numerics.credit import penalized_search_turns
 from calibadv.numerics.masked import turn_means
 from calibadv.training.metrics import advantage_metrics
 
@@ -48,7 +48,7 @@ class _Totals:
         num_turns = batch.step_correctness.shape[1]
         before = turn_means(replayed.estimated, batch.turn_ids, num_turns)
         after = turn_means(replayed.calibrated, batch.turn_ids, num_turns)
-        punished = negative_search_turns(before, batch.answer_turn)
+        punished = penalized_search_turns(before, batch.answer_turn)
         self.punished += int(punished.sum())
         self.softened += int((punished & (after > before)).sum())
         for rows in groups:
