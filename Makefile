@@ -23,11 +23,12 @@ test-long: $(VENV)/dev ## the tests that take more than ten seconds each
 test-vllm: $(VLLM)/installed ## the tests of the vLLM engines, with vLLM for CPUs
 	$(VLLM)/bin/python -m pytest -m "vllm and not long"
 
-check: $(VENV)/dev $(VENV)/lint/installed ## lint, formatting, types and docstrings
+check: $(VENV)/dev $(VENV)/lint/installed ## lint, formatting, types, docstrings and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(VENV)/lint/bin/pydoclint --quiet --config pyproject.toml calibadv
+	$(BIN)/lint-imports --no-cache
 
 docs: $(VENV)/dev ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -1,4 +1,4 @@
-"""From rollouts to tensors, and back to one number per turn.
+"""Records of tensors, and the way from rollouts to them and back to one number per turn.
 
 A rollout with the prompt ``P0 P1``, a search ``A0 A1``, its observation ``E0`` and the answer ``B0``, beside a shorter
 one, becomes::
@@ -12,8 +12,8 @@ The shorter one is padded on the right with token 0, attention 0 and turn -1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from typing import Any
 
@@ -24,6 +24,115 @@ from torch import Tensor
 
 from calibadv.numerics.masked import turn_means
 from calibadv.types import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch:
+    """B rollouts as tensors, padded on the right. Frozen: a stage that changes one makes another.
+
+    Attributes:
+        rollouts: the B records behind the tensors.
+        token_ids: [B, T] prompt, policy and environment tokens as sampled and shown; 0 where padded.
+        attention_mask: [B, T] bool, False where padded.
+        loss_mask: [B, T] bool, True at the policy tokens of included rollouts: the tokens that are trained.
+        turn_ids: [B, T] turn of each policy token, -1 at prompt, environment and padding.
+        answer_turn: [B] index of the answer turn.
+        group_ids: [B] group of each rollout, numbered from 0 in order of first appearance.
+        rewards: [B] score, gated by validity.
+        included: [B] bool, False for rollouts that are left out of training and of the group statistics.
+        step_correctness: [B, K] share of silver documents that each search turn newly found; 0 elsewhere.
+        finds_documents: [B, K] bool, True at search turns whose tools find documents: only these can be correct.
+        sampled_logprobs: [B, T] log-probabilities of the engine at policy tokens, 0 elsewhere.
+        extras: what the advantage estimator has computed for itself, by its own names.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    token_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+    turn_ids: Tensor
+    answer_turn: Tensor
+    group_ids: Tensor
+    rewards: Tensor
+    included: Tensor
+    step_correctness: Tensor
+    finds_documents: Tensor
+    sampled_logprobs: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """The result of a training step, for callbacks.
+
+    Attributes:
+        step: the rollout step, from 1.
+        batch: its B rollouts.
+        estimated: [B, T] advantages of the estimator.
+        calibrated: [B, T] advantages after the calibrators.
+        metrics: all curves of this step.
+        seconds: wall time of each stage.
+    """
+
+    step: int
+    batch: RolloutBatch
+    estimated: Tensor
+    calibrated: Tensor
+    metrics: dict[str, float]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """N trained tokens of one micro-batch, flattened: what a loss or a regularizer may look at.
+
+    A rollout is never split over micro-batches: all its trained tokens are here, or none.
+
+    Attributes:
+        logprobs: [N] of the policy now, with gradient.
+        old_logprobs: [N] of the policy before the first update on this rollout batch.
+        reference_logprobs: [N] of the reference, None unless the KL coefficient is set.
+        advantages: [N] after calibration.
+        denominator: trained tokens of the whole mini-batch over all processes; sums are divided by it, so that neither
+            the size of a micro-batch nor the number of processes changes the result.
+        rollout_ids: [N] row of each token's rollout in the rollout batch: equal for the tokens of one rollout.
+        turn_ids: [N] turn of each token within its rollout, from 0.
+        num_rollouts: rollouts with a trained token in the whole mini-batch over all processes; for means over rollouts.
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    reference_logprobs: Tensor | None
+    advantages: Tensor
+    denominator: float
+    rollout_ids: Tensor
+    turn_ids: Tensor
+    num_rollouts: int
+
+
+class EvaluationOutput:
+    """The result of an evaluation step. No dataclass: Lightning takes those apart, and refuses frozen ones within.
+
+    Attributes:
+        rollouts: one per question, scored.
+    """
+
+    def __init__(self, rollouts: Sequence[Rollout]) -> None:
+        self.rollouts = list(rollouts)
+
+
+def group_rollouts(rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """Rows of each group, in order of first appearance: the rollouts of one question in one step.
+
+    Args:
+        rollouts: B rollouts, in any order.
+
+    Returns:
+        One list of row numbers per group; together they are a permutation of ``range(B)``.
+    """
+    order = {key: place for place, key in reversed(list(enumerate((r.step, r.question.id) for r in rollouts)))}
+    rows = sorted(range(len(rollouts)), key=lambda row: order[rollouts[row].step, rollouts[row].question.id])
+    return [list(group) for _, group in groupby(rows, lambda row: (rollouts[row].step, rollouts[row].question.id))]
 
 
 def collate(rollouts: Sequence[Rollout]) -> RolloutBatch:
@@ -62,7 +171,7 @@ def collate(rollouts: Sequence[Rollout]) -> RolloutBatch:
         rewards=torch.tensor([rollout.score for rollout in rollouts], dtype=torch.float32),
         included=torch.from_numpy(included),
         step_correctness=torch.from_numpy(_step_correctness(rollouts, num_turns)),
-        anchor_ids=torch.from_numpy(_anchor_ids(rollouts, groups, included, num_turns)),
+        finds_documents=torch.from_numpy(_finds_documents(rollouts, num_turns)),
         sampled_logprobs=torch.from_numpy(logprobs),
     )
 
@@ -103,24 +212,16 @@ def _included(rollouts: Sequence[Rollout], groups: Sequence[Sequence[int]]) -> N
 def _step_correctness(rollouts: Sequence[Rollout], num_turns: int) -> NDArray[np.float32]:
     correctness = np.zeros((len(rollouts), num_turns), dtype=np.float32)
     for row, rollout in enumerate(rollouts):
-        correctness[row, : len(rollout.step_correctness)] = rollout.step_correctness
+        correctness[row, : len(rollout.step_correctness)] = [value or 0.0 for value in rollout.step_correctness]
     return correctness
 
 
-def _anchor_ids(
-    rollouts: Sequence[Rollout], groups: Sequence[Sequence[int]], included: NDArray[np.bool_], num_turns: int
-) -> NDArray[np.int64]:
-    """The state before a turn is the set of documents of the last observation; before the first turn it is None."""
-    anchors = np.full((len(rollouts), num_turns), -1, dtype=np.int64)
-    for rows in groups:
-        numbers: dict[frozenset[str] | None, int] = {}
-        for row in rows:
-            if not included[row]:
-                continue
-            observed = [frozenset(document.id for document in turn) for turn in rollouts[row].turn_documents]
-            for turn, state in enumerate([None, *observed]):
-                anchors[row, turn] = numbers.setdefault(state, len(numbers))
-    return anchors
+def _finds_documents(rollouts: Sequence[Rollout], num_turns: int) -> NDArray[np.bool_]:
+    finds = np.zeros((len(rollouts), num_turns), dtype=np.bool_)
+    for row, rollout in enumerate(rollouts):
+        documents = rollout.turn_documents
+        finds[row, : len(documents)] = [found is not None for found in documents]
+    return finds
 
 
 def answer_mask(batch: RolloutBatch) -> Tensor:
@@ -164,75 +265,4 @@ def to_device(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
     """
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     tensors: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-    return replace(batch, **tensors)
-
-
-def group_rollouts(rollouts: Sequence[Rollout]) -> list[list[int]]:
-    """Rows of each group, in order of first appearance: the rollouts of one question in one step.
-
-    Args:
-        rollouts: B rollouts, in any order.
-
-    Returns:
-        One list of row numbers per group; together they are a permutation of ``range(B)``.
-    """
-    order = {key: place for place, key in reversed(list(enumerate((r.step, r.question.id) for r in rollouts)))}
-    rows = sorted(range(len(rollouts)), key=lambda row: order[rollouts[row].step, rollouts[row].question.id])
-    return [list(group) for _, group in groupby(rows, lambda row: (rollouts[row].step, rollouts[row].question.id))]
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutBatch:
-    """B rollouts as tensors, padded on the right. Frozen: a stage that changes one makes another.
-
-    Attributes:
-        rollouts: the B records behind the tensors.
-        token_ids: [B, T] prompt, policy and environment tokens as sampled and shown; 0 where padded.
-        attention_mask: [B, T] bool, False where padded.
-        loss_mask: [B, T] bool, True at the policy tokens of included rollouts: the tokens that are trained.
-        turn_ids: [B, T] turn of each policy token, -1 at prompt, environment and padding.
-        answer_turn: [B] index of the answer turn.
-        group_ids: [B] group of each rollout, numbered from 0 in order of first appearance.
-        rewards: [B] score, gated by validity.
-        included: [B] bool, False for rollouts that are left out of training and of the group statistics.
-        step_correctness: [B, K] share of silver documents that each search turn newly found; 0 elsewhere.
-        anchor_ids: [B, K] equal within a group where two turns started from the same set of documents; -1 for none.
-        sampled_logprobs: [B, T] log-probabilities of the engine at policy tokens, 0 elsewhere.
-        turn_gains: [B, K] how much likelier each search turn made the golden answer, 0 elsewhere; None unless the
-            estimator needs it.
-    """
-
-    rollouts: tuple[Rollout, ...]
-    token_ids: Tensor
-    attention_mask: Tensor
-    loss_mask: Tensor
-    turn_ids: Tensor
-    answer_turn: Tensor
-    group_ids: Tensor
-    rewards: Tensor
-    included: Tensor
-    step_correctness: Tensor
-    anchor_ids: Tensor
-    sampled_logprobs: Tensor
-    turn_gains: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What a training step hands to callbacks.
-
-    Attributes:
-        step: the rollout step, from 1.
-        batch: its B rollouts.
-        estimated: [B, T] advantages of the estimator.
-        calibrated: [B, T] advantages after the calibrators.
-        metrics: all curves of this step.
-        seconds: wall time of each stage.
-    """
-
-    step: int
-    batch: RolloutBatch
-    estimated: Tensor
-    calibrated: Tensor
-    metrics: dict[str, float]
-    seconds: dict[str, float]
+    return replace(batch, **tensors, extras={name: value.to(device) for name, value in batch.extras.items()})

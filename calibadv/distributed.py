@@ -1,8 +1,8 @@
-"""The processes that train together, and the few things that they tell each other.
+"""Data-parallel ranks: partitioning of work, and collectives.
 
-Every process samples the rollouts of its own questions, scores them and finds which searches brought evidence: groups
-are never split. Then all processes hold all rollouts: advantages, calibrators and curves are computed everywhere from
-the whole batch, by the code of one process. What is dealt out again are the passes through the model.
+Every rank samples and scores the rollouts of its own questions; groups are never split. Then all ranks hold all
+rollouts: advantages, calibrators and curves are computed on each from the whole batch, by the code of one process. Only
+the passes through the model are partitioned again.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ _KINDS: tuple[type[Exception], ...] = (StopRequestedError, UserError, ServiceErr
 
 @dataclass(frozen=True, slots=True)
 class Attempt(Generic[T]):
-    """What one process has made of its share of the work, or why it could not."""
+    """The result of one rank's share of the work, or its error."""
 
     result: T | None = None
     error: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Processes:
-    """This process among those that train together; alone by default."""
+class ProcessGroup:
+    """The ranks that train together, as seen from one of them; by default a single process."""
 
     rank: int = 0
     size: int = 1
 
     @staticmethod
-    def current() -> Processes:
-        """Those that a launcher started, once Lightning has connected them."""
+    def current() -> ProcessGroup:
+        """Return the group that Lightning has connected; a single process before that."""
         if not (dist.is_available() and dist.is_initialized()):
-            return Processes()
-        return Processes(dist.get_rank(), dist.get_world_size())
+            return ProcessGroup()
+        return ProcessGroup(dist.get_rank(), dist.get_world_size())
 
-    def owners(self, keys: Sequence[str]) -> list[int]:
-        """Deal the items of a list that all processes hold: in turn, but those of one key together."""
-        order = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    def assign_ranks(self, keys: Sequence[str]) -> list[int]:
+        """Assign items to ranks in turn; items with the same key go to the same rank."""
+        order = {key: index for index, key in enumerate(dict.fromkeys(keys))}
         return [order[key] % self.size for key in keys]
 
     def gather(self, item: T) -> list[T]:
-        """Tell every process what each of them has; they wait for each other here."""
+        """Gather one object of every rank on all ranks."""
         if self.size == 1:
             return [item]
         gathered: list[T] = [item] * self.size
@@ -64,7 +64,7 @@ class Processes:
         return gathered
 
     def attempt(self, work: Callable[[], T]) -> Attempt[T]:
-        """Do the share of this process; an error waits until ``interleave``, where the others can be told."""
+        """Do this rank's share of the work; its error is kept for ``all_gather_in_order``, which tells all ranks."""
         if self.size == 1:
             return Attempt(work())
         try:
@@ -72,40 +72,44 @@ class Processes:
         except Exception as error:
             return Attempt(error=error)
 
-    def interleave(self, own: Attempt[list[T]], owners: Sequence[int]) -> list[T]:
-        """Put together what the processes made of the items that they own."""
-        told = own.error and (_kind(own.error), str(own.error) or type(own.error).__name__)
-        gathered = self.gather((own.result, told))
-        failures = [(rank, failure) for rank, (_, failure) in enumerate(gathered) if failure]
-        if failures:
-            rank, (kind, text) = failures[0]
-            with raising_together():
-                raise own.error or (kind or RuntimeError)(f"process {rank}: {text}")
+    def all_gather_in_order(self, own: Attempt[list[T]], owners: Sequence[int]) -> list[T]:
+        """Gather the results of all ranks, in the order of the items; if one rank failed, all raise here."""
+        failure_here = own.error and (_kind(own.error), str(own.error) or type(own.error).__name__)
+        gathered = self.gather((own.result, failure_here))
+        for rank, (_, failure) in enumerate(gathered):
+            if failure:
+                kind, text = failure
+                with raising_together():
+                    raise own.error or (kind or RuntimeError)(f"process {rank}: {text}")
         sources = [iter(items or ()) for items, _ in gathered]
         return [next(sources[owner]) for owner in owners]
 
-    def deal(self, parts: Sequence[T]) -> list[tuple[T, bool]]:
-        """Deal micro-batches out, as many to each process: sharded parameters are gathered in step, pass by pass."""
-        own = [(part, True) for part in parts[self.rank :: self.size]]
-        return own + [(part, False) for part in parts[-1:]] * (math.ceil(len(parts) / self.size) - len(own))
+    def partition(self, parts: Sequence[T]) -> list[tuple[T, bool]]:
+        """Return this rank's parts, each with whether it is padding.
 
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """Add up a tensor over the processes, in place."""
+        All ranks get equally many, since the collectives of sharded parameters run in step: where there are too few,
+        the last part is repeated as padding.
+        """
+        own = [(part, False) for part in parts[self.rank :: self.size]]
+        return own + [(part, True) for part in parts[-1:]] * (math.ceil(len(parts) / self.size) - len(own))
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def total(self, metrics: Metrics) -> Metrics:
-        """Add up metrics over the processes."""
+    def all_reduce_metrics(self, metrics: Metrics) -> Metrics:
+        """Sum metrics over the ranks; one that a rank lacks counts as 0 there."""
         everyone = self.gather(metrics)
         return {name: sum(one.get(name, 0.0) for one in everyone) for name in sorted({n for m in everyone for n in m})}
 
-    def any(self, flag: int) -> int:
-        """Agree on a flag."""
+    def all_reduce_max(self, flag: int) -> int:
+        """Return the maximum of a flag over the ranks."""
         return max(self.gather(flag))
 
 
-ALONE = Processes()
+SINGLE_PROCESS = ProcessGroup()
 _AGREED = "raised_by_all_processes"
 
 
@@ -115,7 +119,7 @@ def _kind(error: Exception) -> type[Exception] | None:
 
 @contextmanager
 def raising_together() -> Iterator[None]:
-    """Mark the errors of what depends only on data that all processes hold: if one raises, all do."""
+    """Mark errors of code that raises on all ranks alike, since it depends only on data that all ranks hold."""
     try:
         yield
     except Exception as error:
@@ -124,17 +128,17 @@ def raising_together() -> Iterator[None]:
 
 
 def raised_by_all(error: BaseException) -> bool:
-    """Whether all processes of the run raise at the same place, so that they can still do something together."""
+    """Return True if all ranks raised this error at the same place, so that collectives still work."""
     return getattr(error, _AGREED, False)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Put a sharded tensor together."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor; any other is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard a model's parameters over processes (FSDP2): layer by layer, then what is left."""
+def apply_fsdp(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a model's parameters over the ranks with FSDP2: each decoder layer, then the rest."""
     from torch.distributed.fsdp import fully_shard
 
     layers: set[str] = set(getattr(model, "_no_split_modules", None) or ())
@@ -145,15 +149,15 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def longest_wait(strategy: object) -> float:
-    """Seconds for which one process may keep the others waiting, without their giving up."""
+    """Return half the timeout of the process group: the seconds that one rank may keep the others waiting."""
     timeout: timedelta | None = getattr(strategy, "_timeout", None)
     return math.inf if timeout is None else timeout.total_seconds() / 2
 
 
-def drop_gathered(model: nn.Module) -> None:
-    """Drop what a forward pass without backward has left gathered of sharded parameters, before they are updated.
+def reshard(model: nn.Module) -> None:
+    """Reshard an FSDP2 model before its parameters are updated; any other model is left alone.
 
-    FSDP2 keeps the outermost parameters whole until the next backward pass, and would go on with the old ones.
+    After a forward pass without backward, FSDP2 keeps the outermost parameters gathered, and would use the old ones.
     """
     from torch.distributed.fsdp import FSDPModule
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from calibadv.types import ScoredDocument
 
 
 class UserError(ValueError):
@@ -14,6 +17,41 @@ class UserError(ValueError):
 
 class ServiceError(RuntimeError):
     """A service that the run depends on does not answer, or not as it should."""
+
+
+class ToolError(ServiceError):
+    """A call of a tool that failed. The rollout that made it ends as ``search_failed`` and is not trained on."""
+
+
+class RetrievalError(ToolError):
+    """A search that failed."""
+
+
+class OutageError(RetrievalError):
+    """The service behind a retriever is away, and may come back: a run in training waits for it.
+
+    Args:
+        message: what does not answer, and the remedy.
+        patience: the seconds that the caller may wait and ask again; 0 for not at all.
+    """
+
+    def __init__(self, message: str, patience: float = 0.0) -> None:
+        super().__init__(message)
+        self.patience = patience
+
+
+class PartialRetrievalError(RetrievalError):
+    """Some queries of a search failed; what the others found is kept.
+
+    Args:
+        results: one entry per query: its documents, or why it failed.
+    """
+
+    def __init__(self, results: Sequence[list[ScoredDocument] | RetrievalError]) -> None:
+        errors = [result for result in results if isinstance(result, RetrievalError)]
+        reason = f"{errors[0]} " if errors else ""
+        super().__init__(f"{reason}({len(errors)} of {len(results)} searches failed)")
+        self.results = results
 
 
 class StopRequestedError(Exception):

@@ -3,90 +3,87 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from jsonargparse import lazy_instance  # type: ignore[attr-defined]
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from typing_extensions import override
 
+from calibadv.agent.environment import Environment
 from calibadv.agent.episode import Agent
-from calibadv.agent.rollout import Draws, check_engine, check_prompt, check_searches, run_rollouts
-from calibadv.agent.searching import Waiting
-from calibadv.batch import RolloutBatch, StepOutput, collate, to_device
+from calibadv.agent.rollout import Draws, check_engine
+from calibadv.agent.tools import make_tools
+from calibadv.batch import StepOutput, collate, to_device
 from calibadv.calibrators import check_combination
-from calibadv.data.datamodule import QuestionData
-from calibadv.distributed import Attempt, Processes, longest_wait, raising_together, shard
-from calibadv.errors import UserError
-from calibadv.filters import Group, check_filter, refill
+from calibadv.data.datamodule import replacement_questions
 from calibadv.interfaces import (
     AdvantageEstimator,
     Calibrator,
     Engine,
     GroupFilter,
     PolicyLoss,
+    Protocol,
     Regularizer,
     Retriever,
     Reward,
+    Tool,
 )
 from calibadv.losses.aggregation import check_length
 from calibadv.numerics.kl import KLEstimator
 from calibadv.policy.loading import check_positions, enable_checkpointing, load_policy
 from calibadv.policy.lora import Lora
-from calibadv.policy.precision import check_precision, check_rate, exactly, float32_by_default
+from calibadv.policy.precision import check_rate, float32_by_default
 from calibadv.policy.reference import Reference, make_reference
-from calibadv.protocol.search import Protocol
-from calibadv.rewards.evidence import credit_rollouts
-from calibadv.rewards.scoring import score_rollouts
-from calibadv.runs.folder import RunFolder
+from calibadv.protocol.search import SearchProtocol
 from calibadv.training.advantages import compute_advantages
-from calibadv.training.checkpoint_compat import check_identity, save_identity
-from calibadv.training.logprobs import BatchLogprobs, ReadyBatch, compute_logprobs
-from calibadv.training.metrics import (
-    evaluation_metrics,
-    rollout_metrics,
-    speed_metrics,
-    stability_metrics,
-    without_result,
+from calibadv.training.checks import (
+    check_data,
+    check_filter,
+    check_importance_sampling,
+    check_numbers,
+    check_objective,
+    check_replaced,
+    check_trainer,
 )
-from calibadv.training.nonfinite import MOST_IN_A_ROW, NonFiniteStepError, SkippedSteps
+from calibadv.training.importance_sampling import TruncatedImportanceSampling
+from calibadv.training.logprobs import UpdateBatch, compute_old_logprobs, loss_inputs
+from calibadv.training.metrics import Stopwatch, rollout_metrics, speed_metrics, stability_metrics
+from calibadv.training.minibatches import Batching
 from calibadv.training.objective import Objective
-from calibadv.training.optimization import Learner, SamplerCorrection, Trainee, check_at_least
-from calibadv.training.schedule import LearningRate
-from calibadv.training.timer import Stopwatch
-from calibadv.types import Metrics, Question, Rollout
+from calibadv.training.optimization import UpdateMetrics, clip_gradient
+from calibadv.training.policy_module import PolicyModule, Schedule
+from calibadv.training.sampling import RolloutSampler, collect_groups
+from calibadv.types import Metrics, Question
 
 log = logging.getLogger(__name__)
 
-# Of a larger file only the longest questions are checked before the run: encoding all would take minutes.
-_PROMPTS_CHECKED = 5000
 
-
-class SearchAgentModule(pl.LightningModule):
+class SearchAgentModule(PolicyModule):
     """Train a search agent: sample rollouts, score them, estimate and calibrate advantages, update the policy.
 
     Args:
         policy: Hugging Face model folder, or ``embedded``.
         engine: samples the policy's tokens.
-        retriever: finds documents.
         reward: scores answers.
         estimator: turns rewards into advantages.
         loss: the surrogate that is minimised.
-        protocol: how agent and environment talk, and how long they may.
+        protocol: the language of agent and environment, and its limits; by default that of one search engine.
+        retriever: finds documents: the only tool, called ``search``.
+        tools: what messages can call, in the place of ``retriever``.
         group_filter: which groups to train on; others take the place of those it drops. By default all are kept.
+        optimizer: another optimizer than AdamW; with it, leave out learning_rate, betas and weight_decay.
+        lr_scheduler: a scheduler of torch, advanced after each rollout step; with it, leave out schedule and
+            warmup_steps.
         lora: train low-rank adapters in the place of all parameters.
         regularizers: further terms of the loss.
         kl_coef: weight of the KL divergence to the policy before training; 0 loads no reference.
         kl_estimator: how that KL is estimated; the gradient of k1 is not that of a KL (docs/method.md).
-        rollout_steps: stop after this many rollout steps, those before a resume included.
+        rollout_steps: total number of rollout steps, including those before a resume.
         group_size: rollouts per question.
         temperature: of sampling in training; validation is greedy.
         learning_rate: peak learning rate of AdamW.
@@ -97,10 +94,10 @@ class SearchAgentModule(pl.LightningModule):
         clip_norm: the gradient of a mini-batch is scaled down to this norm; 0 leaves it.
         mini_batches: optimizer steps per rollout step; each takes a block of whole questions.
         micro_batch_tokens: the most tokens, padding included, of one forward pass; bounds memory, changes no result.
-        old_logprobs: the ratio's denominator: recomputed by the ``trainer``, or those of the ``engine``.
-        sampler_correction: weigh tokens by how much likelier the trainer's model draws them than the engine did.
-        gradient_checkpointing: compute activations again on the way back: less memory, more time.
-        skip_tied: leave out the optimizer step of mini-batches whose advantages are all 0, if no other term acts there.
+        old_logprobs: source of the old log-probabilities: recomputed by the ``trainer``, or the ``engine``'s.
+        sampler_correction: truncated importance sampling between trainer and engine.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        skip_tied: skip optimizer steps whose advantages are all 0 and to which no KL or regularizer applies.
         garbled_perplexity: a rollout counts as garbled if a message's perplexity is above this.
         seed: of questions, sampling and mini-batches; set by ``--seed_everything``.
     """
@@ -111,12 +108,15 @@ class SearchAgentModule(pl.LightningModule):
         self,
         policy: str,
         engine: Engine,
-        retriever: Retriever,
         reward: Reward,
         estimator: AdvantageEstimator,
         loss: PolicyLoss,
-        protocol: Protocol,
+        protocol: Protocol = lazy_instance(SearchProtocol),  # noqa: B008  # a default whose options can be set alone
+        retriever: Retriever | None = None,
+        tools: list[Tool] | None = None,
         group_filter: GroupFilter | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
         lora: Lora | None = None,
         regularizers: list[Regularizer] | None = None,
         kl_coef: float = 0.0,
@@ -133,307 +133,149 @@ class SearchAgentModule(pl.LightningModule):
         mini_batches: int = 1,
         micro_batch_tokens: int = 16384,
         old_logprobs: Literal["trainer", "engine"] = "trainer",
-        sampler_correction: SamplerCorrection | None = None,
+        sampler_correction: TruncatedImportanceSampling | None = None,
         gradient_checkpointing: bool = False,
         skip_tied: bool = False,
         garbled_perplexity: float = 50.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
-        check_at_least("rollout_steps", rollout_steps, 1)
-        check_at_least("group_size", group_size, 1)
-        check_filter(group_filter, estimator, group_size)
-        check_length(loss, (protocol.max_searches + 1) * protocol.max_turn_tokens)
-        self.learner = Learner(
-            objective=Objective(loss, kl_coef, tuple(regularizers or ()), kl_estimator),
-            learning_rate=LearningRate(learning_rate, schedule, warmup_steps, rollout_steps),
-            betas=betas,
+        check_numbers(
+            betas,
+            temperature,
+            rollout_steps=rollout_steps,
+            group_size=group_size,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
             weight_decay=weight_decay,
             clip_norm=clip_norm,
+            kl_coef=kl_coef,
             mini_batches=mini_batches,
             micro_batch_tokens=micro_batch_tokens,
-            temperature=temperature,
-            old_logprobs=old_logprobs,
-            sampler_correction=sampler_correction,
-            skip_tied=skip_tied,
-            seed=seed,
         )
-        self.policy = load_policy(policy, lora)
+        rates = {"learning_rate": (learning_rate, 1e-6), "betas": (betas, (0.9, 0.999))}
+        check_replaced("optimizer", optimizer, {**rates, "weight_decay": (weight_decay, 0.01)})
+        check_replaced(
+            "lr_scheduler", lr_scheduler, {"schedule": (schedule, "constant"), "warmup_steps": (warmup_steps, 0)}
+        )
+        self.objective = Objective(loss, kl_coef, tuple(regularizers or ()), kl_estimator)
+        check_objective(self.objective, mini_batches, old_logprobs)
+        check_importance_sampling(old_logprobs, sampler_correction)
+        check_filter(group_filter, estimator, group_size)
+        check_length(loss, (protocol.max_searches + 1) * protocol.max_turn_tokens)
+        environment = Environment(make_tools(retriever, tools))
+        self.policy = load_policy(policy, lora, protocol.tags, protocol.stop_strings)
         self.model = self.policy.model
         if gradient_checkpointing:
             enable_checkpointing(self.policy)
         self.reference: Reference | None = make_reference(self.policy, lora) if kl_coef else None
-        self.agent = Agent(engine, retriever, protocol, self.policy.tokenizer)
-        self.reward = reward
+        self.agent = Agent(engine, environment, protocol, self.policy.tokenizer)
+        self.sampler = RolloutSampler(self.agent, self.policy, reward)
         self.group_filter = group_filter
         self.estimator = estimator
         self.calibrators = ()
+        adamw = partial(torch.optim.AdamW, lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        self.make_optimizer = optimizer or adamw
+        self.learning_rate = learning_rate if optimizer is None else None
+        self.make_scheduler = lr_scheduler
+        self.schedule = Schedule(schedule, warmup_steps, rollout_steps)
         self.rollout_steps = rollout_steps
         self.group_size = group_size
         self.temperature = temperature
+        self.clip_norm = clip_norm
+        self.batching = Batching(mini_batches, micro_batch_tokens, seed)
         self.micro_batch_tokens = micro_batch_tokens
+        self.old_logprobs = old_logprobs
+        self.importance_sampling = sampler_correction
+        self.skip_tied = skip_tied
         self.garbled_perplexity = garbled_perplexity
         self.seed = seed
-        self.rollout_step = 0
-        self.finished_step = 0  # the last one whose curves and rollout file are written
-        self.mid_update = False
-        self.stop_requested = False
-        self.validated_step = -1
-        self.skipped = SkippedSteps()
-        self.evaluation: Metrics = {}
-        self._evaluated: list[Rollout] = []
-        self._sharded = False
-        self._engine_is_stale = True
 
     @float32_by_default()
     @override
     def training_step(self, questions: list[Question], batch_idx: int) -> dict[str, StepOutput]:
-        clock = Stopwatch()
-        groups, filter_metrics = self.collect(questions, clock)
-        with clock.measure("evidence"):
+        timer = Stopwatch()
+        step, always = self.rollout_step + 1, self.objective.grad_without_advantage
+        update, metrics = self.prepare_update(questions, timer)
+        with timer.measure("update"):
+            optimizer = self.start_update()
+            steps = UpdateMetrics(self.processes, optimizer.param_groups[0]["lr"])
+            for mini_batch in self.batching.cut(update.batch, update.advantages, step, always, self.processes):
+                steps.without_advantage += not mini_batch.has_advantage
+                if self.skip_tied and not (mini_batch.has_advantage or always):
+                    continue
+                optimizer.zero_grad()
+                for micro_batch in mini_batch.micro_batches:
+                    with torch.set_grad_enabled(micro_batch.needs_grad):
+                        inputs = loss_inputs(self.model, update, micro_batch.rows, self.temperature, mini_batch.size)
+                        loss, terms = self.objective.compute(inputs)
+                    if micro_batch.needs_grad:
+                        with self.gradient_sync(micro_batch.is_last):
+                            self.manual_backward(loss * micro_batch.loss_scale)
+                    steps.add(terms, micro_batch)
+                norm = clip_gradient(self.model, self.clip_norm)
+                dump = self.run_folder.nonfinite_step(step)
+                stepped = self.finite_steps.step(optimizer, norm, update, mini_batch, dump, self.processes)
+                steps.close(norm, stepped)
+        return self.finish_step(update, {**metrics, **steps.summary()}, timer)
+
+    def prepare_update(self, questions: Sequence[Question], timer: Stopwatch) -> tuple[UpdateBatch, Metrics]:
+        """Sample and score rollouts, and compute their advantages and old log-probabilities."""
+        step = self.rollout_step + 1
+        draws = Draws(self.seed, step, self.group_size, self.temperature)
+        sample = partial(
+            self.sampler.sample_groups, draws=draws, processes=self.processes, waiting=self.waiting, timer=timer
+        )
+        replacements = replacement_questions(self.trainer, self.rollout_step, questions)
+        groups, filter_metrics = collect_groups(questions, sample, self.group_filter, replacements, step)
+        with timer.measure("evidence"):
             batch = to_device(collate(list(chain.from_iterable(groups))), self.device)
-        with clock.measure("advantages"):
-            batch = self.estimator.prepare(batch, self.policy, self.micro_batch_tokens, self.processes)
+        with timer.measure("advantages"):
+            extras = self.estimator.extras(batch, self.policy, self.micro_batch_tokens, self.processes)
+            batch = replace(batch, extras=extras)
             estimated, calibrated, calibration_metrics = compute_advantages(batch, self.estimator, self.calibrators)
-        with clock.measure("logprobs"):
-            before = self.logprobs_before(batch)
-        with clock.measure("update"):
-            update_metrics = self.update(ReadyBatch(batch, calibrated, before))
-        self._engine_is_stale = True
-        self.rollout_step += 1
-        self.mid_update = False
+        with timer.measure("logprobs"):
+            old = compute_old_logprobs(
+                self.model, self.reference, batch, self.micro_batch_tokens, self.temperature, self.processes
+            )
         metrics = {
             **rollout_metrics(batch, estimated, calibrated),
             **filter_metrics,
             **calibration_metrics,
-            **stability_metrics(batch, before, self.garbled_perplexity),
-            **update_metrics,
-            **speed_metrics(batch, clock.seconds),
-            **{f"retrieval/{name}": value for name, value in self.agent.retriever.metrics().items()},
+            **stability_metrics(batch, old, self.garbled_perplexity),
         }
+        update, weights = self.correct(UpdateBatch(batch, estimated, calibrated, old))
+        return update, {**metrics, **weights}
+
+    def correct(self, update: UpdateBatch) -> tuple[UpdateBatch, Metrics]:
+        """Correct for the difference between engine and trainer, as the settings ask for."""
+        weighted, metrics = self.importance_sampling.apply(update) if self.importance_sampling else (update, {})
+        return weighted.with_engine_logprobs() if self.old_logprobs == "engine" else weighted, metrics
+
+    def finish_step(self, update: UpdateBatch, metrics: Metrics, timer: Stopwatch) -> dict[str, StepOutput]:
+        """Count the rollout step and log its metrics; the result goes to the callbacks."""
+        self.finish_update()
+        metrics = {**metrics, **speed_metrics(update.batch, timer.seconds), **self.agent.environment.metrics()}
+        self.log_dict(metrics, logger=False, batch_size=1)  # for callbacks that monitor one
         self.log_at_step(metrics)
         self.trainer.should_stop = self.trainer.should_stop or self.rollout_step >= self.rollout_steps
-        return {"output": StepOutput(self.rollout_step, batch, estimated, calibrated, metrics, clock.seconds)}
-
-    def collect(self, questions: Sequence[Question], clock: Stopwatch) -> tuple[list[Group], Metrics]:
-        """Sample and score the groups of a rollout step; groups that the filter drops are replaced."""
-        step, seen = self.rollout_step + 1, list[Group]()
-
-        def make(asked: Sequence[Question]) -> list[Rollout]:
-            with clock.measure("rollout"):
-                own = self.sample(asked, step, self.group_size, self.temperature)
-            with clock.measure("evidence"):
-                return credit_rollouts(score_rollouts(own, self.reward))
-
-        def ask(asked: Sequence[Question]) -> list[Group]:
-            own = self.processes.attempt(partial(make, asked))
-            with clock.measure("evidence"):
-                groups = self.share(asked, own, self.group_size)
-            seen.extend(groups)
-            with raising_together():
-                check_searches(seen, step)  # all of the step: a few alone say little of the retriever
-            return groups
-
-        groups = ask(questions)
-        if self.group_filter is None:
-            return groups, {}
-        data = cast("QuestionData", getattr(self.trainer, "datamodule", None))
-        return refill(groups, self.group_filter, data.spare_questions(self.rollout_step, questions), ask)
-
-    def sample(self, questions: Sequence[Question], step: int, samples: int, temperature: float) -> list[Rollout]:
-        """Sample rollouts, each process those of its own questions."""
-        if self._engine_is_stale:
-            self.agent.engine.sync(self.policy)
-            self._engine_is_stale = False
-        draws = Draws(self.seed, step, samples, temperature)
-        return run_rollouts(questions, self.agent, draws, self.processes, self._waiting())
-
-    def _waiting(self) -> Waiting | None:
-        """In training, a retriever that is away is waited for: for less than processes wait for each other."""
-        if self.trainer.state.fn != "fit":
-            return None
-        cap = longest_wait(self.trainer.strategy) if self.processes.size > 1 else math.inf
-        return Waiting(cap, lambda: self.stop_requested)
-
-    def share(self, questions: Sequence[Question], own: Attempt[list[Rollout]], samples: int) -> list[Group]:
-        """Put the rollouts of all processes together."""
-        rollouts = own.result or []
-        groups = [rollouts[start : start + samples] for start in range(0, len(rollouts), samples)]
-        owners = self.processes.owners([question.id for question in questions])
-        return self.processes.interleave(Attempt(groups, own.error), owners)
-
-    def logprobs_before(self, batch: RolloutBatch) -> BatchLogprobs:
-        """Compute what the ratio and the KL compare with: log-probabilities before the update."""
-        settings = (batch, self.micro_batch_tokens, self.temperature, self.processes)
-        before = compute_logprobs(self.model, *settings)
-        if self.reference is None:
-            return before
-        with self.reference.model(self.model) as model:
-            reference = compute_logprobs(model, *settings)
-        return replace(before, reference=reference.policy)
-
-    def update(self, ready: ReadyBatch) -> Metrics:
-        """Update the policy on a rollout batch."""
-        optimizer = cast("torch.optim.Optimizer", self.optimizers())
-        trainee = Trainee(self.model, optimizer, self.descend, self.processes, self.skipped)
-        step = self.rollout_step + 1
-        try:
-            return self.learner.update(trainee, ready, step)
-        except NonFiniteStepError as error:
-            path = RunFolder(Path(self.trainer.default_root_dir)).nonfinite_step(step)
-            # All wait for the file: a process that ends sooner would end the first one too.
-            told = self.processes.gather(error.write(path) if self.processes.rank == 0 else "")[0]
-            raise UserError(
-                f"rollout step {step}: the gradient of {MOST_IN_A_ROW} mini-batches in a row was not finite (the last "
-                f"norm is {error.norm}); the last of them {told}: look at it, and resume with a lower "
-                f"model.learning_rate (now {self.learner.learning_rate.peak})"
-            ) from error
-
-    def descend(self, loss: Tensor, last: bool) -> None:
-        """Compute gradients; after the last loss of a mini-batch, processes add theirs up."""
-        wait = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-        with nullcontext() if last else wait():
-            self.manual_backward(loss)
-
-    @property
-    def processes(self) -> Processes:
-        """Those that train together."""
-        return Processes.current()
-
-    @override
-    def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._sharded:
-            assert self.device_mesh is not None, "the strategy has made it"
-            for model in [self.model, *(self.reference.frozen if self.reference else [])]:
-                shard(model, self.device_mesh)
-            self._sharded = True
-
-    @override
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.learner.make_optimizer(self.model)
-
-    @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(exactly(self.model, fn), recurse)  # type: ignore[no-untyped-call]
-        return self
+        advantages = update.estimated, update.advantages
+        return {"output": StepOutput(self.rollout_step, update.batch, *advantages, metrics, timer.seconds)}
 
     @override
     def setup(self, stage: str) -> None:
-        if stage == "fit" and (self.trainer.max_epochs, self.trainer.max_steps) != (-1, -1):
-            raise UserError(
-                f"trainer.max_epochs is {self.trainer.max_epochs} and trainer.max_steps is {self.trainer.max_steps}; "
-                "both must be -1: set model.rollout_steps, which counts what you mean"
-            )
-        check_precision(self.trainer.precision)
-        if stage == "fit":
+        fitting = stage == "fit"
+        check_trainer(self.trainer, fitting)
+        if fitting and self.learning_rate is not None:
             adapters = not all(parameter.requires_grad for parameter in self.model.parameters())
-            check_rate(self.trainer.precision, adapters, self.learner.learning_rate.peak)
-        if stage == "fit" and self.group_size == 1:
+            check_rate(self.trainer.precision, adapters, self.learning_rate)
+        if fitting and self.group_size == 1:
             log.warning(
                 "model.group_size is 1: the rollouts of a question are compared, and there is nothing to compare"
             )
-        check_combination(self.estimator, self.calibrators, self.group_size if stage == "fit" else None)
-        self.agent.engine.check()
+        check_combination(self.estimator, self.calibrators, self.group_size if fitting else None)
+        self.agent.engine.validate()
         check_engine(self.agent)
         check_positions(self.policy, self.agent.protocol.max_rollout_tokens)
-        self._engine_is_stale = True  # a checkpoint may be loaded after this, and parameters be sharded
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, QuestionData):
-            if stage == "fit" and data.questions_per_step % self.trainer.world_size:
-                raise UserError(
-                    f"data.questions_per_step is {data.questions_per_step} and there are {self.trainer.world_size} "
-                    "processes, which must share the questions evenly; give a multiple"
-                )
-            asked = data.questions_for(stage)
-            for question in sorted(asked, key=lambda question: -len(question.question))[:_PROMPTS_CHECKED]:
-                check_prompt(question, self.agent)
-        elif stage == "fit" and self.group_filter is not None:
-            raise UserError("model.group_filter asks further questions of QuestionData; give that to fit as datamodule")
-
-    @override
-    def on_fit_start(self) -> None:
-        if self.reference is not None:
-            self.reference.to(self.device, next(self.model.parameters()).dtype)
-
-    @override
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.mid_update = True
-
-    @override
-    def on_train_start(self) -> None:
-        self.finished_step = self.rollout_step
-        due = self.rollout_step % self.trainer.val_check_interval == 0 and self.validated_step != self.rollout_step
-        if due and self.trainer.enable_validation:
-            self.trainer.validating = True
-            self.trainer.fit_loop.epoch_loop.val_loop.run()
-            self.trainer.training = True
-        if self.rollout_step >= self.rollout_steps:  # only what comes behind the last step may have been missing
-            self.trainer.should_stop = True
-
-    @override
-    def validation_step(self, questions: list[Question], batch_idx: int) -> dict[str, list[Rollout]]:
-        return {"rollouts": self.evaluate(questions)}
-
-    @override
-    def test_step(self, questions: list[Question], batch_idx: int) -> dict[str, list[Rollout]]:
-        return {"rollouts": self.evaluate(questions)}
-
-    @override
-    def predict_step(self, questions: list[Question], batch_idx: int) -> dict[str, list[Rollout]]:
-        return {"rollouts": self.evaluate(questions)}
-
-    @float32_by_default()
-    def evaluate(self, questions: Sequence[Question]) -> list[Rollout]:
-        """Answer questions greedily, one rollout each, and score them."""
-
-        def make() -> list[Rollout]:
-            own = self.sample(questions, self.rollout_step, samples=1, temperature=0.0)
-            return score_rollouts(own, self.reward)
-
-        groups = self.share(questions, self.processes.attempt(make), samples=1)
-        with raising_together():
-            check_searches(groups, self.rollout_step)
-        rollouts = list(chain.from_iterable(groups))
-        self._evaluated.extend(rollouts)
-        return rollouts
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
-        self.validated_step = self.rollout_step
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, prefix: str) -> None:
-        self.evaluation = evaluation_metrics(self._evaluated)
-        self._evaluated.clear()
-        if (missing := without_result(self.evaluation)) and self.trainer.is_global_zero:
-            log.warning(
-                "%s at step %d: %s, since their search failed; its means are over the others, and not comparable with "
-                "those over all questions",
-                {"val": "validation"}.get(prefix, prefix),
-                self.rollout_step,
-                missing,
-            )
-        metrics = {f"{prefix}/{name}": value for name, value in self.evaluation.items()}
-        self.log_dict(metrics, logger=False, sync_dist=True)  # for callbacks that monitor one; equal on all processes
-        self.log_at_step(metrics)
-
-    def log_at_step(self, metrics: Metrics) -> None:
-        """Plot metrics against the rollout step, through whatever loggers there are."""
-        for logger in self.loggers:
-            logger.log_metrics(metrics, step=self.rollout_step)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        save_identity(checkpoint, self)
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_identity(checkpoint, self, self.trainer.state.fn)
-        self.rollout_step = checkpoint["rollout_step"]
-        self.validated_step = checkpoint["validated_step"]
-        self.skipped.in_a_row = checkpoint.get("skipped_in_a_row", 0)  # older checkpoints do not hold it
+        self.sampler.engine_is_stale = True  # a checkpoint may be loaded after this, and parameters be sharded
+        check_data(self.trainer, stage, self.agent, self.group_filter)

@@ -1,4 +1,4 @@
-"""The shared vocabulary: what flows from a question to the gradient.
+"""Records of text: questions, documents, messages, rollouts. ``calibadv.batch`` has those of tensors.
 
 Shapes, used in every module: **B** rollouts in the batch, **G** rollouts per question, **T** tokens, **K** turns,
 **V** vocabulary. A *turn* is one policy message and the observation that it caused; the last policy message of a
@@ -7,9 +7,12 @@ rollout is its *answer turn*, whatever it holds, and every earlier one is a *sea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
+
+Metrics = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How an engine draws tokens: from softmax(logits / temperature) over the whole vocabulary, greedily at 0."""
+    """Sampling parameters: tokens are drawn from softmax(logits / temperature), greedily at temperature 0."""
 
     temperature: float
     max_tokens: int
@@ -53,7 +56,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class DrawKey:
-    """What one turn's draws depend on, and nothing else: not the batch, not an earlier draw."""
+    """The key of one turn's draws, which depend on nothing else: not on the batch, not on an earlier draw."""
 
     seed: int
     step: int
@@ -63,10 +66,10 @@ class DrawKey:
 
 
 class StopReason(StrEnum):
-    """Why an engine ended a segment."""
+    """The reason for which an engine ended a segment."""
 
     TAG = "tag"
-    """The text shows ``</search>`` or ``</answer>``."""
+    """The text shows a stop string of the protocol, such as ``</search>`` or ``</answer>``."""
     END = "end"
     """The end-of-sequence token was drawn."""
     LENGTH = "length"
@@ -88,11 +91,42 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool, as a message asks for it."""
+
+    tool: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One policy message, parsed: its think, and the calls or the answer that its action is.
+
+    ``calls`` and ``answer`` are those of the message also where it is badly formatted; there are none of them in a
+    message without an action. ``well_formed`` is whether the protocol accepts the whole of the text.
+    """
+
+    think: str
+    calls: tuple[ToolCall, ...]
+    answer: str | None
+    well_formed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What a tool returned for one call: documents, or text; ``documents`` is None for a tool that finds none."""
+
+    documents: tuple[Document, ...] | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A stretch of a rollout with one author; segments alternate, and a rollout starts with the policy's.
 
     ``token_ids`` are those that were sampled or shown, never re-encoded text; they and ``logprobs`` (of the engine,
-    policy segments only) are empty for rollouts read from a file. ``documents`` are what an observation shows.
+    policy segments only) are empty for rollouts read from a file. ``documents`` are what an observation shows; None for
+    an observation of tools that find no documents.
     """
 
     source: Literal["policy", "environment"]
@@ -100,14 +134,14 @@ class Segment:
     num_tokens: int
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
-    documents: tuple[Document, ...] = ()
+    documents: tuple[Document, ...] | None = ()
 
 
 class RolloutStatus(StrEnum):
-    """How a rollout ended. Where several apply, the first in this order is the status."""
+    """The way a rollout ended. Where several apply, the first in this order is the status."""
 
     SEARCH_FAILED = "search_failed"
-    """The retriever failed. Not trained, and in no statistic of its group."""
+    """A tool failed. Not trained, and in no statistic of its group."""
     TRUNCATED = "truncated"
     """A message without an action met ``max_turn_tokens``, or an observation did not fit ``max_rollout_tokens``."""
     INVALID = "invalid"
@@ -123,7 +157,9 @@ class Rollout:
     """One sampled episode, and what was computed of it. Stages return a new record; nobody writes into it.
 
     ``score`` is the reward: the answer score, 0 unless the format is valid. ``answer_score`` is the ungated value, None
-    without an answer block. ``step_correctness`` has one entry per search turn.
+    without an answer block. ``messages`` are the parsed policy segments, which stages read and none parses again.
+    ``step_correctness`` has one entry per search turn, None for a turn whose tools find no documents. ``silver`` are
+    the ids of the silver documents of the rollout's group.
     """
 
     question: Question
@@ -133,22 +169,24 @@ class Rollout:
     segments: tuple[Segment, ...]
     status: RolloutStatus
     prompt_ids: tuple[int, ...] = ()
+    messages: tuple[Message, ...] = ()
     answer: str | None = None
     score: float = 0.0
     answer_score: float | None = None
     f1: float = 0.0
     em: float = 0.0
     cover_em: float = 0.0
-    step_correctness: tuple[float, ...] = ()
+    step_correctness: tuple[float | None, ...] = ()
+    silver: frozenset[str] = frozenset()
 
     @property
     def included(self) -> bool:
-        """Whether the rollout takes part in training and in the statistics of its group."""
+        """True if the rollout takes part in training and in the statistics of its group."""
         return self.status is not RolloutStatus.SEARCH_FAILED
 
     @property
     def format_valid(self) -> bool:
-        """Whether every message kept the format, searched at least once, and the last one answered."""
+        """True if every message kept the format, searched at least once, and the last one answered."""
         return self.status is RolloutStatus.ANSWERED
 
     @property
@@ -157,9 +195,9 @@ class Rollout:
         return [segment for segment in self.segments if segment.source == "policy"]
 
     @property
-    def turn_documents(self) -> list[tuple[Document, ...]]:
-        """What each search turn retrieved: as many entries as there are search turns."""
-        observed: list[tuple[Document, ...]] = []
+    def turn_documents(self) -> list[tuple[Document, ...] | None]:
+        """The documents that each search turn retrieved; None for a turn whose tools find none."""
+        observed: list[tuple[Document, ...] | None] = []
         for segment in self.segments:
             if segment.source == "policy":
                 observed.append(())
@@ -169,8 +207,9 @@ class Rollout:
 
     @property
     def num_searches(self) -> int:
-        """Searches whose observation is part of the rollout."""
+        """Number of searches whose observation is part of the rollout."""
         return sum(segment.source == "environment" for segment in self.segments)
 
 
-Metrics = dict[str, float]
+Group = list[Rollout]
+"""The rollouts of one question in one rollout step."""

@@ -5,6 +5,7 @@ import torch
 from support.records import answer, rollout, search
 
 from calibadv.batch import answer_mask, collate, turn_values
+from calibadv.estimators.gigpo import anchor_ids
 from calibadv.types import Document, Rollout, RolloutStatus, Segment
 
 DOCUMENT = Document("d", "T", "text")
@@ -74,7 +75,7 @@ def test_anchors_are_equal_where_turns_start_from_the_same_documents() -> None:
     first = rollout(search("a", "b"), search("c"), answer("x"))
     second = rollout(search("b", "a", "a"), search(think="u"), answer("x"))  # the same set, another order
     third = rollout(answer("x"))
-    (a, b, c), (d, e, f), (g, *rest) = collate([first, second, third]).anchor_ids.tolist()
+    (a, b, c), (d, e, f), (g, *rest) = anchor_ids(collate([first, second, third])).tolist()
     assert a == d == g  # all first turns share one state
     assert b == e != a  # after {a, b}
     assert len({a, b, c, f}) == 4  # after {c}, and after an observation without documents
@@ -84,14 +85,14 @@ def test_anchors_are_equal_where_turns_start_from_the_same_documents() -> None:
 def test_anchors_are_numbered_inside_each_group_and_skip_what_is_left_out() -> None:
     rows = [rollout(search("a"), answer("x"), question_id=name) for name in "pq"]
     batch = collate([*rows, failed(question_id="r")])
-    assert batch.anchor_ids.tolist() == [[0, 1], [0, 1], [-1, -1]]
+    assert anchor_ids(batch).tolist() == [[0, 1], [0, 1], [-1, -1]]
 
 
 def test_an_observation_at_the_end_is_no_turn() -> None:
     batch = collate([rollout(search("a", tokens=1), search("b", tokens=1), status=RolloutStatus.TRUNCATED)])
     assert batch.answer_turn.tolist() == [1]
     assert batch.turn_ids.tolist() == [[0, -1, -1, -1, -1, 1, -1, -1, -1, -1]]
-    assert batch.anchor_ids.tolist() == [[0, 1]]
+    assert anchor_ids(batch).tolist() == [[0, 1]]
 
 
 def test_turn_values_average_the_tokens_of_each_policy_segment() -> None:

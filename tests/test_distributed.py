@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from support.fits import SMALL, curves, results
 
 from calibadv.cli.main import main
-from calibadv.distributed import Processes, longest_wait
+from calibadv.distributed import ProcessGroup, longest_wait
 from calibadv.runs.checkpoints import damage
 
 # Two mini-batches of two questions, more micro-batches than processes, and a validation that two do not divide.
@@ -42,14 +42,14 @@ trainer:
 
 @given(st.integers(1, 5), st.integers(0, 12))
 def test_work_is_dealt_once_and_in_step(size: int, number: int) -> None:
-    dealt = [Processes(rank, size).deal(range(number)) for rank in range(size)]
+    dealt = [ProcessGroup(rank, size).partition(range(number)) for rank in range(size)]
     assert len({len(own) for own in dealt}) == 1
-    assert sorted(part for own in dealt for part, counts in own if counts) == list(range(number))
+    assert sorted(part for own in dealt for part, is_padding in own if not is_padding) == list(range(number))
 
 
 @given(st.integers(1, 5), st.lists(st.sampled_from("abcdef")))
 def test_a_question_has_one_owner_however_often_it_is_asked(size: int, keys: list[str]) -> None:
-    owners = Processes(0, size).owners(keys)
+    owners = ProcessGroup(0, size).assign_ranks(keys)
     assert len(set(zip(keys, owners, strict=True))) == len(set(keys))  # a group is never split
     shares = [len({key for key, owner in zip(keys, owners, strict=True) if owner == rank}) for rank in range(size)]
     assert max(shares) - min(shares) <= 1

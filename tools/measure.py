@@ -23,12 +23,11 @@ PACKAGE = "calibadv"
 # From the command to the gradient, in the order of the calls: every function names the next one.
 CALL_PATH = (
     ("cli/main.py", "main"),
-    ("cli/lightning.py", "run_verb"),
+    ("config/verbs.py", "run_verb"),
     ("module.py", "training_step"),
-    ("learner.py", "update"),
-    ("update.py", "loss_inputs"),
-    ("forward.py", "forward_logprobs"),
-    ("objective.py", "compute"),
+    ("training/logprobs.py", "loss_inputs"),
+    ("policy/logprobs.py", "forward_logprobs"),
+    ("training/objective.py", "compute"),
     ("losses/ppo_clip.py", "compute"),
 )
 RIDDLES = ("What", "How", "Whether", "Where", "Which", "Why")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from calibadv.engines._stop import stop_reason
 from calibadv.errors import UserError, is_number, shown
 from calibadv.interfaces import Engine, StreamingEngine
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.types import Completion, Question
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _early_end(tokenizer: AgentTokenizer, token_ids: Sequence[int]) -> int | Non
     """How many tokens the message has by our rules, where more were given."""
     for place, token in enumerate(token_ids[:-1], 1):
         # Most tokens can end nothing, which is cheap to see; only for the others is text decoded.
-        may_end = token in tokenizer.end_ids or tokenizer.may_close_tag(token)
+        may_end = token in tokenizer.end_ids or tokenizer.may_stop(token)
         if may_end and stop_reason(tokenizer, token_ids[:place]) is not None:
             return place
     return None

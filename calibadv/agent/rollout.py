@@ -1,4 +1,4 @@
-"""The multi-turn loop: the policy writes, the environment searches, until every rollout has ended."""
+"""The multi-turn loop: the policy writes, the environment acts, until every rollout has ended."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calibadv.agent.completions import check_count
-from calibadv.agent.episode import Agent, Episode, finish, observe, query, speak
-from calibadv.agent.searching import Searcher, Waiting
-from calibadv.agent.streaming import Key, stream
-from calibadv.distributed import ALONE, Processes
+from calibadv.agent.episode import Agent, Episode, append_message, append_observations, to_rollout, unfinished
+from calibadv.agent.patience import PatientEnvironment, Waiting
+from calibadv.agent.streaming import Key, run_streaming
+from calibadv.distributed import SINGLE_PROCESS, ProcessGroup
 from calibadv.errors import UserError
-from calibadv.interfaces import RetrievalError, StreamingEngine
-from calibadv.protocol.search import parse_message
+from calibadv.interfaces import StreamingEngine
 from calibadv.types import DrawKey, Question, Rollout, RolloutStatus, Sampling
-
-# A retriever that fails this often is down; going on would train on what is left by chance.
-_MAX_FAILED_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """How many rollouts to sample of each question, and what their randomness depends on."""
+    """The number of rollouts to sample of each question, and what their randomness depends on."""
 
     seed: int
     step: int
@@ -34,79 +30,82 @@ def run_rollouts(
     questions: Sequence[Question],
     agent: Agent,
     draws: Draws,
-    processes: Processes = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
     waiting: Waiting | None = None,
 ) -> list[Rollout]:
-    """Sample rollouts: all in step, or each at its own pace where the engine batches continuously.
+    """Sample rollouts: all in lockstep, or each at its own pace where the engine batches continuously.
 
     Token ids are kept as they were sampled and shown; text is decoded from them to be read, and never encoded again.
 
     Args:
-        questions: what to ask.
-        agent: engine, retriever, protocol and tokenizer.
+        questions: B questions, all ranks' together.
+        agent: engine, environment, protocol and tokenizer.
         draws: samples per question, temperature, seed and rollout step.
-        processes: those that share the questions; this one samples for those that it owns.
+        processes: the ranks that share the questions; this one samples for those that it owns.
         waiting: how long a retriever that is away may be waited for; by default not at all.
 
     Returns:
-        ``draws.samples`` rollouts per question of this process, neighbours in the list.
+        ``draws.samples`` rollouts per question of this rank, neighbours in the list.
 
     Raises:
         UserError: a prompt leaves no room for a message within ``max_rollout_tokens``, the engine is made for less or
-            answers wrongly, or the retriever answers with what are no documents.
+            answers wrongly, or a tool returns what is no result.
         RetrievalError: the retriever was away for longer than it may be waited for.
         StopRequestedError: the run is to stop, and the retriever is away.
     """
     check_engine(agent)
-    episodes: list[Episode] = []
-    sampled: Counter[str] = Counter()
-    owners = processes.owners([question.id for question in questions])
-    for question, owner in zip(questions, owners, strict=True):
-        # A question that the batch holds twice goes on counting: equal keys would draw equal rollouts.
-        first = sampled[question.id]
-        sampled[question.id] += draws.samples
-        if owner == processes.rank:
-            prompt = check_prompt(question, agent)
-            episodes += [Episode(question, first + n, prompt, list(prompt)) for n in range(draws.samples)]
+    episodes = _start(questions, agent, draws.samples, processes)
     sampling = Sampling(draws.temperature, agent.protocol.max_turn_tokens)
 
     def key(episode: Episode) -> DrawKey:
         return DrawKey(draws.seed, draws.step, episode.question.id, episode.sample, turn=len(episode.messages))
 
-    searcher = Searcher(agent.retriever, waiting)
+    environment = PatientEnvironment(agent.environment, waiting)
     try:
         if isinstance(agent.engine, StreamingEngine):
-            stream(episodes, agent.engine, agent, searcher, sampling, key)
+            run_streaming(episodes, agent.engine, agent, environment, sampling, key)
         else:
-            _march(episodes, agent, searcher, sampling, key)
+            _run_lockstep(episodes, agent, environment, sampling, key)
     finally:
-        agent.engine.rest()
-    return [finish(episode, draws.step, agent.protocol.prepend_think) for episode in episodes]
+        agent.engine.release()
+    return [to_rollout(episode, draws.step, agent.protocol) for episode in episodes]
 
 
-def _march(episodes: Sequence[Episode], agent: Agent, searcher: Searcher, sampling: Sampling, key: Key) -> None:
-    """Play all episodes in step: one call of the engine and one of the retriever per turn."""
+def _start(questions: Sequence[Question], agent: Agent, samples: int, processes: ProcessGroup) -> list[Episode]:
+    episodes: list[Episode] = []
+    sampled: Counter[str] = Counter()
+    owners = processes.assign_ranks([question.id for question in questions])
+    for question, owner in zip(questions, owners, strict=True):
+        # A question that the batch holds twice goes on counting: equal keys would draw equal rollouts.
+        first = sampled[question.id]
+        sampled[question.id] += samples
+        if owner == processes.rank:
+            prompt = check_prompt(question, agent)
+            episodes += [Episode(question, first + n, prompt, list(prompt)) for n in range(samples)]
+    return episodes
+
+
+def _run_lockstep(
+    episodes: Sequence[Episode], agent: Agent, environment: PatientEnvironment, sampling: Sampling, key: Key
+) -> None:
+    """Run all episodes turn by turn: one call of the engine and one of each tool per turn."""
     active = list(episodes)
     while active:
         prompts = [episode.token_ids for episode in active]
         completions = agent.engine.generate(prompts, sampling, [key(episode) for episode in active])
         check_count(completions, agent.engine, [episode.question for episode in active])
         for episode, completion in zip(active, completions, strict=True):
-            speak(episode, completion, agent)
-        active = [episode for episode in active if episode.status is None]
+            append_message(episode, completion, agent)
+        active = unfinished(active)
         if active:
-            observe(active, searcher.search([query(episode) for episode in active]), agent)
-        active = [episode for episode in active if episode.status is None]
+            append_observations(active, environment.step([episode.calls for episode in active]), agent)
+        active = unfinished(active)
 
 
 def check_engine(agent: Agent) -> None:
-    """See that the engine takes sequences as long as the protocol allows.
+    """Check that the engine takes sequences as long as the protocol allows.
 
-    Args:
-        agent: its engine and protocol are compared. An engine may know its limit only after the first ``sync``.
-
-    Raises:
-        UserError: it does not.
+    An engine may know its limit only after the first ``sync``.
     """
     engine, limit = agent.engine, agent.protocol.max_rollout_tokens
     if engine.max_model_len is not None and engine.max_model_len < limit:
@@ -117,50 +116,19 @@ def check_engine(agent: Agent) -> None:
 
 
 def check_prompt(question: Question, agent: Agent) -> tuple[int, ...]:
-    """Encode the prompt of a question, and see that it leaves room.
-
-    Args:
-        question: what to ask.
-        agent: its protocol and tokenizer are used.
-
-    Returns:
-        Token ids of the prompt.
-
-    Raises:
-        UserError: the prompt alone fills ``max_rollout_tokens``.
-    """
-    prompt = tuple(agent.tokenizer.encode_prompt(question.question, agent.protocol))
+    """Encode the prompt of a question, and check that it leaves room for a message."""
+    tokens = agent.protocol.prompt_ids(question.question, agent.tokenizer, agent.environment.tools)
     limit = agent.protocol.max_rollout_tokens
-    if len(prompt) >= limit:
+    if len(tokens) >= limit:
         raise UserError(
-            f"the prompt of question '{question.id}' has {len(prompt)} tokens and protocol.max_rollout_tokens is "
+            f"the prompt of question '{question.id}' has {len(tokens)} tokens and protocol.max_rollout_tokens is "
             f"{limit}; raise the limit, or leave the question out"
         )
-    return prompt
+    return tuple(tokens)
 
 
-def check_searches(groups: Sequence[Sequence[Rollout]], step: int) -> None:
-    """Refuse to go on when the retriever is down.
-
-    Args:
-        groups: sampled rollouts.
-        step: rollout step, for the message.
-
-    Raises:
-        RetrievalError: more than half of the searches failed.
-    """
-    rollouts = [rollout for group in groups for rollout in group]
-    failed = sum(rollout.status is RolloutStatus.SEARCH_FAILED for rollout in rollouts)
-    made = sum(map(_count_searches, rollouts))
-    if failed > _MAX_FAILED_SHARE * made:
-        raise RetrievalError(
-            f"{failed} of {made} searches of step {step} failed (limit: half of them); see the warnings above, and "
-            "bring the retriever back before you resume"
-        )
-
-
-def _count_searches(rollout: Rollout) -> int:
-    """Searches that were made, those included that failed or whose observation did not fit."""
-    last = rollout.segments[-1]
-    cut_off = rollout.status in (RolloutStatus.SEARCH_FAILED, RolloutStatus.TRUNCATED) and last.source == "policy"
-    return rollout.num_searches + (cut_off and parse_message(last.text, rollout.prepend_think).action == "search")
+def count_searches(rollout: Rollout) -> int:
+    """Count the searches that were made, those included that failed or whose observation did not fit."""
+    cut_off = rollout.status in (RolloutStatus.SEARCH_FAILED, RolloutStatus.TRUNCATED)
+    unanswered = cut_off and rollout.segments[-1].source == "policy" and bool(rollout.messages[-1].calls)
+    return rollout.num_searches + unanswered

@@ -5,60 +5,57 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 from calibadv.agent.completions import check_count, collect
-from calibadv.agent.episode import Episode, observe, query, speak
-from calibadv.agent.searching import Searcher
+from calibadv.agent.environment import Outcome
+from calibadv.agent.episode import Agent, Episode, append_message, append_observations, unfinished
+from calibadv.agent.patience import PatientEnvironment
 from calibadv.interfaces import StreamingEngine
-from calibadv.retrieval.asking import Outcome
 from calibadv.types import DrawKey, Sampling
-
-if TYPE_CHECKING:
-    from calibadv.agent.episode import Agent
 
 Key = Callable[[Episode], DrawKey]
 
 
-def stream(
+def run_streaming(
     episodes: Sequence[Episode],
     engine: StreamingEngine,
     agent: Agent,
-    searcher: Searcher,
+    environment: PatientEnvironment,
     sampling: Sampling,
     key: Key,
 ) -> None:
-    """Play all episodes to their ends. The records are those of the loop that goes turn by turn, only sooner.
+    """Run all episodes to their ends. The records are those of the lockstep loop, only sooner.
 
-    While the engine samples, one search at a time runs beside it, for all episodes that have asked since the last one
-    began. Nothing but the search, and waiting for a retriever that is away, leaves this thread: tokenizers do not bear
-    being used by two.
+    While the engine samples, one round of calls at a time runs beside it, for all episodes that have called since the
+    last one began. Only tools, and waiting for one that is away, run in the worker thread: tokenizers are not
+    thread-safe.
     """
-    writing: dict[int, Episode] = {}
-    asking: list[Episode] = []  # have written a search that has not begun
+    in_flight: dict[int, Episode] = {}
+    pending: list[Episode] = []  # have made calls that are not run yet
 
-    def write(ready: Sequence[Episode]) -> None:
-        going = [episode for episode in ready if episode.status is None]
+    def submit(ready: Sequence[Episode]) -> None:
+        going = unfinished(ready)
         numbers = engine.submit([e.token_ids for e in going], sampling, [key(e) for e in going])
         check_count(numbers, engine, [e.question for e in going])
-        writing.update(zip(numbers, going, strict=True))
+        in_flight.update(zip(numbers, going, strict=True))
 
-    write(episodes)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="search") as background, closing(searcher):
-        searching: list[Episode] = []
+    def receive() -> list[Episode]:
+        done = collect(engine, {number: episode.question for number, episode in in_flight.items()})
+        received = [in_flight.pop(number) for number in done]
+        for episode, completion in zip(received, done.values(), strict=True):
+            append_message(episode, completion, agent)
+        return received
+
+    submit(episodes)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="search") as background, closing(environment):
+        acting: list[Episode] = []
         found: Future[list[Outcome]] = Future()
-        while writing or asking or searching:
-            if searching and (found.done() or not writing):
-                observe(searching, found.result(), agent)
-                write(searching)
-                searching = []
-            if asking and not searching:
-                searching, asking = asking, []
-                found = background.submit(searcher.search, [query(episode) for episode in searching])
-            for number, completion in (
-                collect(engine, {n: e.question for n, e in writing.items()}).items() if writing else ()
-            ):
-                episode = writing.pop(number)
-                speak(episode, completion, agent)
-                if episode.status is None:
-                    asking.append(episode)
+        while in_flight or pending or acting:
+            if acting and (found.done() or not in_flight):
+                append_observations(acting, found.result(), agent)
+                submit(acting)
+                acting = []
+            if pending and not acting:
+                acting, pending = pending, []
+                found = background.submit(environment.step, [episode.calls for episode in acting])
+            pending += unfinished(receive() if in_flight else [])

@@ -1,1 +1,1 @@
-"""Reports over finished runs: comparison, viewer, replay and audit."""
+"""Analysis of finished runs and of data: comparison, viewer, replay and coverage audit."""

@@ -1,36 +1,39 @@
-"""What a corpus and a retriever can give to questions at best, before anything is trained on them."""
+"""Coverage audit: upper bounds that a corpus and a retriever set for questions, before any training."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
 from calibadv.io.progress_bar import blocks, progress_bar
-from calibadv.retrieval.asking import ask, unwrap
-from calibadv.retrieval.corpus.base import searched_text
+from calibadv.retrieval.corpus.base import searchable_text
+from calibadv.retrieval.outcomes import search_outcomes, unwrap
 from calibadv.rewards.answer import normalise_answer
 from calibadv.types import Document, Question, ScoredDocument
 
-# From this many on, reading takes longer than about two seconds, so a progress bar is shown.
+# Larger corpora take more than about two seconds to read, so a progress bar is shown.
 _MANY_DOCUMENTS = 20_000
-# Questions that are searched for at a time; a slow retriever still shows progress.
+# Questions per search; with a slow retriever there is still progress to see.
 _BATCH = 64
+
+Label = tuple[str, str]  # of a document: ``id`` or ``title``, and its value
 
 
 @dataclass(frozen=True, slots=True)
 class CoverageAudit:
-    """What was found for a set of questions.
+    """Coverage of a set of questions.
 
     Attributes:
-        questions: how many there are.
-        answer_coverage: share of the questions one of whose gold answers occurs in the corpus; None where the corpus is
-            out of reach.
-        labelled: questions that name their supporting documents, which ``recall`` is the mean over.
-        recall: mean share of the supporting documents among the first k, by k; None where ``labelled`` is 0.
+        questions: number of questions.
+        answer_coverage: share of the questions one of whose gold answers occurs in the corpus; None if that is not
+            readable.
+        labelled: number of questions that name their supporting documents; ``recall`` is the mean over these.
+        recall: mean share of the supporting documents among the first k, by k; None if ``labelled`` is 0.
     """
 
     questions: int
@@ -42,38 +45,43 @@ class CoverageAudit:
 def audit_coverage(
     questions: Sequence[Question], corpus: Sequence[Document] | None, retriever: Retriever, top_k: Sequence[int]
 ) -> CoverageAudit:
-    """Measure how much of what questions need is in the corpus, and how much of that a retriever finds.
+    """Measure answer coverage of a corpus and recall of a retriever.
 
     Each question is searched for once, as it is asked. The corpus is read once, whatever its size.
     """
     if not top_k or min(top_k) < 1:
         raise UserError(f"top_k is {list(top_k)}; give one or more numbers, each at least 1")
-    gold = [(question, labels) for question in questions if (labels := supporting_labels(question))]
-    shares: dict[int, list[float]] = {k: [] for k in top_k}
-    for batch in blocks(gold, _BATCH, "Searching", hidden=len(gold) <= _BATCH):
-        found = unwrap(ask(retriever, [question.question for question, _ in batch], max(top_k)))
-        for (_, labels), hits in zip(batch, found, strict=True):
-            for k in shares:
-                shares[k].append(len(labels & _labels_of(hits[:k])) / len(labels))
+    labelled = [(question, labels) for question in questions if (labels := supporting_labels(question))]
+    recalls = list(_recalls(labelled, retriever, top_k))
     return CoverageAudit(
         questions=len(questions),
         answer_coverage=None if corpus is None else answer_coverage(questions, corpus),
-        labelled=len(gold),
-        recall={k: sum(values) / len(values) if values else None for k, values in shares.items()},
+        labelled=len(labelled),
+        recall={k: fmean(values[k] for values in recalls) if recalls else None for k in top_k},
     )
 
 
-def answer_coverage(questions: Sequence[Question], corpus: Sequence[Document]) -> float:
-    """Share of questions one of whose gold answers occurs in a corpus, in a title or a text.
+def _recalls(
+    labelled: Sequence[tuple[Question, frozenset[Label]]], retriever: Retriever, top_k: Sequence[int]
+) -> Iterator[dict[int, float]]:
+    """Recall of each question, by k."""
+    for batch in blocks(labelled, _BATCH, "Searching", hidden=len(labelled) <= _BATCH):
+        found = unwrap(search_outcomes(retriever, [question.question for question, _ in batch], max(top_k)))
+        for (_, labels), hits in zip(batch, found, strict=True):
+            yield {k: len(labels & _labels_of(hits[:k])) / len(labels) for k in top_k}
 
-    Answer and document are normalised as answers are for scoring, and the answer must occur as whole words. An answer
-    that normalises to nothing occurs nowhere. That an answer occurs does not make it known: ``yes`` and ``no`` occur
-    almost surely, and so does a small number. One pass reads the corpus, and looks only for what was not found yet.
+
+def answer_coverage(questions: Sequence[Question], corpus: Sequence[Document]) -> float:
+    """Return the share of questions one of whose gold answers occurs in a title or text of a corpus.
+
+    Answers and documents are normalised as for scoring, and an answer must occur as whole words. An answer that
+    normalises to nothing occurs nowhere. Coverage is an upper bound: ``yes``, ``no`` and small numbers occur in almost
+    any corpus. The corpus is read once, and only until all answers are found.
     """
     wanted = [
         {answer for golden in question.golden_answers if (answer := normalise_answer(golden))} for question in questions
     ]
-    # By the longest word, which is likely the rarest: only where it occurs is the answer looked for.
+    # Keyed by the longest word, likely the rarest: only texts that contain it are searched for the answer.
     missing: dict[str, set[str]] = defaultdict(set)
     for answers in wanted:
         for answer in answers:
@@ -84,13 +92,13 @@ def answer_coverage(questions: Sequence[Question], corpus: Sequence[Document]) -
         for document in corpus:
             if not missing:
                 break
-            found |= _take_found(missing, normalise_answer(searched_text(document)))
+            found |= _pop_found(missing, normalise_answer(searchable_text(document)))
             advance(1)
     return sum(not answers.isdisjoint(found) for answers in wanted) / len(questions)
 
 
-def _take_found(missing: dict[str, set[str]], text: str) -> set[str]:
-    """Take out of ``missing`` what occurs in a normalised text, and return it."""
+def _pop_found(missing: dict[str, set[str]], text: str) -> set[str]:
+    """Remove the answers that occur in a normalised text from ``missing``, and return them."""
     padded = f" {text} "
     found = set()
     for word in missing.keys() & text.split():
@@ -102,8 +110,8 @@ def _take_found(missing: dict[str, set[str]], text: str) -> set[str]:
     return found
 
 
-def supporting_labels(question: Question) -> frozenset[tuple[str, str]]:
-    """What the documents that support a question are known by."""
+def supporting_labels(question: Question) -> frozenset[Label]:
+    """Return the ids, or without ids the titles, of the documents that support a question."""
     for kind in ("id", "title"):
         labels: Any = question.metadata.get(f"supporting_{kind}s")
         if labels and not isinstance(labels, list):
@@ -115,6 +123,6 @@ def supporting_labels(question: Question) -> frozenset[tuple[str, str]]:
     return frozenset()
 
 
-def _labels_of(hits: Sequence[ScoredDocument]) -> set[tuple[str, str]]:
+def _labels_of(hits: Sequence[ScoredDocument]) -> set[Label]:
     documents = [hit.document for hit in hits]
     return {("id", document.id) for document in documents} | {("title", document.title) for document in documents}

@@ -1,4 +1,4 @@
-"""What SoftPenalty and its controls share: which searches are punished, and softening them."""
+"""Shared by SoftPenalty and its controls: the turns with a negative advantage, and the soft penalty on them."""
 
 from __future__ import annotations
 
@@ -8,38 +8,37 @@ import torch
 from torch import Tensor
 
 from calibadv.batch import RolloutBatch
-from calibadv.numerics.credit import punished_tokens, soften
+from calibadv.numerics.credit import negative_tokens, scale_negative_turns
 from calibadv.types import Metrics
 
 
 @dataclass(frozen=True, slots=True)
-class Punished:
+class NegativeTurns:
     """The tokens and search turns of a batch with a negative advantage.
 
     Attributes:
-        places: [N] tokens in the flattened [B, T], those of answer turns included.
-        turns: [N] their turns in the flattened [B, K].
-        searches: [B, K] bool, True at search turns among them.
+        tokens: [N] indices in the flattened [B, T], those of answer turns included.
+        turns: [N] indices of their turns in the flattened [B, K].
+        searches: [B, K] bool, True at search turns among them whose tools find documents.
     """
 
-    places: Tensor
+    tokens: Tensor
     turns: Tensor
     searches: Tensor
 
 
-def find_punished(batch: RolloutBatch, advantages: Tensor) -> Punished:
-    """Find what has a negative advantage."""
+def find_negative_turns(batch: RolloutBatch, advantages: Tensor) -> NegativeTurns:
+    """Find the turns with a token whose advantage is negative."""
     num_turns = batch.step_correctness.shape[1]
-    places, turns = punished_tokens(advantages, batch.turn_ids, num_turns)
-    punished = torch.bincount(turns, minlength=batch.step_correctness.numel()).view(-1, num_turns) > 0
-    is_search = torch.arange(num_turns, device=advantages.device) < batch.answer_turn[:, None]
-    return Punished(places, turns, punished & is_search)
+    tokens, turns = negative_tokens(advantages, batch.turn_ids, num_turns)
+    is_negative = torch.bincount(turns, minlength=batch.step_correctness.numel()).view(-1, num_turns) > 0
+    return NegativeTurns(tokens, turns, is_negative & batch.finds_documents)
 
 
-def soften_searches(advantages: Tensor, correctness: Tensor, punished: Punished) -> tuple[Tensor, Metrics]:
-    """Multiply the advantages of punished searches by (1 - correctness)."""
-    softened = soften(advantages, correctness, punished.places, punished.turns)
-    count = int(punished.searches.sum())
+def apply_soft_penalty(advantages: Tensor, correctness: Tensor, negative: NegativeTurns) -> tuple[Tensor, Metrics]:
+    """Multiply the negative advantages by (1 - correctness of the turn), which is 0 at answer turns."""
+    scaled = scale_negative_turns(advantages, correctness, negative.tokens, negative.turns)
+    count = int(negative.searches.sum())
     if count == 0:
-        return softened, {}
-    return softened, {"credit/softened": int((punished.searches & (correctness > 0)).sum()) / count}
+        return scaled, {}
+    return scaled, {"credit/softened": int((negative.searches & (correctness > 0)).sum()) / count}

@@ -1,4 +1,4 @@
-"""Balance rewarded and punished answers."""
+"""Balance the positive and the negative advantages of answers."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class AnswerRebalance(Calibrator):
         target_ratio: Positive over negative mass of the answer tokens after scaling (lambda in the paper, which
             reports collapse below 1).
     """
+
+    roles = frozenset({"answer balance"})
 
     def __init__(self, target_ratio: float = 1.0) -> None:
         if not (target_ratio > 0 and math.isfinite(target_ratio)):

@@ -25,6 +25,8 @@ class NegativeClip(Calibrator):
         bound: How many times the mean positive advantage a negative one may reach.
     """
 
+    roles = frozenset({"negative clip"})
+
     def __init__(self, bound: float = 1.0) -> None:
         if not (bound > 0 and math.isfinite(bound)):
             raise UserError(f"bound is {bound}; it must be a number above 0, such as 1.0")

@@ -49,6 +49,16 @@ class NegativeScale(Calibrator):
         self.negative_weight = negative_weight
         self.match = match
 
+    @property
+    @override
+    def uses_step_correctness(self) -> bool:  # type: ignore[override]
+        return self.match is not None
+
+    @property
+    @override
+    def roles(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"search penalty", "answer balance", "negative clip"} if self.match else ())
+
     @override
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
         if self.match is None:

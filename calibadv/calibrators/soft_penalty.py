@@ -1,4 +1,4 @@
-"""Soften the penalty of searches that found evidence."""
+"""Reduce the penalty of searches that found evidence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
-from calibadv.calibrators._penalty import find_punished, soften_searches
+from calibadv.calibrators._penalty import apply_soft_penalty, find_negative_turns
 from calibadv.interfaces import Calibrator
 from calibadv.types import Metrics
 
@@ -17,6 +17,9 @@ class SoftPenalty(Calibrator):
     The first part of CalibAdv (arXiv 2604.18235). The answer turn keeps its advantage.
     """
 
+    uses_step_correctness = True
+    roles = frozenset({"search penalty"})
+
     @override
     def calibrate(self, batch: RolloutBatch, advantages: Tensor) -> tuple[Tensor, Metrics]:
-        return soften_searches(advantages, batch.step_correctness, find_punished(batch, advantages))
+        return apply_soft_penalty(advantages, batch.step_correctness, find_negative_turns(batch, advantages))

@@ -18,7 +18,7 @@ from calibadv.errors import RollbackError, StopRequestedError, UserError, one_li
 from calibadv.io.files import remove, replace_durably
 from calibadv.runs.checkpoints import CheckpointFile, write_digests
 from calibadv.runs.folder import RunFolder, step_of
-from calibadv.training.nonfinite import non_finite
+from calibadv.training.optimization import find_non_finite
 
 
 class RolloutCheckpoint(Callback):
@@ -59,16 +59,18 @@ class RolloutCheckpoint(Callback):
         self._saved_step = pl_module.rollout_step or -1
 
         def stop(number: int, frame: FrameType | None) -> None:
+            console = Console(stderr=True, soft_wrap=True)
             if self.stopped_by is not None:
+                console.print("stopped at once: the step in progress is lost, the last checkpoint stands")
                 raise SystemExit(128 + number)
             self.stopped_by = signal.Signals(number)
             pl_module.stop_requested = True
             if pl_module.processes.size == 1:  # several agree first: one that stops alone leaves the others waiting
                 trainer.should_stop = True
             doing = "the validation" if trainer.validating else f"rollout step {pl_module.rollout_step + 1}"
-            Console(stderr=True, soft_wrap=True).print(
-                f"{self.stopped_by.name}: finishing {doing}, then saving; once more to stop at once", highlight=False
-            )
+            unless = ", unless it waits for the retriever" if doing != "the validation" else ""
+            text = f"{self.stopped_by.name}: finishing {doing}{unless}, then saving; once more to stop at once"
+            console.print(text, highlight=False)
 
         self._handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -88,6 +90,8 @@ class RolloutCheckpoint(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
         if trainer.state.fn == "fit":
             self._all_stop(trainer, pl_module)
         in_training = trainer.state.fn == "fit" and pl_module.rollout_step > 0
@@ -96,7 +100,7 @@ class RolloutCheckpoint(Callback):
 
     def _all_stop(self, trainer: Trainer, pl_module: Any) -> bool:
         """Whoever was told to stop by now, all processes stop."""
-        number = pl_module.processes.any(self.stopped_by or 0)
+        number = pl_module.processes.all_reduce_max(self.stopped_by or 0)
         if number:
             self.stopped_by = signal.Signals(number)
             trainer.should_stop = True
@@ -106,8 +110,7 @@ class RolloutCheckpoint(Callback):
         return trainer.should_stop or bool(pl_module.rollout_step % self.every_n_rollout_steps == 0)
 
     def _validates(self, trainer: Trainer, pl_module: Any) -> bool:
-        asks = trainer.enable_validation and sum(trainer.num_val_batches) > 0
-        return asks and bool(pl_module.rollout_step % trainer.val_check_interval == 0)
+        return sum(trainer.num_val_batches) > 0 and bool(pl_module.validation_is_due(pl_module.rollout_step))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -134,7 +137,7 @@ class RolloutCheckpoint(Callback):
         elif pl_module.processes.size > 1 and not raised_by_all(exception):
             reason = "the processes did not stop together"
         else:
-            reason = self._save_at_the_end(trainer, pl_module)
+            reason = self._save_at_the_end(trainer, pl_module, exception)
         if not reason:
             return f"rollout step {step}, the last one that was finished, is saved"
         stands = max(RunFolder(Path(trainer.default_root_dir)).step_checkpoints(), key=step_of, default=None)
@@ -142,7 +145,7 @@ class RolloutCheckpoint(Callback):
             return f"nothing is saved, since {reason}; there is no checkpoint, and {_steps(step)} lost"
         return f"nothing is saved, since {reason}; {stands.name} stands, and {_steps(step - step_of(stands))} lost"
 
-    def _save_at_the_end(self, trainer: Trainer, pl_module: Any) -> str:
+    def _save_at_the_end(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> str:
         """Save, in the middle of whatever Lightning was doing; returns why that is not possible."""
         if self._saved_step == pl_module.rollout_step:
             return ""
@@ -150,7 +153,8 @@ class RolloutCheckpoint(Callback):
         try:
             self._save(trainer, pl_module)
         except Exception as error:  # the first one is what is reported
-            return f"the checkpoint cannot be written ({one_line(error)})"
+            again = "" if str(error) == str(exception) else f" ({one_line(error)})"
+            return f"the checkpoint cannot be written{again}"
         return ""
 
     def _restore_handlers(self) -> None:
@@ -180,7 +184,7 @@ class RolloutCheckpoint(Callback):
 
     def _write(self, trainer: Trainer, pl_module: Any, partial: Path) -> None:
         """Write a checkpoint; all processes learn of an error of the one that writes."""
-        names = pl_module.processes.gather(non_finite(pl_module.model, trainer.optimizers[0]))
+        names = pl_module.processes.gather(find_non_finite(pl_module.model, trainer.optimizers[0]))
         if name := next(filter(None, names), None):
             raise UserError(
                 f"the checkpoint of rollout step {pl_module.rollout_step} is not written, since {name} is not finite: "

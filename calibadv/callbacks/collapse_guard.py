@@ -6,7 +6,6 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -63,7 +62,6 @@ class CollapseGuard(Callback):
         self._watch = Watch(self.limits)
         self._latest: StepOutput | None = None
         self.stopping = False
-        self._peak: float | None = None
 
     @property
     def rollbacks(self) -> list[Event]:
@@ -111,9 +109,7 @@ class CollapseGuard(Callback):
         folder = RunFolder(Path(trainer.default_root_dir))
         self.events = pl_module.processes.gather(_events_until(folder, pl_module.rollout_step, self.events))[0]
         self._write(trainer, folder)
-        rate = pl_module.learner.learning_rate
-        self._peak = rate.peak if self._peak is None else self._peak
-        pl_module.learner = replace(pl_module.learner, learning_rate=replace(rate, peak=self._peak * self.slowed))
+        pl_module.lr_factor = self.slowed
         for event in self.rollbacks[-1:]:
             if event["back_to"] == pl_module.rollout_step:
                 self._show(trainer, f"{event['text']}; training goes on from here", pl_module.rollout_step)
@@ -130,7 +126,7 @@ class CollapseGuard(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._look(trainer, pl_module, {f"val/{name}": value for name, value in pl_module.evaluation.items()})
 
     @override
@@ -149,11 +145,14 @@ class CollapseGuard(Callback):
         trainer.should_stop = trainer.should_stop or self.stopping
         self._record(trainer, alarms, None if healthy is None else step_of(healthy))
         self._plot(pl_module)
-        if trainer.is_global_zero and self._latest is not None:
-            write_training_rollouts(folder.rollout_file("train", self._latest.step), self._latest)
+        self._keep_rollouts(trainer, folder)
         if healthy is not None:
             self._roll_back(trainer, folder, healthy, pl_module.rollout_step)
         self._write(trainer, folder)
+
+    def _keep_rollouts(self, trainer: Trainer, folder: RunFolder) -> None:
+        if trainer.is_global_zero and self._latest is not None:
+            write_training_rollouts(folder.rollout_file("train", self._latest.step), self._latest)
 
     def _plot(self, pl_module: Any) -> None:
         pl_module.log_at_step({"guard/alarms": float(len(self.events))})

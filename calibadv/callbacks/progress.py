@@ -77,7 +77,7 @@ class Progress(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit":
             self._finish_evaluation(trainer, pl_module)
-        elif trainer.is_global_zero:
+        elif trainer.is_global_zero and not trainer.sanity_checking:
             figures = [f"{n} {v:.3f}" for n, v in pl_module.evaluation.items() if n in _FIGURES]
             shown = "  ".join(filter(None, (*figures, without_result(pl_module.evaluation))))
             self.console.print(f"step {pl_module.rollout_step:>4}  {shown}", highlight=False, soft_wrap=True)

@@ -57,6 +57,8 @@ class Results(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
         row = {"step": pl_module.rollout_step, **pl_module.evaluation}
         self.validations = [*(v for v in self.validations if v["step"] < row["step"]), row]
         if trainer.state.fn == "fit":

@@ -58,23 +58,26 @@ class RolloutWriter(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        self._evaluated.extend(outputs["rollouts"])
+        self._evaluated.extend(outputs.rollouts)
 
     @override
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        self._evaluated.extend(outputs["rollouts"])
+        self._evaluated.extend(outputs.rollouts)
 
     @override
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        self._evaluated.extend(outputs["rollouts"])
+        self._evaluated.extend(outputs.rollouts)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._write(trainer, pl_module, "val")
+        if trainer.sanity_checking:
+            self._evaluated.clear()
+        else:
+            self._write(trainer, pl_module, "val")
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:

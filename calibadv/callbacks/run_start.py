@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import yaml
+from rich.console import Console
 from typing_extensions import override
 
 from calibadv.io.files import write_atomically
@@ -38,6 +39,9 @@ class RunStart(pl.Callback):
             if start.checkpoint is not None and start.resumed_from is not None:
                 _warn_of_changes(start.folder.newest_config(), self.config)
                 start.folder.truncate_after(start.resumed_from)
+                Console(soft_wrap=True).print(
+                    f"going on after rollout step {start.resumed_from}, from {start.checkpoint}", highlight=False
+                )
                 start.folder.link_last(start.checkpoint)
             if start.resumed_from is None:
                 start.folder.create(self.config)

@@ -53,7 +53,7 @@ FIGURES = ("outcome/final_f1", "outcome/best_f1", "outcome/collapsed", "val/em",
 _SWEPT = (
     *("seed_everything", "model.policy", "model.lora", "model.reward", "model.retriever", "model.estimator"),
     *("model.group_filter", "model.loss", "model.regularizers", "model.kl_coef", "model.kl_estimator"),
-    *("model.protocol.prepend_think", "model.protocol.max_searches"),
+    *("model.protocol.init_args.prepend_think", "model.protocol.init_args.max_searches"),
     *("model.rollout_steps", "model.group_size", "model.temperature", "model.learning_rate", "model.schedule"),
     *("model.warmup_steps", "model.betas", "model.weight_decay", "model.clip_norm", "model.mini_batches"),
     *("model.old_logprobs", "model.sampler_correction", "model.skip_tied"),
@@ -119,12 +119,15 @@ def histograms(output: StepOutput) -> dict[str, Any]:
 
 def swept_settings(config: Mapping[str, Any]) -> dict[str, Setting]:
     """The settings of a run that people vary, flat."""
-    found = {key: _look_up(config, key) for key in _SWEPT}
-    callbacks = [_arguments(callback) for callback in _look_up(config, "trainer.callbacks") or []]
-    calibrators = [calibrator for arguments in callbacks for calibrator in arguments.get("calibrators") or []]
-    flat = {key.rpartition(".")[2] if key.startswith("model") else key: value for key, value in found.items()}
-    named = {"calibrators": as_text(calibrators) if calibrators else "none", **flat}
+    named = {"calibrators": _calibrators(config) or "none"}
+    for key in _SWEPT:
+        named[key.rpartition(".")[2] if key.startswith("model") else key] = _look_up(config, key)
     return {key: value if isinstance(value, Setting) else as_text(value) for key, value in named.items()}
+
+
+def _calibrators(config: Mapping[str, Any]) -> list[Any]:
+    callbacks = [_arguments(callback) for callback in _look_up(config, "trainer.callbacks") or []]
+    return [calibrator for arguments in callbacks for calibrator in arguments.get("calibrators") or []]
 
 
 def _look_up(config: Any, key: str) -> Any:

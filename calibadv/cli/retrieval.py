@@ -19,10 +19,10 @@ from calibadv.data.questions import read_questions
 from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
 from calibadv.retrieval import BM25, Dense  # imports every retriever, and only those have short names
-from calibadv.retrieval.asking import ask, unwrap
+from calibadv.retrieval.checks import check_at_least
 from calibadv.retrieval.http.server import ServerLimits, run_server
 from calibadv.retrieval.index.manifest import read_manifest
-from calibadv.retrieval.ranking import check_top_k
+from calibadv.retrieval.outcomes import search_outcomes, unwrap
 from calibadv.types import ScoredDocument
 
 _RECALL_AT = [2, 5]
@@ -49,8 +49,8 @@ def search(
     """
     if not query.strip():
         raise UserError("query is empty; give --query at least one word")
-    check_top_k(top_k)
-    [hits] = unwrap(ask(open_retriever(index, retriever), [query], top_k))
+    check_at_least(1, top_k=top_k)
+    [hits] = unwrap(search_outcomes(open_retriever(index, retriever), [query], top_k))
     if json:
         Console().out(dumps([_record(rank, hit) for rank, hit in enumerate(hits, 1)]), highlight=False)
     elif hits:
@@ -104,7 +104,7 @@ def audit(
         UserError: a question file or retriever cannot be used, or a number of ``top_k`` is below 1.
     """
     for k in top_k:
-        check_top_k(k)
+        check_at_least(1, top_k=k)
     asked = read_questions(str(questions))
     searched = open_retriever(index, retriever)
     found = audit_coverage(asked, searched.corpus, searched, top_k)

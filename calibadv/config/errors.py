@@ -10,6 +10,7 @@ from importlib import import_module
 
 from calibadv import interfaces
 from calibadv.config.overlays import options_of
+from calibadv.policy.precision import PRECISIONS
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"class_path '([^']+)'")
@@ -19,6 +20,8 @@ _LAST_CALLBACK = re.compile(
 )
 _SEAMS = {
     "engine": interfaces.Engine,
+    "protocol": interfaces.Protocol,
+    "tools": interfaces.Tool,
     "retriever": interfaces.Retriever,
     "reward": interfaces.Reward,
     "estimator": interfaces.AdvantageEstimator,
@@ -45,6 +48,8 @@ def explain(message: str, options: Collection[str] = (), verb: str = "") -> str:
     if missing := re.search(r"arguments are required: (.+)", message):
         names = [name.removeprefix(f"{verb}.") for name in missing[1].strip().split(", ")]
         return _missing_options([".".join([*keys, name]) for name in names], has_configs="--config" in options)
+    if keys[-1:] == ["trainer.precision"]:
+        return f"trainer.precision: give {PRECISIONS}"
     return (f"{'.'.join(keys)}: " if keys else "") + _cause(message)
 
 

@@ -116,21 +116,24 @@ class CalibadvCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.verb]
         check_trainer(config.trainer)
-        prefix = [] if self.verb == "fit" else [self.verb]
-        names = [setting.path.stem for setting in self.settings if isinstance(setting, ConfigFile)]
-        seed = f"seed{config.seed_everything}"
-        default_name = "-".join([*prefix, *names, seed, run_timestamp()])
         if config.ckpt_path == "auto" and self.verb != "fit":
             raise UserError("--ckpt_path auto is for fit, which may start anew; give last, or a checkpoint")
-        folder = locate(config.run.root, config.run.name, default_name, config.ckpt_path)
+        folder = locate(config.run.root, config.run.name, self._default_name(), config.ckpt_path)
         if self._lock is not None and is_first_process():
             self._lock.take(folder)
         self.start = resolve_start(folder, config.ckpt_path)
         check_checkpoint(self.start.checkpoint, config.trainer)
+        if self.verb in ("validate", "test"):
+            config.verbose = False  # Progress prints the table
         if self.verb == "predict":
             config.return_predictions = False  # RolloutWriter writes them; Lightning would keep all in memory
         check_start(self.verb, self.start, config.model.rollout_steps, config.ckpt_path)
         config.ckpt_path = self.start.checkpoint and str(self.start.checkpoint)
+
+    def _default_name(self) -> str:
+        prefix = [] if self.verb == "fit" else [self.verb]
+        names = [setting.path.stem for setting in self.settings if isinstance(setting, ConfigFile)]
+        return "-".join([*prefix, *names, f"seed{self.config[self.verb].seed_everything}", run_timestamp()])
 
     @property
     def resume_command(self) -> str:
@@ -148,6 +151,7 @@ class CalibadvCLI(LightningCLI):
     @override
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
+        self.model.config = self.resolved_config()
         limit_threads(self.model.model)
 
     @override

@@ -10,7 +10,7 @@ from itertools import count
 from typing import cast
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -172,6 +172,13 @@ class QuestionData(LightningDataModule):
     @override
     def predict_dataloader(self) -> EvaluationQuestions:
         return EvaluationQuestions(self.test_questions)
+
+
+def replacement_questions(trainer: Trainer, step: int, asked: Sequence[Question]) -> Iterator[Question]:
+    """Yield further training questions of a rollout step, in the place of some that a filter drops."""
+    data = getattr(trainer, "datamodule", None)
+    if isinstance(data, QuestionData):
+        yield from data.spare_questions(step, asked)
 
 
 def _load(source: str | list[str] | None, split: str) -> list[Question]:

@@ -1,4 +1,4 @@
-"""Engines: what samples the policy's tokens."""
+"""Engines sample the policy's tokens."""
 
 from calibadv.engines.scripted import ScriptedEngine
 from calibadv.engines.transformers import TransformersEngine

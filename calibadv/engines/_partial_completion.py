@@ -1,4 +1,4 @@
-"""A message while an engine that samples elsewhere sends its tokens."""
+"""A message under way, in engines that get its tokens one after the other."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 
 from calibadv.engines._stop import stop_reason
 from calibadv.errors import UserError
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.types import Completion, StopReason
 
 
 @dataclass(slots=True)
-class Draft:
-    """The tokens of one message so far. Where it ends is decided here, whatever the sampler thinks."""
+class PartialCompletion:
+    """The tokens of one message so far. Stop conditions are applied here, not by the sampler."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     reason: StopReason | None = None
 
     def extend(self, token_ids: Sequence[int], logprobs: Sequence[float], tokenizer: AgentTokenizer) -> None:
-        """Append what was drawn, up to the token that ends the message."""
+        """Append drawn tokens, up to the one that ends the message."""
         for token_id, logprob in zip(token_ids, logprobs, strict=True):
             if not math.isfinite(logprob):
                 raise UserError(
@@ -35,5 +35,5 @@ class Draft:
                 return
 
     def completion(self) -> Completion:
-        """Give the message as it is; one that nothing has ended met the limit."""
+        """The message; one without an end met the limit of tokens."""
         return Completion(tuple(self.token_ids), tuple(self.logprobs), self.reason or StopReason.LENGTH)

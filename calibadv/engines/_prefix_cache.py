@@ -1,7 +1,7 @@
-"""The key-value cache of a transformers model: without a copy at every token, and kept from turn to turn.
+"""The key-value cache of a transformers model: preallocated, and reused from turn to turn.
 
 Between two turns a rollout only grows: its next prompt is its last one, the message and the observation. Its keys and
-values stay true as long as the weights do, so that only what is new needs to be read.
+values stay valid as long as the weights do not change, so that the model reads only the new tokens.
 
 Shapes: **N** rows that are decoded together, **W** columns of the cache, **L** layers, **H** key-value heads, **D**
 width of a head.
@@ -21,12 +21,12 @@ from typing_extensions import override
 
 from calibadv.types import DrawKey
 
-# Columns that a buffer grows by: it is copied once in so many tokens.
-_ROOM = 64
+# Columns by which a buffer grows: it is copied once in so many tokens.
+_GROWTH = 64
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Keys and values of one layer, in buffers with room for tokens to come."""
+class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of one layer, in buffers with free columns for the next tokens."""
 
     _buffers: tuple[Tensor, ...] = ()
 
@@ -39,26 +39,26 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         end = start + key_states.shape[-2]
         if not self._buffers or end > self._buffers[0].shape[-2]:
             old = self._buffers
-            self._buffers = tuple(some.new_empty(*some.shape[:2], end + _ROOM, some.shape[-1]) for some in new)
-            for buffer, before in zip(self._buffers, old, strict=False):  # there is no old one at first
-                buffer[:, :, :start] = before[:, :, :start]
-        for buffer, some in zip(self._buffers, new, strict=True):
-            buffer[:, :, start:end] = some
-        return self._show(end)
+            self._buffers = tuple(like.new_empty(*like.shape[:2], end + _GROWTH, like.shape[-1]) for like in new)
+            for buffer, previous in zip(self._buffers, old, strict=False):  # there is none at first
+                buffer[:, :, :start] = previous[:, :, :start]
+        for buffer, tensor in zip(self._buffers, new, strict=True):
+            buffer[:, :, start:end] = tensor
+        return self._set_length(end)
 
     @override
     def batch_select_indices(self, indices: Tensor) -> None:
         length = self.get_seq_length()
         self._buffers = tuple(buffer[indices] for buffer in self._buffers)
-        self._show(length)
+        self._set_length(length)
 
     def select(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Copy some columns of some rows."""
+        """Copy the columns [N, C] of the rows [N]: keys and values [N, H, C, D]."""
         keys, values = (buffer[rows[:, None], :, columns].transpose(1, 2) for buffer in self._buffers)
         return keys, values
 
-    def _show(self, length: int) -> tuple[Tensor, Tensor]:
-        """Set what transformers looks at."""
+    def _set_length(self, length: int) -> tuple[Tensor, Tensor]:
+        """Set the views that transformers reads to the first columns of the buffers."""
         keys, values = (buffer[:, :, :length] for buffer in self._buffers)
         self.keys, self.values = keys, values
         return keys, values
@@ -68,16 +68,18 @@ def make_cache(model: nn.Module) -> DynamicCache:
     """Make an empty cache for a model."""
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
     if all(type(layer) is DynamicLayer for layer in cache.layers):
-        cache.layers = [RoomyLayer() for _ in cache.layers]  # type: ignore[no-untyped-call]
+        cache.layers = [PreallocatedLayer() for _ in cache.layers]  # type: ignore[no-untyped-call]
     return cache
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
-    """Rows that left the batch together, padded on the left.
+class _CacheBlock:
+    """Rows that were stored together, padded on the left.
 
-    ``layers`` holds keys and values [rows, H, columns, D] of each layer; ``turns`` and ``token_ids`` tell of each row
-    which turn it was and what it had read.
+    Attributes:
+        layers: keys and values [rows, H, columns, D] of each layer.
+        turns: key of the turn of each row.
+        token_ids: tokens of each row that the model has read.
     """
 
     layers: list[tuple[Tensor, Tensor]]
@@ -86,77 +88,77 @@ class _Block:
 
 
 @dataclass(frozen=True, slots=True)
-class _Move:
-    """Which rows of a block become which rows of a batch."""
+class _RowCopy:
+    """Rows of a block to copy, and the rows of the batch to copy them to."""
 
-    block: _Block
+    block: _CacheBlock
     sources: list[int]
     targets: list[int]
 
 
-class KeptRows:
-    """Keys and values of rows whose next turn may come."""
+class PrefixCache:
+    """Keys and values of rows whose next turn may follow."""
 
     def __init__(self) -> None:
-        self._blocks: list[_Block] = []
+        self._blocks: list[_CacheBlock] = []
 
     def clear(self) -> None:
-        """Forget all rows, as when the weights have changed."""
+        """Drop all rows, as when the weights have changed."""
         self._blocks = []
 
-    def keep(
+    def store(
         self, cache: DynamicCache, mask: Tensor, rows: list[int], turns: list[DrawKey], token_ids: list[tuple[int, ...]]
     ) -> None:
         """Copy some rows out of the cache of a batch.
 
-        A model with layers that forget tokens (sliding windows, recurrent states) keeps nothing.
+        Nothing is stored of a model with layers that drop tokens (sliding windows, recurrent states).
         """
-        roomy = [layer for layer in cache.layers if isinstance(layer, RoomyLayer)]
-        if not rows or len(roomy) < len(cache.layers):
+        layers = [layer for layer in cache.layers if isinstance(layer, PreallocatedLayer)]
+        if not rows or len(layers) < len(cache.layers):
             return
-        places = torch.tensor(rows, device=mask.device)
-        lengths = [len(read) for read in token_ids]
-        mask = mask[places]
+        indices = torch.tensor(rows, device=mask.device)
+        lengths = [len(tokens) for tokens in token_ids]
+        mask = mask[indices]
         own = mask & (mask.cumsum(dim=1) <= torch.tensor(lengths, device=mask.device)[:, None])
         # A stable sort brings the tokens of each row to the right, in their order.
         columns = own.to(torch.uint8).argsort(dim=1, stable=True)[:, -max(lengths) :]
-        layers = [layer.select(places, columns) for layer in roomy]
-        self._blocks.append(_Block(layers, turns, token_ids))
+        self._blocks.append(_CacheBlock([layer.select(indices, columns) for layer in layers], turns, token_ids))
 
-    def take(
+    def load(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], turns: Sequence[DrawKey]
     ) -> tuple[DynamicCache, list[int]]:
-        """Make the cache of a new batch from what is kept of its rows, and forget everything.
+        """Make the cache of a new batch from the rows that are stored, and drop them all.
 
-        A row goes on where the turn before is kept and its prompt begins with the tokens that were read.
+        A stored row is used for the next turn of its rollout, if that turn's prompt begins with the row's tokens.
+        Returns the cache, and the number of tokens of each prompt in it.
         """
         cache = make_cache(model)
-        held = [0] * len(prompts)
-        moves: list[_Move] = []
-        before = {replace(key, turn=key.turn - 1): row for row, key in enumerate(turns)}
+        cached = [0] * len(prompts)
+        copies: list[_RowCopy] = []
+        row_of = {replace(key, turn=key.turn - 1): row for row, key in enumerate(turns)}
         for block in self._blocks:
-            move = _Move(block, [], [])
-            for source, (turn, read) in enumerate(zip(block.turns, block.token_ids, strict=True)):
-                row = before.get(turn)
-                if row is not None and len(read) < len(prompts[row]) and tuple(prompts[row][: len(read)]) == read:
-                    held[row] = len(read)
-                    move.sources.append(source)
-                    move.targets.append(row)
-            if move.sources:
-                moves.append(move)
+            copied = _RowCopy(block, [], [])
+            for source, (turn, tokens) in enumerate(zip(block.turns, block.token_ids, strict=True)):
+                row = row_of.get(turn)
+                if row is not None and len(tokens) < len(prompts[row]) and tuple(prompts[row][: len(tokens)]) == tokens:
+                    cached[row] = len(tokens)
+                    copied.sources.append(source)
+                    copied.targets.append(row)
+            if copied.sources:
+                copies.append(copied)
         self._blocks = []
-        for place in range(len(cache.layers) if moves else 0):
-            cache.update(*_put_together(moves, place, len(prompts), max(held)), place)
-        return cache, held
+        for layer in range(len(cache.layers) if copies else 0):
+            cache.update(*_assemble(copies, layer, len(prompts), max(cached)), layer)
+        return cache, cached
 
 
-def _put_together(moves: list[_Move], place: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def _assemble(copies: list[_RowCopy], layer: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Keys and values [N, H, columns, D] of one layer; 0 where a row has no token, since a masked nan still counts."""
     keys, values = (
-        like.new_zeros(rows, like.shape[1], columns, like.shape[3]) for like in moves[0].block.layers[place]
+        like.new_zeros(rows, like.shape[1], columns, like.shape[3]) for like in copies[0].block.layers[layer]
     )
-    for move in moves:
-        for whole, part in zip((keys, values), move.block.layers[place], strict=True):
-            width = min(columns, part.shape[2])
-            whole[move.targets, :, columns - width :] = part[move.sources, :, part.shape[2] - width :]
+    for copied in copies:
+        for batch, stored in zip((keys, values), copied.block.layers[layer], strict=True):
+            width = min(columns, stored.shape[2])
+            batch[copied.targets, :, columns - width :] = stored[copied.sources, :, stored.shape[2] - width :]
     return keys, values

@@ -1,4 +1,4 @@
-"""What it takes to start vLLM inside the training process without disturbing it."""
+"""Start vLLM inside the training process without disturbing it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from contextlib import contextmanager
 
 import torch
 
-from calibadv.distributed import Processes
+from calibadv.distributed import ProcessGroup
 
-# vLLM 0.32 on a CPU looks into every loaded module, and falls over this one of numba's: it answers to any name.
+# vLLM 0.32 on a CPU looks into every loaded module, and fails on this one of numba's, which answers to any name.
 _HIDDEN = "llvmlite.binding.ffi"
 
 
 @contextmanager
-def hosting(processes: Processes) -> Iterator[None]:
+def vllm_environment(processes: ProcessGroup) -> Iterator[None]:
     """Import and start vLLM: in this process, where it can reach the weights, and without its dozens of notices.
 
     Variables of the environment that the user has set are respected. vLLM's report of the machine over the network is
@@ -59,8 +59,8 @@ def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def reason(error: Exception) -> str:
-    """Find the one line of vLLM's error that says what is wrong."""
+def error_summary(error: Exception) -> str:
+    """The one line of vLLM's error that names the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    told = lines[1] if len(lines) > 1 and "validation error" in lines[0] else lines[0]
-    return told.partition(" [type=")[0].removeprefix("Value error, ")
+    cause = lines[1] if len(lines) > 1 and "validation error" in lines[0] else lines[0]
+    return cause.partition(" [type=")[0].removeprefix("Value error, ")

@@ -1,4 +1,4 @@
-"""The public fake: an engine that plays what it is given, for tests, tutorials and demonstrations."""
+"""An engine that plays scripted messages, for tests, tutorials and demonstrations."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from calibadv.engines._stop import stop_reason
+from calibadv.engines._partial_completion import PartialCompletion
 from calibadv.errors import UserError
 from calibadv.interfaces import Engine
 from calibadv.policy.policy import Policy
-from calibadv.protocol.tokenizer import AgentTokenizer
-from calibadv.types import Completion, DrawKey, Sampling, StopReason
+from calibadv.policy.tokenizer import AgentTokenizer
+from calibadv.types import Completion, DrawKey, Sampling
 
 
 class ScriptedEngine(Engine):
@@ -28,7 +28,7 @@ class ScriptedEngine(Engine):
     def __init__(
         self, replies: dict[str, list[list[str]]] | None = None, default: list[list[str]] | None = None
     ) -> None:
-        self._replies = replies or {}
+        self._requests = replies or {}
         self._default = default or []
         self._tokenizer: AgentTokenizer | None = None
 
@@ -43,7 +43,7 @@ class ScriptedEngine(Engine):
         return [self._play(key, sampling.max_tokens) for key in keys]
 
     def _play(self, key: DrawKey, max_tokens: int) -> Completion:
-        samples = self._replies.get(key.question_id, self._default)
+        samples = self._requests.get(key.question_id, self._default)
         messages = samples[key.sample % len(samples)] if samples else []
         if key.turn >= len(messages):
             raise UserError(
@@ -51,12 +51,7 @@ class ScriptedEngine(Engine):
                 f"and message {key.turn + 1} was asked for; script it, or end with an answer"
             )
         assert self._tokenizer is not None, "sync comes before generate"
-        token_ids: list[int] = []
-        reason: StopReason | None = None
-        script = [*self._tokenizer.encode(messages[key.turn]), *sorted(self._tokenizer.end_ids)[:1]]
-        for token_id in script[:max_tokens]:
-            token_ids.append(token_id)
-            reason = stop_reason(self._tokenizer, token_ids)
-            if reason is not None:
-                break
-        return Completion(tuple(token_ids), (0.0,) * len(token_ids), reason or StopReason.LENGTH)
+        script = [*self._tokenizer.encode(messages[key.turn]), *sorted(self._tokenizer.end_ids)[:1]][:max_tokens]
+        message = PartialCompletion()
+        message.extend(script, [0.0] * len(script), self._tokenizer)
+        return message.completion()

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import override
 
-from calibadv.distributed import Processes
-from calibadv.engines._partial_completion import Draft
-from calibadv.engines._vllm_process import hosting, reason
+from calibadv.distributed import ProcessGroup
+from calibadv.engines._partial_completion import PartialCompletion
+from calibadv.engines._vllm_process import error_summary, vllm_environment
 from calibadv.errors import UserError
 from calibadv.interfaces import StreamingEngine
 from calibadv.numerics.rng import request_seed
 from calibadv.policy.policy import Policy
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.types import Completion, DrawKey, Sampling
 
 if TYPE_CHECKING:
@@ -80,13 +80,13 @@ class VLLMEngine(StreamingEngine):
         self._tokenizer: AgentTokenizer | None = None
         self._asleep = False
         self._numbers = count()
-        self._drafts: dict[int, Draft] = {}
+        self._partial: dict[int, PartialCompletion] = {}
 
     @override
-    def check(self) -> None:
+    def validate(self) -> None:
         if find_spec("vllm") is None:
             raise UserError("VLLMEngine needs vLLM, which is not installed; run: pip install 'calibadv[vllm]'")
-        processes = Processes.current()
+        processes = ProcessGroup.current()
         if processes.size > 1 and self.tensor_parallel_size > 1:
             raise UserError(
                 f"tensor_parallel_size is {self.tensor_parallel_size} and {processes.size} processes train; it must be "
@@ -127,13 +127,13 @@ class VLLMEngine(StreamingEngine):
             )
             number = next(self._numbers)
             self._llm.llm_engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, parameters)
-            self._drafts[number] = Draft()
+            self._partial[number] = PartialCompletion()
             numbers.append(number)
         return numbers
 
     @override
     def collect(self) -> dict[int, Completion]:
-        if not self._drafts:
+        if not self._partial:
             return {}
         assert self._llm is not None
         assert self._tokenizer is not None
@@ -141,22 +141,23 @@ class VLLMEngine(StreamingEngine):
         stopped: list[str] = []
         for output in self._llm.llm_engine.step():
             number, drawn = int(output.request_id), output.outputs[0]
-            draft = self._drafts[number]
+            partial = self._partial[number]
             logprobs = [of[token].logprob for token, of in zip(drawn.token_ids, drawn.logprobs or (), strict=True)]
-            draft.extend(drawn.token_ids, logprobs, self._tokenizer)
-            if draft.reason is not None and not output.finished:
+            partial.extend(drawn.token_ids, logprobs, self._tokenizer)
+            if partial.reason is None and not output.finished:
+                continue
+            if not output.finished:
                 stopped.append(output.request_id)
-            if draft.reason is not None or output.finished:
-                done[number] = self._drafts.pop(number).completion()
+            done[number] = self._partial.pop(number).completion()
         self._llm.llm_engine.abort_request(stopped)
         return done
 
     @override
-    def rest(self) -> None:
+    def release(self) -> None:
         if self._llm is None:
             return
-        self._llm.llm_engine.abort_request([str(number) for number in self._drafts])
-        self._drafts.clear()
+        self._llm.llm_engine.abort_request([str(number) for number in self._partial])
+        self._partial.clear()
         if self.sleep and not self._asleep:
             self._llm.sleep(level=1)
             self._asleep = True
@@ -168,9 +169,9 @@ class VLLMEngine(StreamingEngine):
             self._asleep = False
 
     def _start(self, policy: Policy) -> LLM:
-        self.check()
-        processes = Processes.current()
-        with hosting(processes):
+        self.validate()
+        processes = ProcessGroup.current()
+        with vllm_environment(processes):
             from vllm import LLM
             from vllm.platforms import current_platform
 
@@ -204,6 +205,6 @@ class VLLMEngine(StreamingEngine):
                     )
             except (ValueError, NotImplementedError) as error:
                 raise UserError(
-                    f"vLLM does not take this policy, or these settings of model.engine ({reason(error)}); "
+                    f"vLLM does not take this policy, or these settings of model.engine ({error_summary(error)}); "
                     "change them, or sample with calibadv.engines.TransformersEngine"
                 ) from error

@@ -14,18 +14,17 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from calibadv.distributed import Processes
-from calibadv.engines._partial_completion import Draft
+from calibadv.distributed import ProcessGroup
+from calibadv.engines._partial_completion import PartialCompletion
 from calibadv.engines.vllm import Dtype
 from calibadv.errors import ServiceError, UserError
 from calibadv.interfaces import StreamingEngine
 from calibadv.numerics.rng import request_seed
 from calibadv.policy.policy import Policy
-from calibadv.protocol.search import STOP_TAGS
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.types import Completion, DrawKey, Sampling
 
-_MOMENT = 0.02  # seconds that collect waits; a search that comes back meanwhile waits no longer
+_POLL_SECONDS = 0.02  # that collect waits; a search that comes back meanwhile waits no longer
 
 
 class VLLMServerEngine(StreamingEngine):
@@ -71,10 +70,10 @@ class VLLMServerEngine(StreamingEngine):
         self._tokenizer: AgentTokenizer | None = None
         self._numbers = count()
         self._versions = count()
-        self._replies: dict[Future[Completion], int] = {}
+        self._requests: dict[Future[Completion], int] = {}
 
     @override
-    def check(self) -> None:
+    def validate(self) -> None:
         served = self._call("GET", "/v1/models")["data"][0]
         mode = self._call("GET", "/server_info?config_format=json")["vllm_config"]["model_config"]["logprobs_mode"]
         if mode != "processed_logprobs":
@@ -88,13 +87,13 @@ class VLLMServerEngine(StreamingEngine):
     def sync(self, policy: Policy) -> None:
         self._tokenizer = policy.tokenizer
         if not self._model:
-            self.check()
-        processes = Processes.current()
+            self.validate()
+        processes = ProcessGroup.current()
         weights: dict[str, Tensor] = {}
         for name, tensor in policy.weights():  # sharded ones are put together on all processes at once
             if processes.rank == 0:
                 weights[name] = tensor.to("cpu", getattr(torch, self.dtype), copy=True).contiguous()
-        failures = processes.gather(self._hand_over(weights) if processes.rank == 0 else "")
+        failures = processes.gather(self._load_weights(weights) if processes.rank == 0 else "")
         if any(failures):
             raise ServiceError(max(failures))
 
@@ -103,21 +102,21 @@ class VLLMServerEngine(StreamingEngine):
         numbers = []
         for prompt, key in zip(prompts, keys, strict=True):
             number = next(self._numbers)
-            self._replies[self._senders.submit(self._ask, list(prompt), sampling, key)] = number
+            self._requests[self._executor.submit(self._complete, list(prompt), sampling, key)] = number
             numbers.append(number)
         return numbers
 
     @override
     def collect(self) -> dict[int, Completion]:
-        done, _ = wait(self._replies, timeout=_MOMENT, return_when=FIRST_COMPLETED)
-        return {self._replies.pop(reply): reply.result() for reply in done}
+        done, _ = wait(self._requests, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+        return {self._requests.pop(request): request.result() for request in done}
 
     @override
-    def rest(self) -> None:
-        for reply in self._replies:
-            reply.cancel()
-        wait(self._replies)
-        self._replies.clear()
+    def release(self) -> None:
+        for request in self._requests:
+            request.cancel()
+        wait(self._requests)
+        self._requests.clear()
 
     @cached_property
     def _client(self) -> Any:
@@ -128,7 +127,7 @@ class VLLMServerEngine(StreamingEngine):
         return urllib3.PoolManager(maxsize=self.concurrency, block=True, timeout=timeout, retries=False)
 
     @cached_property
-    def _senders(self) -> ThreadPoolExecutor:
+    def _executor(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.concurrency, thread_name_prefix="vllm")
 
     def _call(self, method: str, route: str, body: dict[str, Any] | None = None) -> Any:
@@ -139,13 +138,13 @@ class VLLMServerEngine(StreamingEngine):
         except HTTPError as error:
             raise ServiceError(f"the vLLM server at {self.url}{route} does not answer ({error}); is it up?") from error
         if response.status != 200:
-            told = " ".join(response.data.decode(errors="replace").split())[:300]
+            body_text = " ".join(response.data.decode(errors="replace").split())[:300]
             hint = "; start it with VLLM_SERVER_DEV_MODE=1" if response.status == 404 else ""
-            raise ServiceError(f"the vLLM server at {self.url}{route} answered {response.status}: {told}{hint}")
+            raise ServiceError(f"the vLLM server at {self.url}{route} answered {response.status}: {body_text}{hint}")
         return response.json()
 
-    def _hand_over(self, weights: dict[str, Tensor]) -> str:
-        """Have the server load these weights; returns what went wrong, so that other processes can be told."""
+    def _load_weights(self, weights: dict[str, Tensor]) -> str:
+        """Have the server load these weights; returns the error, which all processes must raise, or an empty text."""
         from safetensors.torch import save_file
 
         folder = self.weights_folder / f"weights-{next(self._versions):06d}"
@@ -167,7 +166,7 @@ class VLLMServerEngine(StreamingEngine):
                 shutil.rmtree(old, ignore_errors=True)
         return ""
 
-    def _ask(self, prompt: list[int], sampling: Sampling, key: DrawKey) -> Completion:
+    def _complete(self, prompt: list[int], sampling: Sampling, key: DrawKey) -> Completion:
         assert self._tokenizer is not None, "sync comes before submit"
         assert self.max_model_len is not None
         request = {
@@ -183,16 +182,16 @@ class VLLMServerEngine(StreamingEngine):
             "return_token_ids": True,
             "ignore_eos": True,
             "stop_token_ids": sorted(self._tokenizer.end_ids),
-            "stop": list(STOP_TAGS),
+            "stop": list(self._tokenizer.stop_strings),
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,
         }
         (choice,) = self._call("POST", "/v1/completions", request)["choices"]
-        draft = Draft()
-        draft.extend(choice["token_ids"], choice["logprobs"]["token_logprobs"], self._tokenizer)
-        if draft.reason is None and choice["finish_reason"] != "length":
+        partial = PartialCompletion()
+        partial.extend(choice["token_ids"], choice["logprobs"]["token_logprobs"], self._tokenizer)
+        if partial.reason is None and choice["finish_reason"] != "length":
             raise ServiceError(
                 f"the vLLM server at {self.url} ended a message ({choice['finish_reason']}) that ends in "
-                f"{self._tokenizer.decode(draft.token_ids)[-40:]!r}; is its folder that of model.policy?"
+                f"{self._tokenizer.decode(partial.token_ids)[-40:]!r}; is its folder that of model.policy?"
             )
-        return draft.completion()
+        return partial.completion()

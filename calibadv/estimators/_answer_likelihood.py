@@ -1,4 +1,4 @@
-"""How likely the policy is to give the golden answer, if it had to answer before a turn."""
+"""Likelihood of the golden answer, if the policy had to answer before a turn."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from calibadv.batch import RolloutBatch
-from calibadv.distributed import ALONE, Processes
+from calibadv.distributed import SINGLE_PROCESS, ProcessGroup
 from calibadv.numerics.masked import check_shapes
-from calibadv.protocol.search import disarm
+from calibadv.protocol.search import escape_tags
 from calibadv.training.logprobs import compute_logprobs
 from calibadv.types import Rollout
 
 if TYPE_CHECKING:
     from calibadv.policy.policy import Policy
-    from calibadv.protocol.tokenizer import AgentTokenizer
+    from calibadv.policy.tokenizer import AgentTokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class GoldenAnswer:
+class AnswerTokens:
     """The first golden answer as the policy would write it at once.
 
     Attributes:
@@ -35,24 +35,24 @@ class GoldenAnswer:
     answer: tuple[int, ...]
 
 
-def golden_answer(rollout: Rollout, tokenizer: AgentTokenizer) -> GoldenAnswer:
+def answer_tokens(rollout: Rollout, tokenizer: AgentTokenizer) -> AnswerTokens:
     """Encode ``<think> </think> <answer> golden``, the white space being that of the protocol's examples.
 
     What the environment has already written of it, the ``<think>``, is left out. Frame and answer are encoded apart, so
     that it is plain which tokens are the answer's.
     """
     opened = "" if rollout.prepend_think else "<think>"
-    text = disarm(rollout.question.golden_answers[0], tokenizer.special_strings)
-    return GoldenAnswer(
+    text = escape_tags(rollout.question.golden_answers[0], tokenizer.special_strings)
+    return AnswerTokens(
         frame=tuple(tokenizer.encode(f"{opened} </think> <answer>")), answer=tuple(tokenizer.encode(f" {text}"))
     )
 
 
-def golden_probabilities(
-    batch: RolloutBatch, policy: Policy, token_budget: int, processes: Processes = ALONE
+def answer_likelihoods(
+    batch: RolloutBatch, policy: Policy, token_budget: int, processes: ProcessGroup = SINGLE_PROCESS
 ) -> Tensor:
-    """exp(mean log-probability of the golden answer's tokens), after what stands before each turn."""
-    answers = [golden_answer(rollout, policy.tokenizer) for rollout in batch.rollouts]
+    """Compute exp(mean log-probability of the golden answer's tokens) before each turn: [B, K]."""
+    answers = [answer_tokens(rollout, policy.tokenizer) for rollout in batch.rollouts]
     starts = [list(_turn_starts(rollout)) for rollout in batch.rollouts]
     included = batch.included.tolist()
     probabilities = torch.zeros_like(batch.step_correctness)
@@ -60,15 +60,15 @@ def golden_probabilities(
         rows = [row for row, places in enumerate(starts) if included[row] and turn < len(places)]
         if not rows:
             continue
-        asked = _ask(batch, rows, [starts[row][turn] for row in rows], [answers[row] for row in rows])
-        logprobs = compute_logprobs(policy.model, asked, token_budget, temperature=1.0, processes=processes).policy
+        asked = _answer_prompts(batch, rows, [starts[row][turn] for row in rows], [answers[row] for row in rows])
+        logprobs = compute_logprobs(policy.model, asked, token_budget, temperature=1.0, processes=processes).logprobs
         means = logprobs.sum(dim=1) / asked.loss_mask.sum(dim=1).clamp(min=1)
         probabilities[rows, turn] = means.exp()
     return probabilities
 
 
 def turn_gains(probabilities: Tensor, answer_turn: Tensor) -> Tensor:
-    """What each search adds to the probability of the golden answer."""
+    """Compute what each search turn adds to the likelihood of the golden answer: [B, K], 0 elsewhere."""
     check_shapes("B K, B", probabilities, answer_turn)
     after = torch.cat([probabilities[:, 1:], torch.zeros_like(probabilities[:, :1])], dim=1)
     turns = torch.arange(probabilities.shape[1], device=answer_turn.device)
@@ -76,7 +76,7 @@ def turn_gains(probabilities: Tensor, answer_turn: Tensor) -> Tensor:
 
 
 def _turn_starts(rollout: Rollout) -> Iterator[int]:
-    """How many tokens stand before each turn."""
+    """Yield the number of tokens before each turn."""
     position = len(rollout.prompt_ids)
     for segment in rollout.segments:
         if segment.source == "policy":
@@ -84,8 +84,8 @@ def _turn_starts(rollout: Rollout) -> Iterator[int]:
         position += segment.num_tokens
 
 
-def _ask(
-    batch: RolloutBatch, rows: Sequence[int], starts: Sequence[int], answers: Sequence[GoldenAnswer]
+def _answer_prompts(
+    batch: RolloutBatch, rows: Sequence[int], starts: Sequence[int], answers: Sequence[AnswerTokens]
 ) -> RolloutBatch:
     """The histories of some rollouts up to a turn, each continued by its golden answer; the answers are "trained"."""
     history = batch.token_ids.numpy(force=True)
@@ -111,6 +111,6 @@ def _ask(
         rewards=batch.rewards[rows],
         included=batch.included[rows],
         step_correctness=torch.zeros_like(batch.step_correctness[rows, :1]),
-        anchor_ids=torch.zeros_like(batch.anchor_ids[rows, :1]),
+        finds_documents=torch.zeros_like(batch.finds_documents[rows, :1]),
         sampled_logprobs=torch.zeros(mask.shape, dtype=batch.sampled_logprobs.dtype, device=device),
     )

@@ -1,4 +1,4 @@
-"""From advantages of rollouts and turns to those of tokens."""
+"""Broadcast values of rollouts and turns to their trained tokens."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from calibadv.batch import RolloutBatch
 from calibadv.numerics.advantages import spread_over_tokens
 
 
-def of_rollouts(advantages: Tensor, batch: RolloutBatch) -> Tensor:
-    """Give every trained token the advantage of its rollout."""
+def broadcast_rollout_values(advantages: Tensor, batch: RolloutBatch) -> Tensor:
+    """Give every trained token the value [B] of its rollout: [B, T]."""
     return advantages.to(batch.rewards)[:, None] * batch.loss_mask
 
 
-def of_turns(advantages: Tensor, batch: RolloutBatch) -> Tensor:
-    """Give every trained token the advantage of its turn."""
+def broadcast_turn_values(advantages: Tensor, batch: RolloutBatch) -> Tensor:
+    """Give every trained token the value [B, K] of its turn: [B, T]."""
     return spread_over_tokens(advantages.to(batch.rewards), batch.turn_ids) * batch.loss_mask

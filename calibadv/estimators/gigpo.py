@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
+import torch
 from torch import Tensor
 from typing_extensions import override
 
-from calibadv.batch import RolloutBatch
-from calibadv.estimators._broadcast import of_turns
+from calibadv.batch import RolloutBatch, group_rollouts
+from calibadv.estimators._broadcast import broadcast_turn_values
 from calibadv.estimators._validation import check_gamma, check_weight
 from calibadv.interfaces import AdvantageEstimator
 from calibadv.numerics.advantages import anchor_advantages, group_centre, group_normalise
+from calibadv.types import Rollout
 
 
 class GiGPO(AdvantageEstimator):
@@ -39,6 +44,32 @@ class GiGPO(AdvantageEstimator):
         compare = group_normalise if self.divide_by_std else group_centre
         episode = compare(rewards, batch.group_ids, batch.included)
         step = anchor_advantages(
-            rewards, batch.answer_turn, batch.group_ids, batch.anchor_ids, self.gamma, self.divide_by_std
+            rewards, batch.answer_turn, batch.group_ids, anchor_ids(batch), self.gamma, self.divide_by_std
         )
-        return of_turns(episode[:, None] + self.step_weight * step, batch)
+        return broadcast_turn_values(episode[:, None] + self.step_weight * step, batch)
+
+
+def anchor_ids(batch: RolloutBatch) -> Tensor:
+    """Number the states that turns start from, within each group.
+
+    The state before a turn is the set of documents that the last observation showed, or its text where its tools find
+    none; before the first turn it is one and the same.
+    """
+    anchors = np.full(batch.step_correctness.shape, -1, dtype=np.int64)
+    included = batch.included.tolist()
+    for rows in group_rollouts(batch.rollouts):
+        numbers: dict[object, int] = {}
+        for row in rows:
+            if included[row]:
+                for turn, state in enumerate(_states(batch.rollouts[row])):
+                    anchors[row, turn] = numbers.setdefault(state, len(numbers))
+    return torch.from_numpy(anchors).to(batch.group_ids.device)
+
+
+def _states(rollout: Rollout) -> Iterator[object]:
+    """Yield the state before each turn."""
+    yield None
+    for segment in rollout.segments[1:-1]:
+        if segment.source == "environment":
+            found = segment.documents
+            yield segment.text if found is None else frozenset(document.id for document in found)

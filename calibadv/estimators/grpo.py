@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
-from calibadv.estimators._broadcast import of_rollouts
+from calibadv.estimators._broadcast import broadcast_rollout_values
 from calibadv.interfaces import AdvantageEstimator
 from calibadv.numerics.advantages import group_normalise
 
@@ -16,4 +16,4 @@ class GRPO(AdvantageEstimator):
 
     @override
     def estimate(self, batch: RolloutBatch) -> Tensor:
-        return of_rollouts(group_normalise(batch.rewards, batch.group_ids, batch.included), batch)
+        return broadcast_rollout_values(group_normalise(batch.rewards, batch.group_ids, batch.included), batch)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
 from calibadv.errors import UserError
-from calibadv.estimators._answer_likelihood import golden_probabilities, turn_gains
-from calibadv.estimators._broadcast import of_turns
+from calibadv.estimators._answer_likelihood import answer_likelihoods, turn_gains
+from calibadv.estimators._broadcast import broadcast_turn_values
 from calibadv.estimators._validation import check_gamma
 from calibadv.interfaces import AdvantageEstimator
 from calibadv.numerics.advantages import discounted_sums, gain_rewards
+from calibadv.types import Metrics
 
 if TYPE_CHECKING:
-    from calibadv.distributed import Processes
+    from calibadv.distributed import ProcessGroup
     from calibadv.policy.policy import Policy
+
+_GAINS = "turn_gains"
 
 
 class IGPO(AdvantageEstimator):
@@ -38,7 +42,7 @@ class IGPO(AdvantageEstimator):
         normalise: Compare gains and answers ``joint``, with one mean and one standard deviation, or ``separate``.
     """
 
-    learns_from_ties = True
+    uses_zero_variance_groups = True
 
     def __init__(self, gamma: float = 1.0, normalise: Literal["joint", "separate"] = "joint") -> None:
         check_gamma(gamma)
@@ -46,25 +50,31 @@ class IGPO(AdvantageEstimator):
         self.normalise = normalise
 
     @override
-    def prepare(
-        self, batch: RolloutBatch, policy: Policy, micro_batch_tokens: int, processes: Processes
-    ) -> RolloutBatch:
-        probabilities = golden_probabilities(batch, policy, micro_batch_tokens, processes)
-        return replace(batch, turn_gains=turn_gains(probabilities, batch.answer_turn))
+    def extras(
+        self, batch: RolloutBatch, policy: Policy, micro_batch_tokens: int, processes: ProcessGroup
+    ) -> Mapping[str, Tensor]:
+        likelihoods = answer_likelihoods(batch, policy, micro_batch_tokens, processes)
+        return {_GAINS: turn_gains(likelihoods, batch.answer_turn)}
+
+    @override
+    def metrics(self, batch: RolloutBatch) -> Metrics:
+        turns = torch.arange(batch.step_correctness.shape[1], device=batch.answer_turn.device)
+        gains = batch.extras[_GAINS][(turns < batch.answer_turn[:, None]) & batch.included[:, None]].tolist()
+        return {"credit/turn_gain": sum(gains) / len(gains)} if gains else {}
 
     @override
     def estimate(self, batch: RolloutBatch) -> Tensor:
-        if batch.turn_gains is None:
+        if _GAINS not in batch.extras:
             raise UserError(
                 "IGPO needs the policy's probability of the golden answer before each turn, which recorded rollouts do "
                 "not hold; train with it (calibadv fit), or take another estimator here"
             )
         normalised = gain_rewards(
-            batch.turn_gains,
+            batch.extras[_GAINS],
             batch.rewards,
             batch.answer_turn,
             batch.group_ids,
             batch.included,
             joint=self.normalise == "joint",
         )
-        return of_turns(discounted_sums(normalised, self.gamma), batch)
+        return broadcast_turn_values(discounted_sums(normalised, self.gamma), batch)

@@ -7,10 +7,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
-from calibadv.estimators._broadcast import of_turns
+from calibadv.estimators._broadcast import broadcast_turn_values
 from calibadv.estimators._validation import check_weight
 from calibadv.interfaces import AdvantageEstimator
-from calibadv.numerics.advantages import group_normalise, turn_index_advantages
+from calibadv.numerics.advantages import group_normalise, per_turn_group_advantages
 
 
 class MTGRPO(AdvantageEstimator):
@@ -28,8 +28,8 @@ class MTGRPO(AdvantageEstimator):
         outcome_weight: Weight of the outcome's advantage at search turns.
     """
 
-    credits_evidence = True
-    learns_from_ties = True
+    uses_step_correctness = True
+    uses_zero_variance_groups = True
 
     def __init__(self, outcome_weight: float = 1.0) -> None:
         check_weight("outcome_weight", outcome_weight)
@@ -39,6 +39,6 @@ class MTGRPO(AdvantageEstimator):
     def estimate(self, batch: RolloutBatch) -> Tensor:
         group = batch.group_ids, batch.included
         outcome = group_normalise(batch.rewards.cpu().double(), *group)[:, None]
-        per_turn = turn_index_advantages(batch.step_correctness, batch.answer_turn, *group)
+        per_turn = per_turn_group_advantages(batch.step_correctness, batch.answer_turn, *group)
         is_answer = torch.arange(per_turn.shape[1]) == batch.answer_turn.cpu()[:, None]
-        return of_turns(torch.where(is_answer, outcome, per_turn + self.outcome_weight * outcome), batch)
+        return broadcast_turn_values(torch.where(is_answer, outcome, per_turn + self.outcome_weight * outcome), batch)

@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
-from calibadv.estimators._broadcast import of_rollouts
+from calibadv.estimators._broadcast import broadcast_rollout_values
 from calibadv.interfaces import AdvantageEstimator
 from calibadv.numerics.advantages import leave_one_out
 
@@ -19,4 +19,4 @@ class RLOO(AdvantageEstimator):
 
     @override
     def estimate(self, batch: RolloutBatch) -> Tensor:
-        return of_rollouts(leave_one_out(batch.rewards, batch.group_ids, batch.included), batch)
+        return broadcast_rollout_values(leave_one_out(batch.rewards, batch.group_ids, batch.included), batch)

@@ -1,26 +1,26 @@
-"""How a policy loss weighs tokens and rollouts: an option of every loss."""
+"""Aggregation of per-token losses, with which a loss weighs tokens and rollouts: an option of every loss."""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
+from calibadv.batch import LossInputs
 from calibadv.errors import UserError
-from calibadv.interfaces import LossInputs
-from calibadv.numerics.aggregation import fixed_length, sequence_mean, token_mean
 
 log = logging.getLogger(__name__)
 
 
 class Aggregation(ABC):
-    """Adds up what a loss says of each token, so that the parts of the micro-batches add up to the mini-batch's."""
+    """Reduces per-token losses to a scalar, so that the parts of the micro-batches add up to the mini-batch's loss."""
 
     @abstractmethod
     def reduce(self, values: Tensor, inputs: LossInputs) -> Tensor:
-        """Add up.
+        """Compute the part of the mini-batch's loss that this micro-batch contributes.
 
         Args:
             values: [N], one per trained token.
@@ -36,7 +36,7 @@ class TokenMean(Aggregation):
 
     @override
     def reduce(self, values: Tensor, inputs: LossInputs) -> Tensor:
-        return token_mean(values, inputs.denominator)
+        return values.sum() / inputs.denominator
 
 
 class SequenceMean(Aggregation):
@@ -47,7 +47,8 @@ class SequenceMean(Aggregation):
 
     @override
     def reduce(self, values: Tensor, inputs: LossInputs) -> Tensor:
-        return sequence_mean(values, inputs.rollout_ids, inputs.num_rollouts)
+        lengths = torch.bincount(inputs.rollout_ids)[inputs.rollout_ids]
+        return (values / lengths).sum() / inputs.num_rollouts
 
 
 class FixedLength(Aggregation):
@@ -70,7 +71,7 @@ class FixedLength(Aggregation):
 
     @override
     def reduce(self, values: Tensor, inputs: LossInputs) -> Tensor:
-        return fixed_length(values, inputs.num_rollouts, self.length)
+        return values.sum() / (self.length * inputs.num_rollouts)
 
 
 def check_length(loss: object, longest: int) -> None:

@@ -1,14 +1,15 @@
-"""Clipped importance weights in the place of clipped updates."""
+"""Clipped importance weights instead of clipped updates."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from typing_extensions import override
 
-from calibadv.interfaces import LossInputs, PolicyLoss
-from calibadv.losses._clipping import check_clips, clip_shares
+from calibadv.batch import LossInputs
+from calibadv.interfaces import PolicyLoss
+from calibadv.losses._clipping import check_clips, clip_fractions
 from calibadv.losses.aggregation import Aggregation, TokenMean
-from calibadv.numerics.losses import weighted_logprobs
+from calibadv.numerics.losses import cispo_surrogate
 from calibadv.types import Metrics
 
 
@@ -25,7 +26,7 @@ class CISPO(PolicyLoss):
         aggregation: How tokens and rollouts are weighed; by default TokenMean, as in the formula.
     """
 
-    acts_on_change = True
+    requires_multiple_updates = True
 
     def __init__(self, clip_low: float = 1.0, clip_high: float = 4.0, aggregation: Aggregation | None = None) -> None:
         check_clips(clip_low, clip_high)
@@ -35,7 +36,7 @@ class CISPO(PolicyLoss):
 
     @override
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
-        surrogate, low, high = weighted_logprobs(
+        surrogate, low, high = cispo_surrogate(
             inputs.logprobs, inputs.old_logprobs, inputs.advantages, clip_low=self.clip_low, clip_high=self.clip_high
         )
-        return -self.aggregation.reduce(surrogate, inputs), clip_shares(low, high, inputs)
+        return -self.aggregation.reduce(surrogate, inputs), clip_fractions(low, high, inputs)

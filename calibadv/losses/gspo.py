@@ -7,8 +7,9 @@ import logging
 from torch import Tensor
 from typing_extensions import override
 
-from calibadv.interfaces import LossInputs, PolicyLoss
-from calibadv.losses._clipping import check_clips, clip_shares
+from calibadv.batch import LossInputs
+from calibadv.interfaces import PolicyLoss
+from calibadv.losses._clipping import check_clips, clip_fractions
 from calibadv.losses.aggregation import Aggregation, TokenMean
 from calibadv.numerics.losses import active_clips, clipped_surrogate, sequence_ratio
 from calibadv.types import Metrics
@@ -32,7 +33,7 @@ class GSPO(PolicyLoss):
         aggregation: How tokens and rollouts are weighed; TokenMean by default, as in the other losses.
     """
 
-    acts_on_change = True
+    requires_multiple_updates = True
 
     def __init__(self, clip_low: float = 3e-4, clip_high: float = 4e-4, aggregation: Aggregation | None = None) -> None:
         check_clips(clip_low, clip_high)
@@ -52,4 +53,4 @@ class GSPO(PolicyLoss):
         ratio = sequence_ratio(inputs.logprobs, inputs.old_logprobs, inputs.rollout_ids)
         clips = {"clip_low": self.clip_low, "clip_high": self.clip_high}
         loss = -self.aggregation.reduce(clipped_surrogate(ratio, inputs.advantages, **clips), inputs)
-        return loss, clip_shares(*active_clips(ratio.detach(), inputs.advantages, **clips), inputs)
+        return loss, clip_fractions(*active_clips(ratio.detach(), inputs.advantages, **clips), inputs)

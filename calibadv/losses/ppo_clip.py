@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import override
 
+from calibadv.batch import LossInputs
 from calibadv.errors import UserError
-from calibadv.interfaces import LossInputs, PolicyLoss
-from calibadv.losses._clipping import check_clips, clip_shares
+from calibadv.interfaces import PolicyLoss
+from calibadv.losses._clipping import check_clips, clip_fractions
 from calibadv.losses.aggregation import Aggregation, TokenMean
 from calibadv.numerics.losses import active_clips, clipped_surrogate, dual_clip_surrogate
 from calibadv.numerics.ratio import bounded_exponent
@@ -43,14 +44,14 @@ class PPOClip(PolicyLoss):
         self.clip_high = clip_high
         self.dual_clip = dual_clip
         self.aggregation = aggregation or TokenMean()
-        self.acts_on_change = dual_clip is not None or (clip_low, clip_high) != _USUAL_CLIPS
+        self.requires_multiple_updates = dual_clip is not None or (clip_low, clip_high) != _USUAL_CLIPS
 
     @override
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
         ratio = bounded_exponent(inputs.logprobs - inputs.old_logprobs).exp()
         clips = {"clip_low": self.clip_low, "clip_high": self.clip_high}
         surrogate = clipped_surrogate(ratio, inputs.advantages, **clips)
-        metrics = clip_shares(*active_clips(ratio.detach(), inputs.advantages, **clips), inputs)
+        metrics = clip_fractions(*active_clips(ratio.detach(), inputs.advantages, **clips), inputs)
         if self.dual_clip is not None:
             surrogate, bounded = dual_clip_surrogate(surrogate, inputs.advantages, self.dual_clip)
             metrics["dual_clip"] = bounded.sum().item() / inputs.denominator

@@ -1,7 +1,7 @@
-"""Group-relative advantages: one number per rollout, from its reward and those of its group.
+"""Group-relative advantages: of rollouts, from their rewards, and of turns, from the rewards of turns.
 
-A group of a single rollout has nothing to be compared with: its mean counts as 0 and its std as 1. A group that had
-more, but of which fewer than two are included, is left out whole.
+In a group of a single rollout the mean counts as 0 and the std as 1. A group that had more, but of which fewer than two
+are included, is left out whole.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calibadv.numerics.masked import check_shapes, group_sum
 
-EPSILON = 1e-6
+_EPSILON = 1e-6
 
 
 def group_normalise(rewards: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
@@ -27,7 +27,8 @@ def group_normalise(rewards: Tensor, group_ids: Tensor, included: Tensor) -> Ten
     Returns:
         [B], exactly 0 for rollouts that are not included and for groups whose rewards are all equal.
     """
-    return _or_alone(relative(rewards, group_ids, included), rewards / (1 + EPSILON), group_ids, included)
+    standardized = _standardize_within(rewards, group_ids, included)
+    return _with_singletons(standardized, rewards / (1 + _EPSILON), group_ids, included)
 
 
 def group_centre(rewards: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
@@ -43,7 +44,8 @@ def group_centre(rewards: Tensor, group_ids: Tensor, included: Tensor) -> Tensor
     Returns:
         [B], exactly 0 for rollouts that are not included and for groups whose rewards are all equal.
     """
-    return _or_alone(relative(rewards, group_ids, included, by_std=False), rewards, group_ids, included)
+    centred = _standardize_within(rewards, group_ids, included, by_std=False)
+    return _with_singletons(centred, rewards, group_ids, included)
 
 
 def leave_one_out(rewards: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
@@ -59,65 +61,12 @@ def leave_one_out(rewards: Tensor, group_ids: Tensor, included: Tensor) -> Tenso
     Returns:
         [B], exactly 0 for rollouts that are not included and for groups whose rewards are all equal.
     """
-    centred = relative(rewards, group_ids, included, by_std=False)
+    centred = _standardize_within(rewards, group_ids, included, by_std=False)
     left = group_sum(included, group_ids)[group_ids.cpu()]
-    return _or_alone(centred * left / (left - 1).clamp(min=1), rewards, group_ids, included)
+    return _with_singletons(centred * left / (left - 1).clamp(min=1), rewards, group_ids, included)
 
 
-def relative(values: Tensor, set_ids: Tensor, counted: Tensor, by_std: bool = True) -> Tensor:
-    """(value - mean) / (std + 1e-6) over the counted members of each set, std with n - 1; or value - mean alone.
-
-    Args:
-        values: [N].
-        set_ids: [N] set of each value, from 0; not looked at where a value is not counted.
-        counted: [N] bool.
-        by_std: whether to divide.
-
-    Returns:
-        [N] float64, on the CPU; exactly 0 where a value is not counted, and in sets with fewer than two counted values
-        or equal ones.
-    """
-    check_shapes("N, N, N", values, set_ids, counted)
-    # float64: in float32 the mean of equal rewards can miss them by one bit, which the tiny epsilon blows up to 0.05.
-    counts = counted.cpu()
-    ids, numbers = torch.where(counts, set_ids.cpu(), 0), torch.where(counts, values.cpu().double(), 0.0)
-    size = group_sum(counts, ids)
-    mean = (group_sum(numbers, ids) / size.clamp(min=1))[ids]
-    centred = torch.where(counts, numbers - mean, 0.0)
-    if by_std:
-        std = (group_sum(centred.square(), ids) / (size - 1).clamp(min=1)).sqrt()[ids]
-        centred = centred / (std + EPSILON)
-    return torch.where(counts & (size >= 2)[ids] & ~_tied(numbers, ids, counts), centred, 0.0)
-
-
-def alone(group_ids: Tensor) -> Tensor:
-    """Which rollouts are the only one of their group, not counting in which are included.
-
-    Args:
-        group_ids: [B] group of each rollout, from 0.
-
-    Returns:
-        [B] bool, on the CPU.
-    """
-    ids = group_ids.cpu()
-    return (torch.bincount(ids) == 1)[ids]
-
-
-def _or_alone(compared: Tensor, lone: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
-    """What a comparison gives, or, for an included rollout of a group of one, what stands for it; as ``lone`` is."""
-    check_shapes("B, B, B, B", compared, lone, group_ids, included)
-    return torch.where(alone(group_ids) & included.cpu(), lone.cpu().double(), compared).to(lone)
-
-
-def _tied(values: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
-    """[B] whether all included values of the row's group are equal."""
-    start = torch.zeros(int(group_ids.max()) + 1, dtype=values.dtype)
-    highest = start.scatter_reduce(0, group_ids[included], values[included], "amax", include_self=False)
-    lowest = start.scatter_reduce(0, group_ids[included], values[included], "amin", include_self=False)
-    return (highest == lowest)[group_ids]
-
-
-def turn_index_advantages(turn_rewards: Tensor, answer_turn: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
+def per_turn_group_advantages(turn_rewards: Tensor, answer_turn: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
     """Normalise the rewards of search turns over the group, per turn index: the turn part of MT-GRPO (2505.11821).
 
     Args:
@@ -133,7 +82,7 @@ def turn_index_advantages(turn_rewards: Tensor, answer_turn: Tensor, group_ids: 
     check_shapes("B K, B, B, B", turn_rewards, answer_turn, group_ids, included)
     turns = torch.arange(turn_rewards.shape[1])
     searches = (turns < answer_turn.cpu()[:, None]) & included.cpu()[:, None]
-    return _relative(turn_rewards, group_ids.cpu()[:, None] * len(turns) + turns, searches)
+    return _standardize_within(turn_rewards, group_ids.cpu()[:, None] * len(turns) + turns, searches)
 
 
 def anchor_advantages(
@@ -157,7 +106,7 @@ def anchor_advantages(
     left = (answer_turn.cpu()[:, None] - torch.arange(anchors.shape[1])).clamp(min=0)
     returns = rewards.cpu().double()[:, None] * gamma ** left.double()
     step_groups = group_ids.cpu()[:, None] * (int(anchors.max()) + 1) + anchors
-    return _relative(returns, step_groups, anchors >= 0, by_std)
+    return _standardize_within(returns, step_groups, anchors >= 0, by_std)
 
 
 def gain_rewards(
@@ -183,9 +132,9 @@ def gain_rewards(
     values = torch.where(turns == last, rewards.cpu().double()[:, None], turn_gains.cpu().double())
     exists = (turns <= last) & included.cpu()[:, None]
     kinds = torch.zeros_like(last) if joint else (turns == last).long()
-    normalised = _relative(values, group_ids.cpu()[:, None] * 2 + kinds, exists)
-    lone = alone(group_ids)[:, None] & exists
-    return torch.where(lone, values / (1 + EPSILON), normalised)
+    normalised = _standardize_within(values, group_ids.cpu()[:, None] * 2 + kinds, exists)
+    lone = _is_singleton(group_ids)[:, None] & exists
+    return torch.where(lone, values / (1 + _EPSILON), normalised)
 
 
 def discounted_sums(turn_rewards: Tensor, gamma: float) -> Tensor:
@@ -220,6 +169,49 @@ def spread_over_tokens(turn_advantages: Tensor, turn_ids: Tensor) -> Tensor:
     return torch.where(turn_ids >= 0, per_token, 0.0)
 
 
-def _relative(values: Tensor, set_ids: Tensor, counted: Tensor, by_std: bool = True) -> Tensor:
-    sets = set_ids.expand_as(values).flatten()
-    return relative(values.flatten(), sets, counted.flatten(), by_std).view_as(values)
+def _with_singletons(compared: Tensor, lone: Tensor, group_ids: Tensor, included: Tensor) -> Tensor:
+    """[B] of the dtype of ``lone``: ``lone`` at included rollouts of groups of one, ``compared`` elsewhere."""
+    check_shapes("B, B, B, B", compared, lone, group_ids, included)
+    return torch.where(_is_singleton(group_ids) & included.cpu(), lone.cpu().double(), compared).to(lone)
+
+
+def _is_singleton(group_ids: Tensor) -> Tensor:
+    """[B] bool, on the CPU: rollouts that are the only one of their group, included or not."""
+    ids = group_ids.cpu()
+    return (torch.bincount(ids) == 1)[ids]
+
+
+def _standardize_within(values: Tensor, set_ids: Tensor, counted: Tensor, by_std: bool = True) -> Tensor:
+    """(value - mean) / (std + 1e-6) over the counted members of each set, std with n - 1; or value - mean alone.
+
+    Args:
+        values: of any shape.
+        set_ids: set of each value, from 0, of a shape that expands to that of the values; ignored where a value is not
+            counted.
+        counted: bool, of the shape of the values.
+        by_std: whether to divide.
+
+    Returns:
+        float64 of the shape of the values, on the CPU; exactly 0 where a value is not counted, and in sets with fewer
+        than two counted values or equal ones.
+    """
+    counts = counted.cpu().flatten()
+    ids = torch.where(counts, set_ids.cpu().expand_as(values).flatten(), 0)
+    # float64: in float32 the mean of equal rewards can miss them by one bit, which the tiny epsilon blows up to 0.05.
+    numbers = torch.where(counts, values.cpu().double().flatten(), 0.0)
+    size = group_sum(counts, ids)
+    mean = (group_sum(numbers, ids) / size.clamp(min=1))[ids]
+    centred = torch.where(counts, numbers - mean, 0.0)
+    if by_std:
+        std = (group_sum(centred.square(), ids) / (size - 1).clamp(min=1)).sqrt()[ids]
+        centred = centred / (std + _EPSILON)
+    varies = (size >= 2)[ids] & ~_zero_variance(numbers, ids, counts)
+    return torch.where(counts & varies, centred, 0.0).view_as(values)
+
+
+def _zero_variance(values: Tensor, set_ids: Tensor, counted: Tensor) -> Tensor:
+    """[N] bool: all counted values of the set are equal."""
+    start = torch.zeros(int(set_ids.max()) + 1, dtype=values.dtype)
+    highest = start.scatter_reduce(0, set_ids[counted], values[counted], "amax", include_self=False)
+    lowest = start.scatter_reduce(0, set_ids[counted], values[counted], "amin", include_self=False)
+    return (highest == lowest)[set_ids]

@@ -1,18 +1,14 @@
-"""The two rules of CalibAdv (arXiv 2604.18235): soften useful searches, balance the answers."""
+"""CalibAdv's soft penalty and answer rebalance (arXiv 2604.18235), and rules on the signs of advantages alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from calibadv.numerics.masked import check_shapes
 
 
-def punished_tokens(advantages: Tensor, turn_ids: Tensor, num_turns: int) -> tuple[Tensor, Tensor]:
+def negative_tokens(advantages: Tensor, turn_ids: Tensor, num_turns: int) -> tuple[Tensor, Tensor]:
     """Find the policy's tokens with a negative advantage: few of a batch, so that what follows need not read it all.
 
     Args:
@@ -21,34 +17,34 @@ def punished_tokens(advantages: Tensor, turn_ids: Tensor, num_turns: int) -> tup
         num_turns: K.
 
     Returns:
-        [N] their places in the flattened [B, T]; and [N] those of their turns in the flattened [B, K].
+        [N] indices of the tokens in the flattened [B, T]; and [N] indices of their turns in the flattened [B, K].
     """
     check_shapes("B T, B T", advantages, turn_ids)
-    places = ((advantages < 0) & (turn_ids >= 0)).flatten().nonzero()[:, 0]
-    rows = places.div(advantages.shape[1], rounding_mode="floor")
-    return places, rows * num_turns + turn_ids.flatten()[places]
+    tokens = ((advantages < 0) & (turn_ids >= 0)).flatten().nonzero()[:, 0]
+    rows = tokens.div(advantages.shape[1], rounding_mode="floor")
+    return tokens, rows * num_turns + turn_ids.flatten()[tokens]
 
 
-def soften(advantages: Tensor, step_correctness: Tensor, places: Tensor, turns: Tensor) -> Tensor:
-    """Multiply some advantages by (1 - correctness of the turn): CalibAdv's soft penalty where these are negative.
+def scale_negative_turns(advantages: Tensor, step_correctness: Tensor, tokens: Tensor, turns: Tensor) -> Tensor:
+    """Multiply the advantages of some tokens by (1 - correctness of the turn): CalibAdv's soft penalty.
 
     Args:
         advantages: [B, T].
         step_correctness: [B, K] in [0, 1].
-        places: [N] in the flattened [B, T], of ``punished_tokens``.
-        turns: [N] in the flattened [B, K].
+        tokens: [N] indices in the flattened [B, T], of ``negative_tokens``.
+        turns: [N] indices of their turns in the flattened [B, K].
 
     Returns:
         [B, T].
     """
-    check_shapes("B T, B K, N, N", advantages, step_correctness, places, turns)
+    check_shapes("B T, B K, N, N", advantages, step_correctness, tokens, turns)
     factors = 1 - step_correctness.to(advantages.dtype).flatten()[turns]
-    softened = advantages.flatten()
-    return softened.index_put((places,), softened[places] * factors).view_as(advantages)
+    scaled = advantages.flatten()
+    return scaled.index_put((tokens,), scaled[tokens] * factors).view_as(advantages)
 
 
-def negative_search_turns(turn_advantages: Tensor, answer_turn: Tensor) -> Tensor:
-    """The search turns that are punished.
+def penalized_search_turns(turn_advantages: Tensor, answer_turn: Tensor) -> Tensor:
+    """Find the search turns with a negative advantage.
 
     Args:
         turn_advantages: [B, K] advantage of each turn, 0 for turns that do not exist or are not trained.
@@ -99,51 +95,11 @@ def scale_answers(advantages: Tensor, answer_mask: Tensor, group_ids: Tensor, fa
     Returns:
         [B, T]; differs from ``advantages`` only inside ``answer_mask``.
     """
-    places = answer_mask.nonzero(as_tuple=True)
-    answers = advantages[places]
-    scale = factors.to(advantages)[group_ids[places[0]]]
+    tokens = answer_mask.nonzero(as_tuple=True)
+    answers = advantages[tokens]
+    scale = factors.to(advantages)[group_ids[tokens[0]]]
     scaled = torch.where(answers > 0, answers * scale, torch.where(scale > 0, answers, 0.0))
-    return advantages.index_put(places, scaled)
-
-
-def mean_over(values: Tensor, places: Tensor) -> float:
-    """The mean of some values.
-
-    Args:
-        values: [B, K].
-        places: [B, K] bool, True at one place at least.
-
-    Returns:
-        Their mean, computed in float64.
-    """
-    check_shapes("B K, B K", values, places)
-    return float(values[places].cpu().double().mean())
-
-
-def shuffle(values: Sequence[float], draws: NDArray[np.float32]) -> list[float]:
-    """Put values into an order that is drawn.
-
-    Args:
-        values: N of them.
-        draws: [N] uniforms; equal ones keep the order of their values.
-
-    Returns:
-        The same values, those with the smallest draws first.
-    """
-    return [values[place] for place in np.argsort(draws, kind="stable")]
-
-
-def sign_masses(advantages: Tensor) -> tuple[float, float]:
-    """P and N: the sum of the positive advantages of all tokens, and that of the absolute negative ones.
-
-    Args:
-        advantages: [B, T].
-
-    Returns:
-        Both, computed in float64.
-    """
-    values = advantages[advantages != 0].cpu().double()
-    return float(values.clamp(min=0).sum()), float(-values.clamp(max=0).sum())
+    return advantages.index_put(tokens, scaled)
 
 
 def scale_by_sign(advantages: Tensor, positive_weight: float, negative_weight: float) -> Tensor:
@@ -177,6 +133,19 @@ def matching_negative_weight(advantages: Tensor, target: Tensor, positive_weight
     if not (positive and negative and target_positive):
         return None
     return positive_weight * positive * target_negative / (negative * target_positive)
+
+
+def sign_masses(advantages: Tensor) -> tuple[float, float]:
+    """P and N: the sum of the positive advantages of all tokens, and that of the absolute negative ones.
+
+    Args:
+        advantages: [B, T].
+
+    Returns:
+        Both, computed in float64.
+    """
+    values = advantages[advantages != 0].cpu().double()
+    return float(values.clamp(min=0).sum()), float(-values.clamp(max=0).sum())
 
 
 def negative_floor(advantages: Tensor, bound: float) -> float | None:

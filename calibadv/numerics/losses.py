@@ -1,4 +1,4 @@
-"""What the policy losses are made of, per token: probability ratios, and surrogates that bound them."""
+"""Terms of the policy losses, per token: probability ratios, and surrogates that bound them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, *, clip_low: float, cli
 
 
 def active_clips(ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """Where the clipped term is the smaller one, so that the token has no gradient.
+    """Find the tokens whose clipped term is the smaller one, so that they have no gradient.
 
     Args:
         ratio: [N] exp(logp - logp_old).
@@ -42,9 +42,9 @@ def active_clips(ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_hig
 
 
 def dual_clip_surrogate(surrogate: Tensor, advantages: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """max(surrogate, bound x A) where A < 0: a limit to what one punished token can weigh (arXiv 1912.09729).
+    """max(surrogate, bound x A) where A < 0: a limit to what one penalized token can weigh (arXiv 1912.09729).
 
-    The clip of PPO leaves the ratio of a punished token unbounded from above: one that has become much likelier since
+    The clip of PPO leaves the ratio of a penalized token unbounded from above: one that has become much likelier since
     it was drawn outweighs all others.
 
     Args:
@@ -60,7 +60,7 @@ def dual_clip_surrogate(surrogate: Tensor, advantages: Tensor, bound: float) -> 
     return torch.where(bounded, bound * advantages, surrogate), bounded
 
 
-def weighted_logprobs(
+def cispo_surrogate(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """CISPO's w A logp with a weight without gradient, w = clip(r, 1 - clip_low, 1 + clip_high) (arXiv 2506.13585).

@@ -44,7 +44,7 @@ def turn_means(values: Tensor, turn_ids: Tensor, num_turns: int) -> Tensor:
 
 
 def check_shapes(spec: str, *tensors: Tensor) -> None:
-    """Check that tensors have the shapes that the letters say; equal letters are equal sizes.
+    """Check the shapes of tensors against letters; equal letters stand for equal sizes.
 
     Args:
         spec: one group of letters per tensor, as in ``"B T, B K, B"``.
@@ -56,9 +56,9 @@ def check_shapes(spec: str, *tensors: Tensor) -> None:
     sizes: dict[str, int] = {}
     shapes = [group.split() for group in spec.split(",")]
     assert len(shapes) == len(tensors), f"{len(shapes)} shapes for {len(tensors)} tensors"
-    for place, (letters, tensor) in enumerate(zip(shapes, tensors, strict=True)):
+    for index, (letters, tensor) in enumerate(zip(shapes, tensors, strict=True)):
         fits = len(letters) == tensor.dim() and all(
             sizes.setdefault(letter, size) == size for letter, size in zip(letters, tensor.shape, strict=True)
         )
         if not fits:
-            raise ValueError(f"tensor {place} of [{spec}] has shape {list(tensor.shape)}; known sizes are {sizes}")
+            raise ValueError(f"tensor {index} of [{spec}] has shape {list(tensor.shape)}; known sizes are {sizes}")

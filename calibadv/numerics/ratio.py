@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 # exp(20) = 4.9e8: far beyond what any clip lets pass, and far from where float32 ends (exp(88)).
-LARGEST_EXPONENT = 20.0
+_MAX_EXPONENT = 20.0
 
 
 def bounded_exponent(log_ratio: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def bounded_exponent(log_ratio: Tensor) -> Tensor:
 
     Only the value is bounded. The gradient passes as if it were not, so that d exp/dx = exp(20) beyond the bound, which
     is finite and keeps its sign. A clamp with a gradient of 0 would do harm: that of k3 = exp(-d) + d - 1 below d = -20
-    would be +1 in the place of 1 - exp(20), and push the policy away from the reference where the pull back matters
+    would be +1 instead of 1 - exp(20), and push the policy away from the reference where the pull back matters
     most.
 
     Args:
@@ -26,4 +26,4 @@ def bounded_exponent(log_ratio: Tensor) -> Tensor:
         The same shape.
     """
     fixed = log_ratio.detach()
-    return fixed.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT) + (log_ratio - fixed)
+    return fixed.clamp(-_MAX_EXPONENT, _MAX_EXPONENT) + (log_ratio - fixed)

@@ -1,4 +1,4 @@
-"""Random draws that depend on a key and on nothing that was drawn before."""
+"""Keyed random numbers: each draw depends on its key alone, and not on the draws before it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from calibadv.numerics.masked import check_shapes
 from calibadv.types import DrawKey
 
 
-def keyed_stream(*fields: int | str) -> np.random.Philox:
-    """A counter-based stream of random bits, the same for the same fields on every machine.
+def keyed_generator(*fields: int | str) -> np.random.Philox:
+    """A counter-based generator of random bits, the same for the same fields on every machine.
 
     Args:
         *fields: what the draws depend on. ``("1", 2)`` and ``(1, 2)`` are different keys.
@@ -26,6 +26,22 @@ def keyed_stream(*fields: int | str) -> np.random.Philox:
         A Philox bit generator, keyed by the 128-bit BLAKE2b of the fields.
     """
     return np.random.Philox(key=int.from_bytes(_digest(*fields), "little"))
+
+
+def keyed_uniforms(key: DrawKey, n: int) -> NDArray[np.float32]:
+    """The first ``n`` uniforms of a key; in a turn the n-th one decides the n-th token.
+
+    Made from raw bits, whose sequence NumPy guarantees across versions.
+
+    Args:
+        key: seed, rollout step, question, sample and turn.
+        n: how many.
+
+    Returns:
+        [n] float32 in [0, 1), multiples of 2^-24; a longer call begins with the same numbers.
+    """
+    raw = np.asarray(keyed_generator(*astuple(key)).random_raw(n), dtype=np.uint64)
+    return (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
 def request_seed(key: DrawKey) -> int:
@@ -40,31 +56,11 @@ def request_seed(key: DrawKey) -> int:
     return int.from_bytes(_digest(*astuple(key))[:8], "big") >> 1
 
 
-def _digest(*fields: int | str) -> bytes:
-    # JSON keeps where a field ends and whether it was a number; Python's hash() differs from process to process.
-    return blake2b(json.dumps(fields).encode(), digest_size=16).digest()
-
-
-def uniforms(key: DrawKey, n: int) -> NDArray[np.float32]:
-    """The first ``n`` uniforms of a turn; the n-th one decides its n-th token.
-
-    Made from raw bits, whose sequence NumPy guarantees across versions.
-
-    Args:
-        key: seed, rollout step, question, sample and turn.
-        n: how many.
-
-    Returns:
-        [n] float32 in [0, 1), multiples of 2^-24; a longer call begins with the same numbers.
-    """
-    raw = np.asarray(keyed_stream(*astuple(key)).random_raw(n), dtype=np.uint64)
-    return (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
-
-
 def draw_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token per row from softmax(logits / temperature), over the whole vocabulary.
 
-    A draw depends on its own row and uniform alone, so that it does not matter which other rows share the batch.
+    By the inverse of the cumulative distribution. A draw depends on its own row and uniform alone, and not on the other
+    rows of the batch.
 
     Args:
         logits: [N, V], float32.
@@ -95,3 +91,8 @@ def draw_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[T
     else:
         tokens = logits.argmax(dim=-1, keepdim=True)
     return tokens[:, 0], (logits.gather(1, tokens) - normaliser)[:, 0]
+
+
+def _digest(*fields: int | str) -> bytes:
+    # JSON keeps where a field ends and whether it was a number; Python's hash() differs from process to process.
+    return blake2b(json.dumps(fields).encode(), digest_size=16).digest()

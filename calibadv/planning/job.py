@@ -1,4 +1,4 @@
-"""What is known of a run before it starts, and what is assumed."""
+"""The description of a run for an estimate: devices, precision, sampler, sizes and assumptions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One accelerator, by its maker's data sheet (dense rates, without sparsity).
+    """One accelerator, by its vendor's data sheet (dense rates, without sparsity).
 
     Attributes:
         memory: bytes that a process can use.
@@ -40,14 +40,14 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Bytes of a number at each place where one lies, and of what a layer keeps for its backward pass.
+    """Bytes per number, by the tensor that holds it, and what a layer keeps for its backward pass.
 
     Attributes:
         weights: of stored weights, gradients and the optimizer's two averages.
         compute: of a factor in a matrix product.
-        stream: of the states between two layers.
+        stream: of the hidden states between two layers.
         keys: of a rotated key in the cache of the transformers engine.
-        kept_per_hidden: bytes that the two norms of a layer and its matrix products keep per token and hidden width.
+        kept_per_hidden: bytes per token and unit of hidden width that the norms and matrix products of a layer keep.
     """
 
     weights: int
@@ -68,15 +68,15 @@ PRECISIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """How tokens are sampled.
+    """The sampling engine.
 
     Attributes:
-        kind: in the trainer's own model, in vLLM inside the process, or elsewhere.
+        kind: the trainer's own model, vLLM inside the process, or a service elsewhere.
         batch_size: rollouts decoded together, of the transformers engine.
         dtype_bytes: of a number in vLLM's copy.
         memory_share: of the device, for vLLM.
         kv_cache: bytes of vLLM's cache in place of the share.
-        sleeps: whether vLLM leaves the device between rollouts.
+        sleeps: vLLM frees its memory between rollouts.
         tensor_parallel: devices over which vLLM spreads a layer.
     """
 
@@ -91,7 +91,7 @@ class Sampler:
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """What no config says.
+    """Assumed rates and sizes, which no config holds.
 
     Attributes:
         mfu: share of the peak rate that passes through the model reach (model FLOP utilisation).
@@ -99,10 +99,10 @@ class Assumptions:
         launch_seconds: per layer and decoded token, of the transformers engine, which starts kernels from Python.
         link_share: share of the link's rate that collectives reach.
         network: bytes per second that one device sends to other machines (400 Gb/s each).
-        vllm_rows: requests that vLLM decodes together at most.
+        vllm_rows: maximum number of requests that vLLM decodes together.
         reserve: bytes of a device for CUDA, NCCL and fragments.
-        logit_bytes: of one logit, its softmax, its logarithm and their gradients, at the peak.
-        tensor_bytes: of one token of one rollout in all tensors [B, T] of a step.
+        logit_bytes: of one logit with its softmax, logarithm and gradients, at the peak.
+        tensor_bytes: of one token in all tensors [B, T] of a step together.
     """
 
     mfu: float = 0.4
@@ -126,26 +126,26 @@ class Job:
         gpu: each device.
         precision: of the trainer.
         sampler: the engine.
-        lora: whether adapters are trained.
-        reference: whether a frozen copy is kept (KL coefficient above 0, no adapters).
-        compared: whether a reference is run (KL coefficient above 0).
+        lora: adapters are trained.
+        holds_reference: a frozen copy of the policy is kept (KL coefficient above 0, no adapters).
+        runs_reference: a reference computes log-probabilities (KL coefficient above 0).
         processes: one per device, over all machines.
         nodes: machines.
-        sharded: FSDP2; otherwise several processes are DDP.
-        bucket_view: whether DDP's gradients lie in its buckets.
-        checkpointing: whether activations are computed again.
-        questions: of a rollout step.
+        sharded: FSDP2; otherwise several processes use DDP.
+        bucket_view: DDP's gradients are views of its buckets.
+        checkpointing: activations are recomputed in the backward pass.
+        questions: per rollout step.
         group_size: rollouts per question.
         mini_batches: optimizer steps per rollout step.
-        micro_batch_tokens: the budget of a forward pass.
-        limit: the most tokens of a rollout.
-        tokens: mean tokens of a rollout.
-        policy_tokens: mean tokens of a rollout that the policy writes.
-        turns: the most messages of a rollout.
+        micro_batch_tokens: maximum tokens of a forward pass.
+        max_rollout_tokens: maximum length of a rollout.
+        mean_rollout_tokens: mean length of a rollout.
+        mean_policy_tokens: mean number of tokens of a rollout that the policy writes.
+        max_turns: maximum number of messages of a rollout.
         rollout_steps: of the run.
         validations: of the run.
-        validation_questions: of one validation.
-        assumed: everything else.
+        validation_questions: per validation.
+        assumed: rates and sizes that no config holds.
     """
 
     shape: ModelShape
@@ -155,13 +155,13 @@ class Job:
     sampler: Sampler
     questions: int
     group_size: int
-    limit: int
-    tokens: int
-    policy_tokens: int
-    turns: int
+    max_rollout_tokens: int
+    mean_rollout_tokens: int
+    mean_policy_tokens: int
+    max_turns: int
     lora: bool = False
-    reference: bool = False
-    compared: bool = False
+    holds_reference: bool = False
+    runs_reference: bool = False
     processes: int = 1
     nodes: int = 1
     sharded: bool = False
@@ -176,31 +176,31 @@ class Job:
 
     @property
     def rollouts(self) -> int:
-        """Of a step, over all processes."""
+        """Rollouts of a step, over all processes."""
         return self.questions * self.group_size
 
     @property
     def own_rollouts(self) -> int:
-        """Of a step, of one process."""
+        """Rollouts of a step, of one process."""
         return math.ceil(self.questions / self.processes) * self.group_size
 
     @property
     def shards(self) -> int:
-        """Processes that share the parameters."""
+        """Number of shards of the parameters."""
         return self.processes if self.sharded else 1
 
     @property
     def micro_tokens(self) -> int:
-        """The most tokens of one forward pass: the budget, but never less than a rollout."""
-        share = math.ceil(self.rollouts * self.limit / self.mini_batches / self.processes)
-        return max(self.limit, min(self.micro_batch_tokens, share))
+        """Maximum tokens of one forward pass: the budget, but at least the longest rollout."""
+        share = math.ceil(self.rollouts * self.max_rollout_tokens / self.mini_batches / self.processes)
+        return max(self.max_rollout_tokens, min(self.micro_batch_tokens, share))
 
     @property
     def peak_flops(self) -> float:
-        """Operations per second of a device in the precision of its matrix products."""
+        """FLOP per second of a device in the precision of its matrix products."""
         return 1e12 * (self.gpu.tflops if self.precision.compute == 2 else self.gpu.tflops32)
 
     @property
     def link(self) -> float:
-        """Bytes per second that a device sends: over the network where there are several machines."""
+        """Bytes per second that a device sends; with several machines, over the network."""
         return self.gpu.link if self.nodes == 1 else min(self.gpu.link, self.assumed.network)

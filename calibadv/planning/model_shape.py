@@ -1,4 +1,4 @@
-"""The sizes of a model that memory and time depend on, counted without its weights."""
+"""Sizes of a model, counted without loading its weights."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ class ModelShape:
 
     @property
     def head_parameters(self) -> int:
-        """Those of the output layer."""
+        """Parameters of the output layer."""
         return self.vocabulary * self.hidden
 
     @property
     def body_parameters(self) -> int:
-        """Those that every token is multiplied with before the output layer; an embedding is only looked up."""
+        """Parameters of the layers: every token is multiplied with them, while an embedding is only looked up."""
         return self.layers * self.layer_parameters
 
     @property
     def outer_parameters(self) -> int:
-        """Those outside of the layers: embeddings, and the output layer where it is not tied to them."""
+        """Parameters outside of the layers: embeddings, and the output layer if it is not tied to them."""
         return self.parameters - self.body_parameters
 
 
 def empty_model(config: Any) -> nn.Module:
-    """Build a model without memory for its weights."""
+    """Build a model on the meta device, which holds no weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -60,7 +60,7 @@ def empty_model(config: Any) -> nn.Module:
     return model
 
 
-def shape_of(model: nn.Module) -> ModelShape:
+def read_shape(model: nn.Module) -> ModelShape:
     """Count a model's parameters and read its widths."""
     config: Any = model.config
     config = config.get_text_config()
@@ -69,18 +69,22 @@ def shape_of(model: nn.Module) -> ModelShape:
     if stack is None:
         raise UserError(
             f"{type(model).__name__} has no list of {config.num_hidden_layers} layers, by which memory is estimated; "
-            "measure a step of it with tools/bench_step.py"
+            "measure a step of it with: python -m tools.bench.step.bench"
         )
     heads = config.num_attention_heads
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_width = _either(config, "head_dim", config.hidden_size // heads)
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layer_parameters=sum(parameter.numel() for parameter in stack.parameters()) // len(stack),
         layers=len(stack),
         hidden=config.hidden_size,
         query_width=heads * head_width,
-        kv_width=kv_heads * head_width,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        kv_width=_either(config, "num_key_value_heads", heads) * head_width,
+        intermediate=_either(config, "intermediate_size", 4 * config.hidden_size),
         vocabulary=config.vocab_size,
     )
+
+
+def _either(config: Any, name: str, default: int) -> int:
+    """A setting that some configs lack and others leave as None."""
+    return getattr(config, name, None) or default

@@ -8,21 +8,21 @@ from rich.console import Console
 from rich.table import Table
 
 from calibadv.planning.job import GIB, Job
-from calibadv.planning.memory import PHASES, fits, memory, remedies, rows_at_once
-from calibadv.planning.time import seconds, validation_seconds
+from calibadv.planning.memory import PHASES, fits, memory_items, remedies, rows_at_once
+from calibadv.planning.time import step_times, validation_seconds
 
-# Models of so many parameters have tables in GiB.
+# Larger models have tables in GiB, others in MiB.
 _SMALL = 10**8
 _PHASE_NAMES = {"rollout": "rollout", "logprobs": "log-probs", "update": "update", "optimizer": "optimizer step"}
 
 
 def print_report(job: Job, gpu: str, precision: str, notes: Iterable[str]) -> None:
-    """Print what a run will take."""
+    """Print memory and time of a run."""
     console = Console()
     console.print(_headline(job, gpu, precision), highlight=False, soft_wrap=True)
     console.print(_memory_table(job))
     console.print(_verdict(job), highlight=False, soft_wrap=True)
-    if rows_at_once(job, job.limit) or job.sampler.kind == "elsewhere":
+    if rows_at_once(job, job.max_rollout_tokens) or job.sampler.kind == "elsewhere":
         console.print(_time_table(job))
     for line in [*notes, *_assumed(job)]:
         console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
@@ -36,21 +36,21 @@ def _headline(job: Job, gpu: str, precision: str) -> str:
     return (
         f"{job.shape.parameters:,} parameters{trained}; {processes}{machines}{kind}, {precision}, "
         f"{gpu} with {job.gpu.memory / GIB:.0f} GiB each\n"
-        f"{job.questions} questions x {job.group_size} rollouts a step, {job.tokens} tokens each "
-        f"({job.policy_tokens} by the policy), {job.mini_batches} updates a step, {job.rollout_steps} steps"
+        f"{job.questions} questions x {job.group_size} rollouts a step, {job.mean_rollout_tokens} tokens each "
+        f"({job.mean_policy_tokens} by the policy), {job.mini_batches} updates a step, {job.rollout_steps} steps"
     )
 
 
 def _memory_table(job: Job) -> Table:
-    parts = memory(job)
+    items = memory_items(job)
     name, unit = ("GiB", GIB) if job.shape.parameters > _SMALL else ("MiB", GIB / 1024)
     table = Table(f"{name} of one device", title="Memory", title_justify="left")
     for phase in PHASES:
         table.add_column(_PHASE_NAMES[phase], justify="right")
-    for part in parts:
-        table.add_row(part.name, *(f"{size / unit:.1f}" if size else "-" for size in part.phases))
+    for item in items:
+        table.add_row(item.name, *(f"{size / unit:.1f}" if size else "-" for size in item.phases))
     table.add_section()
-    sums = map(sum, zip(*(part.phases for part in parts), strict=True))
+    sums = map(sum, zip(*(item.phases for item in items), strict=True))
     table.add_row("sum", *(f"{size / unit:.1f}" for size in sums))
     return table
 
@@ -67,13 +67,13 @@ def _verdict(job: Job) -> str:
 
 
 def _time_table(job: Job) -> Table:
-    spans = seconds(job)
-    total = sum(span.seconds for span in spans)
+    items = step_times(job)
+    total = sum(item.seconds for item in items)
     table = Table("stage", "what", title="Time of a rollout step", title_justify="left")
     table.add_column("seconds", justify="right")
     table.add_column("share", justify="right")
-    for span in spans:
-        table.add_row(span.stage, span.name, f"{span.seconds:.3g}", f"{span.seconds / total:.1%}")
+    for item in items:
+        table.add_row(item.stage, item.name, f"{item.seconds:.3g}", f"{item.seconds / total:.1%}")
     table.add_section()
     table.add_row("step", "", f"{total:.3g}", "100.0%")
     validations = job.validations * validation_seconds(job)
@@ -89,13 +89,13 @@ def _hours(spent: float) -> str:
 
 def _assumed(job: Job) -> Iterator[str]:
     assumed = job.assumed
-    yield "An estimate by arithmetic: nothing was loaded or run. Searches take time that is not in it."
-    if job.tokens == job.limit:
-        yield "Rollouts are as long as they may be; --rollout_tokens and --policy_tokens take means."
+    yield "An estimate by arithmetic: nothing was loaded or run. The time of searches is not included."
+    if job.mean_rollout_tokens == job.max_rollout_tokens:
+        yield "All rollouts have the maximum length; --rollout_tokens and --policy_tokens take means."
     rate = job.peak_flops / 1e12
     yield f"Passes reach {assumed.mfu:.0%} of {rate:g} TFLOPS (--mfu); all parameters count as active."
     if job.sampler.kind != "elsewhere":
-        rows = rows_at_once(job, job.tokens)
+        rows = rows_at_once(job, job.mean_rollout_tokens)
         launch = f", and {1e3 * assumed.launch_seconds:g} ms per layer to start kernels"
         yield (
             f"Decoding {rows} rollouts at once reaches {assumed.bandwidth_share:.0%} of {job.gpu.bandwidth / 1e9:g} "
@@ -103,8 +103,8 @@ def _assumed(job: Job) -> Iterator[str]:
         )
     if job.processes > 1:
         yield (
-            f"Processes send {job.link / 1e9:g} GB/s at {assumed.link_share:.0%}, and nothing of it is hidden behind "
-            "computing."
+            f"Processes send {job.link / 1e9:g} GB/s at {assumed.link_share:.0%}, and none of it is "
+            "overlapped with computation."
         )
     yield (
         f"{assumed.reserve / GIB:g} GiB are for CUDA, NCCL and fragments; a logit takes {assumed.logit_bytes} bytes, a "

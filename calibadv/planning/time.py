@@ -12,8 +12,8 @@ from calibadv.planning.memory import engine_weights, kv_bytes, rows_at_once
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """Seconds of one stage of a rollout step, and which part of the run's stopwatch they belong to."""
+class TimeItem:
+    """Seconds of one part of a rollout step, and the stage of the run's timer that they belong to."""
 
     name: str
     stage: str
@@ -21,7 +21,7 @@ class Span:
 
 
 def forward_flops(job: Job, tokens: float, context: float) -> float:
-    """Operations of a forward pass through the layers, without the output layer.
+    """FLOP of a forward pass through the layers, without the output layer.
 
     2 per parameter and token, and for causal attention 2 x layers x query width x context per token: half of the full
     score matrix, twice, for scores and values (PaLM's appendix B, arXiv 2204.02311, without its factor for the
@@ -32,14 +32,14 @@ def forward_flops(job: Job, tokens: float, context: float) -> float:
 
 
 def pass_flops(job: Job, backward: bool) -> float:
-    """Operations of one pass over all rollouts, whatever the number of processes.
+    """FLOP of one pass over all rollouts, of all processes together.
 
-    The output layer is applied to the policy's tokens only. A backward pass costs two forward passes, of which one is
-    for the gradients of the weights; with adapters that one is all but free. Checkpointing adds a forward pass, and the
-    output layer has one more in any case.
+    The output layer is applied to the policy's tokens only. A backward pass costs two forward passes, one of them
+    for the gradients of the weights, which with adapters costs next to nothing. Checkpointing adds a forward pass, and
+    the output layer is recomputed in any case.
     """
-    body = forward_flops(job, job.rollouts * job.tokens, job.tokens)
-    head = 2.0 * job.rollouts * job.policy_tokens * job.shape.head_parameters
+    body = forward_flops(job, job.rollouts * job.mean_rollout_tokens, job.mean_rollout_tokens)
+    head = 2.0 * job.rollouts * job.mean_policy_tokens * job.shape.head_parameters
     if not backward:
         return body + head
     gradients = 1 if job.lora else 2
@@ -47,71 +47,71 @@ def pass_flops(job: Job, backward: bool) -> float:
 
 
 def decode_seconds(job: Job, rollouts: int, rows: int) -> float:
-    """Seconds in which one process decodes the policy's tokens of some rollouts.
+    """Seconds that one process takes to decode the policy's tokens of some rollouts.
 
     A decoded token of each of ``rows`` reads all weights once and the keys and values of each row; or, with many rows,
     takes 2 operations per parameter and row (Pope et al., arXiv 2211.05102).
     """
-    read = engine_weights(job) + rows * job.tokens / 2 * kv_bytes(job)
+    read = engine_weights(job) + rows * job.mean_rollout_tokens / 2 * kv_bytes(job)
     by_memory = read / (job.gpu.bandwidth * job.assumed.bandwidth_share)
     rate = 1e12 * job.gpu.tflops if job.sampler.kind == "vllm" else job.peak_flops
     operations = 2 * rows * (job.shape.body_parameters + job.shape.head_parameters) / job.sampler.tensor_parallel
     one = max(by_memory, operations / (rate * job.assumed.mfu))
-    if job.sampler.kind == "transformers":  # the next rollouts wait for all of these
-        return (one + job.assumed.launch_seconds * job.shape.layers) * ceil(rollouts / rows) * job.policy_tokens
-    return one * rollouts / rows * job.policy_tokens
+    if job.sampler.kind == "transformers":  # a batch ends with its longest rollout
+        return (one + job.assumed.launch_seconds * job.shape.layers) * ceil(rollouts / rows) * job.mean_policy_tokens
+    return one * rollouts / rows * job.mean_policy_tokens
 
 
 def read_seconds(job: Job, rollouts: int, rows: int) -> float:
-    """Seconds in which one process reads prompts and observations of some rollouts."""
+    """Seconds that one process takes to prefill the prompts and observations of some rollouts."""
     again = job.sampler.kind == "transformers" and rollouts > rows
-    tokens = job.turns * job.tokens / 2 if again else job.tokens - job.policy_tokens
+    tokens = job.max_turns * job.mean_rollout_tokens / 2 if again else job.mean_rollout_tokens - job.mean_policy_tokens
     rate = 1e12 * job.gpu.tflops if job.sampler.kind == "vllm" else job.peak_flops
-    flops = forward_flops(job, rollouts * tokens, job.tokens) / job.sampler.tensor_parallel
+    flops = forward_flops(job, rollouts * tokens, job.mean_rollout_tokens) / job.sampler.tensor_parallel
     return flops / (rate * job.assumed.mfu)
 
 
-def seconds(job: Job) -> list[Span]:
-    """Estimate a rollout step."""
+def step_times(job: Job) -> list[TimeItem]:
+    """Estimate the parts of a rollout step."""
     rate = job.peak_flops * job.assumed.mfu * job.processes
-    spans = list(_sampling(job, job.own_rollouts))
-    spans.append(Span("log-probabilities of the policy", "logprobs", pass_flops(job, backward=False) / rate))
-    if job.compared:
-        spans.append(Span("log-probabilities of the reference", "logprobs", pass_flops(job, backward=False) / rate))
-    spans.append(Span("gradients", "update", pass_flops(job, backward=True) / rate))
+    items = list(_sampling(job, job.own_rollouts))
+    items.append(TimeItem("log-probabilities of the policy", "logprobs", pass_flops(job, backward=False) / rate))
+    if job.runs_reference:
+        items.append(TimeItem("log-probabilities of the reference", "logprobs", pass_flops(job, backward=False) / rate))
+    items.append(TimeItem("gradients", "update", pass_flops(job, backward=True) / rate))
     # AdamW reads weight, gradient and two averages, and writes all but the gradient.
     touched = 7 * job.precision.weights * job.trained / job.shards * job.mini_batches
-    spans.append(Span("optimizer", "update", touched / (job.gpu.bandwidth * job.assumed.bandwidth_share)))
-    spans.append(Span("talk between processes", "update", _talk(job)))
-    return [span for span in spans if span.seconds]
+    items.append(TimeItem("optimizer", "update", touched / (job.gpu.bandwidth * job.assumed.bandwidth_share)))
+    items.append(TimeItem("communication between processes", "update", _communication(job)))
+    return [item for item in items if item.seconds]
 
 
 def validation_seconds(job: Job) -> float:
     """Estimate one validation: 64 questions at a time, greedily, over all processes."""
     blocks = ceil(job.validation_questions / EVALUATION_BATCH)
     rollouts = ceil(min(EVALUATION_BATCH, job.validation_questions) / job.processes)
-    return blocks * sum(span.seconds for span in _sampling(job, rollouts))
+    return blocks * sum(item.seconds for item in _sampling(job, rollouts))
 
 
-def _sampling(job: Job, rollouts: int) -> Iterator[Span]:
-    rows = min(rows_at_once(job, job.tokens), rollouts)
+def _sampling(job: Job, rollouts: int) -> Iterator[TimeItem]:
+    rows = min(rows_at_once(job, job.mean_rollout_tokens), rollouts)
     if job.sampler.kind != "elsewhere" and rows:
-        yield Span("decoding", "rollout", decode_seconds(job, rollouts, rows))
-        yield Span("reading prompts and observations", "rollout", read_seconds(job, rollouts, rows))
+        yield TimeItem("decoding", "rollout", decode_seconds(job, rollouts, rows))
+        yield TimeItem("reading prompts and observations", "rollout", read_seconds(job, rollouts, rows))
 
 
-def _talk(job: Job) -> float:
-    """As if nothing of it were hidden behind computing.
+def _communication(job: Job) -> float:
+    """Seconds of communication, without overlap with computation.
 
-    FSDP2 gathers all parameters for each pass of each micro-batch, once more on the way back, and spreads the
-    gradients; the copy of the engine gathers them once. DDP sends gradients twice round the ring per mini-batch.
+    FSDP2 gathers all parameters for each pass of each micro-batch and again in the backward pass, and scatters the
+    gradients; the copy of the engine gathers them once. DDP's ring all-reduce sends gradients twice per mini-batch.
     """
     if job.processes == 1:
         return 0.0
     size, share = job.precision.weights, (job.processes - 1) / job.processes
     if job.sharded:
-        passes = max(1.0, job.rollouts * job.tokens / job.micro_tokens / job.processes)
-        trained = 1 + job.compared + 2
+        passes = max(1.0, job.rollouts * job.mean_rollout_tokens / job.micro_tokens / job.processes)
+        trained = 1 + job.runs_reference + 2
         sent = passes * trained * job.shape.parameters + passes * job.trained + job.shape.parameters
     else:
         sent = 2.0 * job.mini_batches * job.trained

@@ -1,9 +1,9 @@
-"""Load the policy from an ordinary Hugging Face folder, and make its reference."""
+"""Loading a policy from a Hugging Face folder."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,18 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from calibadv.errors import UserError
-from calibadv.policy.lora import Lora, _same_for_every_seed, with_adapters
+from calibadv.policy.lora import Lora, same_for_every_seed, with_adapters
 from calibadv.policy.policy import Policy
-from calibadv.protocol.tokenizer import AgentTokenizer, prepare_tags
-from calibadv.world import EMBEDDED, policy_folder
+from calibadv.policy.tokenizer import STOP_TAGS, TAGS, AgentTokenizer, prepare_tags
 
 log = logging.getLogger(__name__)
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def policy_folder() -> Path:
+    """Return the Hugging Face folder of the embedded policy, which ``calibadv world`` makes."""
+    return _PACKAGE / "world" / "policy"
 
 
 def check_model_folder(name: str) -> Path:
@@ -33,7 +39,7 @@ def check_model_folder(name: str) -> Path:
     Raises:
         UserError: there is no such folder, or it holds no model.
     """
-    folder = policy_folder() if name == EMBEDDED else Path(name)
+    folder = policy_folder() if name == "embedded" else Path(name)
     if not folder.is_dir():
         raise UserError(f"model.policy '{name}' is not a folder; give a Hugging Face model folder, or 'embedded'")
     if not (folder / "config.json").is_file():
@@ -41,7 +47,9 @@ def check_model_folder(name: str) -> Path:
     return folder
 
 
-def load_policy(name: str, lora: Lora | None = None) -> Policy:
+def load_policy(
+    name: str, lora: Lora | None = None, tags: Sequence[str] = TAGS, stop_strings: Sequence[str] = STOP_TAGS
+) -> Policy:
     """Load model and tokenizer, in float32 and without dropout.
 
     The generation config of the folder is replaced by a neutral one: ``top_k``, ``top_p`` or ``repetition_penalty`` in
@@ -50,6 +58,8 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
     Args:
         name: a Hugging Face folder, or ``embedded``.
         lora: train adapters instead of all parameters.
+        tags: strings of the protocol that the tokenizer must return unchanged.
+        stop_strings: strings of the protocol that end a message.
 
     Returns:
         The policy.
@@ -63,30 +73,9 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with _explained(folder, "tokenizer", "save one into it"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    added = prepare_tags(tokenizer)
-    # Dropout would make log-probabilities of one and the same policy differ between two passes.
-    overrides: dict[str, Any] = {key: 0.0 for key in config.to_dict() if key.endswith(("dropout", "pdrop"))}
-    with _explained(folder, "model", "save a causal language model into it, weights included"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **overrides
-        )
-    model, info = loaded
-    if info["missing_keys"]:  # transformers would make them up
-        raise UserError(
-            f"model.policy '{folder}' lacks {len(info['missing_keys'])} weights, {min(info['missing_keys'])} "
-            "among them; save the whole model into it"
-        )
-    rows = model.get_input_embeddings().num_embeddings
-    if tokenizer.vocab_size > rows:
-        raise UserError(
-            f"model.policy '{folder}' has a tokenizer of {tokenizer.vocab_size} tokens and a model with {rows}; "
-            "they do not belong together: save both of one model into it"
-        )
-    if rows > 2 * len(tokenizer):
-        log.warning("the model knows %d tokens and its tokenizer %d: do they belong together?", rows, len(tokenizer))
-    if len(tokenizer) > rows:
-        with _same_for_every_seed():
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    added = prepare_tags(tokenizer, tags)
+    model = _load_model(folder, config)
+    _fit_embedding(folder, model, tokenizer)
     if added:
         log.warning(
             "%s breaks the tags %s; added them as tokens and resized the embedding to %d rows (new rows are %s)",
@@ -103,7 +92,38 @@ def load_policy(name: str, lora: Lora | None = None) -> Policy:
     if lora is not None:
         model = with_adapters(model, lora)
     model.train()  # without dropout the same as eval(), and what Lightning expects of a module in training
-    return Policy(model, AgentTokenizer(tokenizer, end_ids))
+    return Policy(model, AgentTokenizer(tokenizer, end_ids, stop_strings))
+
+
+def _load_model(folder: Path, config: Any) -> Any:
+    # Dropout would make log-probabilities of one and the same policy differ between two passes.
+    overrides: dict[str, Any] = {key: 0.0 for key in config.to_dict() if key.endswith(("dropout", "pdrop"))}
+    with _explained(folder, "model", "save a causal language model into it, weights included"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **overrides
+        )
+    model, info = loaded
+    if info["missing_keys"]:  # transformers would make them up
+        raise UserError(
+            f"model.policy '{folder}' lacks {len(info['missing_keys'])} weights, {min(info['missing_keys'])} "
+            "among them; save the whole model into it"
+        )
+    return model
+
+
+def _fit_embedding(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Resize the embedding for tokens that were added to the tokenizer."""
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"model.policy '{folder}' has a tokenizer of {tokenizer.vocab_size} tokens and a model with {rows}; "
+            "they do not belong together: save both of one model into it"
+        )
+    if rows > 2 * len(tokenizer):
+        log.warning("the model knows %d tokens and its tokenizer %d: do they belong together?", rows, len(tokenizer))
+    if len(tokenizer) > rows:
+        with same_for_every_seed():
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
 def check_positions(policy: Policy, limit: int) -> None:

@@ -31,7 +31,7 @@ class Lora:
 
 
 @contextmanager
-def _same_for_every_seed() -> Iterator[None]:
+def same_for_every_seed() -> Iterator[None]:
     """Draw new parameters alike for every seed of a run, since all start from one policy."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -51,7 +51,7 @@ def with_adapters(model: Any, lora: Lora) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        with _same_for_every_seed(), warnings.catch_warnings():
+        with same_for_every_seed(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)  # we refuse these
             adapted: Any = get_peft_model(model, config)
     except ValueError as error:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibadv.distributed import whole
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.distributed import full_tensor
+from calibadv.policy.tokenizer import AgentTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Policy:
     tokenizer: AgentTokenizer
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Give the weights as an engine with a copy of its own needs them: whole, and with the adapters merged in.
+        """Yield the weights as an engine with a copy of its own needs them: unsharded, and with the adapters merged in.
 
         The model itself is left alone: merging in place and taking back would round its weights at every update.
         Where parameters are sharded over processes, all processes must iterate together.
@@ -35,4 +35,4 @@ class Policy:
                 if within:
                     adapted: Any = self.model.get_submodule(owner)
                     value = value + adapted.get_delta_weight("default")
-                yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), whole(value)
+                yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), full_tensor(value)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from calibadv.errors import UserError
 
 _ACCEPTED = ("32-true", "bf16-mixed", "bf16-true", "64-true")
+PRECISIONS = f"{', '.join(_ACCEPTED[:-1])} or {_ACCEPTED[-1]}"
 _ALIASES = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed", "64": "64-true"}
 # Numbers in bfloat16 lie 1.2e-4 apart at 0.02: a whole step of AdamW is more than half of that from here on.
 LOWEST_RATE = 1e-4
@@ -27,7 +28,7 @@ def check_precision(name: Any) -> str:
     if chosen in _ACCEPTED:
         return chosen
     because = "; float16 needs scaled gradients, which model.clip_norm would clip as they are" if "16" in chosen else ""
-    raise UserError(f"trainer.precision is {name}{because}: give {', '.join(_ACCEPTED[:-1])} or {_ACCEPTED[-1]}")
+    raise UserError(f"trainer.precision is {name}{because}: give {PRECISIONS}")
 
 
 def check_rate(precision: Any, adapters: bool, rate: float) -> None:

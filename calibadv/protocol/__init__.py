@@ -1,1 +1,5 @@
-"""The tags of messages, prompts, and token ids."""
+"""The language of agent and environment: prompts, messages and observations."""
+
+from calibadv.protocol.search import SearchProtocol
+
+__all__ = ["SearchProtocol"]

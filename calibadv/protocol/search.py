@@ -1,4 +1,4 @@
-"""The agent protocol: tags, prompts, observations, and what makes a message valid.
+"""The protocol of search agents: tags, prompts, observations, and what makes a message valid.
 
 A search turn is ``<think> ... </think> <search> query </search>``, an answer turn
 ``<think> ... </think> <answer> answer </answer>``. Everything here works on text and needs no tokenizer.
@@ -6,18 +6,20 @@ A search turn is ``<think> ... </think> <search> query </search>``, an answer tu
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
+
+from typing_extensions import override
 
 from calibadv.errors import UserError
-from calibadv.types import Document
-
-TAGS = tuple(f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/"))
-STOP_TAGS = ("</search>", "</answer>")
+from calibadv.interfaces import Protocol, Tool
+from calibadv.policy.tokenizer import STOP_TAGS, TAGS
+from calibadv.types import Message, ToolCall, ToolResult
 
 _ANY_TAG = r"</?(?:think|search|information|answer)>"
 # Text without a tag in it: it is looked for at each "<" and not at each character, which takes a tenth of the time.
@@ -28,8 +30,12 @@ _THINK = re.compile(r"<think>([^<]*(?:(?!</think>)<[^<]*)*)")
 
 
 @dataclass
-class Protocol:
-    """How the agent and its environment talk, and how long they may."""
+class SearchProtocol(Protocol):
+    """One search engine, called by tags: ``<think>``, then ``<search>`` or ``<answer>``."""
+
+    tags: ClassVar[tuple[str, ...]] = TAGS
+    stop_strings: ClassVar[tuple[str, ...]] = STOP_TAGS
+    tools: ClassVar[tuple[str, ...]] = ("search",)
 
     prepend_think: bool = True
     """Let the environment write each ``<think>``, so that it is never trained (the third part of CalibAdv)."""
@@ -50,15 +56,13 @@ class Protocol:
             if getattr(self, name) < 1:
                 raise UserError(f"protocol.{name} is {getattr(self, name)}; it must be at least 1")
 
+    @property
+    @override
+    def opening(self) -> str:
+        return "<think>" if self.prepend_think else ""
+
     def read_template(self) -> str:
-        """The prompt template.
-
-        Returns:
-            Text that contains ``{question}``.
-
-        Raises:
-            UserError: there is no such template, or it lacks ``{question}``.
-        """
+        """Read the prompt template: text that contains ``{question}``, and perhaps ``{tools}``."""
         packaged = files("calibadv.protocol") / "templates" / f"{self.template}.txt"
         path = packaged if packaged.is_file() else Path(self.template)
         if not path.is_file():
@@ -68,64 +72,52 @@ class Protocol:
             raise UserError(f"protocol.template '{self.template}' does not contain {{question}}")
         return text
 
+    @override
+    def prompt(self, question: str, tools: Sequence[Tool] = (), special_strings: Iterable[str] = ()) -> str:
+        described = [f"{tool.name}: {tool.description} Arguments: {json.dumps(tool.parameters)}" for tool in tools]
+        text = self.read_template().replace("{tools}", "\n".join(described))
+        return text.replace("{question}", self.escape(question, special_strings))
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One policy message, parsed.
+    @override
+    def parse(self, text: str) -> Message:
+        whole = self.opening + text
+        think = _THINK.search(whole)
+        action = _ACTION.search(whole)
+        query = (action["search"] or "").strip() if action else ""
+        return Message(
+            think=think[1] if think else "",
+            calls=(ToolCall("search", {"query": query}),) if query else (),
+            answer=action["answer"].strip() if action and action["answer"] is not None else None,
+            well_formed=_MESSAGE.fullmatch(whole) is not None,
+        )
 
-    ``action`` is the first complete search or answer block, also of a badly formatted message; None without one.
-    ``content`` is the block's text, stripped. ``well_formed`` means one think block, one action block, nothing else.
-    """
+    @override
+    def is_valid(self, messages: Sequence[Message]) -> bool:
+        *searches, last = messages
+        return (
+            all(message.well_formed for message in messages)
+            and bool(searches)
+            and all(message.calls for message in searches)
+            and last.answer is not None
+        )
 
-    think: str
-    action: Literal["search", "answer"] | None
-    content: str
-    well_formed: bool
+    @override
+    def render(self, results: Sequence[ToolResult], special_strings: Iterable[str] = ()) -> str:
+        specials = tuple(special_strings)
+        documents = [document for result in results for document in result.documents or ()]
+        lines = [
+            f"Doc {number}(Title: {self.escape(document.title, specials)}) {self.escape(document.text, specials)}"
+            for number, document in enumerate(documents, 1)
+        ]
+        lines += [self.escape(result.text, specials) for result in results if result.text]
+        return "\n\n<information>{}</information>\n\n{}".format("\n".join(lines), self.opening)
 
-
-def parse_message(text: str, prepend_think: bool) -> Message:
-    """Parse a policy message.
-
-    Args:
-        text: what the policy wrote.
-        prepend_think: whether the environment had written ``<think>`` before it.
-
-    Returns:
-        Its think, its action and whether it is well formed.
-    """
-    whole = f"<think>{text}" if prepend_think else text
-    think = _THINK.search(whole)
-    action = _ACTION.search(whole)
-    kind: Literal["search", "answer"] | None = None
-    if action:
-        kind = "answer" if action["search"] is None else "search"
-    return Message(
-        think=think[1] if think else "",
-        action=kind,
-        content=action[kind].strip() if action and kind else "",
-        well_formed=_MESSAGE.fullmatch(whole) is not None,
-    )
-
-
-def is_valid(messages: Sequence[Message]) -> bool:
-    """Whether a rollout has the valid format: well-formed searches with a query, at least one, then an answer.
-
-    Args:
-        messages: the policy's messages, in order.
-
-    Returns:
-        True if every message is well formed, all but the last search, and the last answers.
-    """
-    *searches, last = messages
-    return (
-        all(message.well_formed for message in messages)
-        and bool(searches)
-        and all(message.action == "search" and message.content for message in searches)
-        and last.action == "answer"
-    )
+    @override
+    def escape(self, text: str, special_strings: Iterable[str] = ()) -> str:
+        return escape_tags(text, special_strings)
 
 
-def disarm(text: str, special_strings: Iterable[str] = ()) -> str:
+def escape_tags(text: str, special_strings: Iterable[str] = ()) -> str:
     """Replace what could be read as a tag or a special token by a look-alike.
 
     A document that contains ``</information><answer>`` must not end the observation, and a question that contains
@@ -149,23 +141,3 @@ def _look_alike(character: str) -> str:
     if character == "<":
         return "\u2039"
     return chr(ord(character) + 0xFEE0) if "!" <= character <= "~" else "\ufffd"
-
-
-def render_observation(documents: Sequence[Document], prepend_think: bool, special_strings: Iterable[str] = ()) -> str:
-    r"""What the environment writes after a search.
-
-    Args:
-        documents: what was found, best first; none is an ordinary observation.
-        prepend_think: whether to end with ``<think>``.
-        special_strings: the special and added tokens of the tokenizer, disarmed in titles and texts.
-
-    Returns:
-        ``\n\n<information>Doc 1(Title: T1) text1\nDoc 2(Title: T2) text2</information>\n\n``.
-    """
-    specials = tuple(special_strings)
-    lines = [
-        f"Doc {number}(Title: {disarm(document.title, specials)}) {disarm(document.text, specials)}"
-        for number, document in enumerate(documents, 1)
-    ]
-    think = "<think>" if prepend_think else ""
-    return "\n\n<information>{}</information>\n\n{}".format("\n".join(lines), think)

@@ -1,4 +1,4 @@
-"""Keep the likelihood of what was not punished."""
+"""A penalty on likelihood displacement: tokens that were not penalized keep their likelihood."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from calibadv.batch import LossInputs
 from calibadv.errors import UserError
-from calibadv.interfaces import LossInputs, Regularizer
+from calibadv.interfaces import Regularizer
 from calibadv.numerics.masked import check_shapes, group_sum
 from calibadv.types import Metrics
 
@@ -28,7 +29,7 @@ class LLDS(Regularizer):
             float32. Raise it in half precision; stability/sampler_drift_max of TransformersEngine shows its size.
     """
 
-    acts_on_change = True
+    requires_multiple_updates = True
 
     def __init__(
         self, coef: float = 0.1, gate: Literal["action", "response"] = "action", tolerance: float = 1e-4
@@ -46,22 +47,32 @@ class LLDS(Regularizer):
         units = inputs.rollout_ids
         if self.gate == "action":
             units = units * (inputs.turn_ids.max() + 1) + inputs.turn_ids
-        lost, gated = lost_likelihood(
+        loss, gated = _likelihood_displacement(
             inputs.logprobs, inputs.old_logprobs, inputs.advantages >= 0, units, self.tolerance
         )
-        term = self.coef * lost.sum() / inputs.denominator
+        term = self.coef * loss.sum() / inputs.denominator
         return term, {"llds": term.item(), "llds_gated": gated.sum().item() / inputs.denominator}
 
 
-def lost_likelihood(
+def _likelihood_displacement(
     logprobs: Tensor, old_logprobs: Tensor, kept: Tensor, unit_ids: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """max(logp_old - logp, 0) for the kept tokens of the units whose kept tokens have lost likelihood together.
+    """max(logp_old - logp, 0) for the kept tokens of the units whose kept tokens have lost likelihood together (LLDS).
 
     A change of at most ``tolerance`` counts as none, for the gate and for the token. The same weights give
     log-probabilities that differ by rounding when rollouts are batched in another way. In the first mini-batch of a
     step, where nothing has changed yet, the sign of that rounding would otherwise open half of the gates and push half
     of their tokens up, at full strength: the gradient of max(x, 0) does not depend on the size of x.
+
+    Args:
+        logprobs: [N] of the policy now.
+        old_logprobs: [N] of the policy before the first update.
+        kept: [N] bool, the tokens that should keep their likelihood.
+        unit_ids: [N] turn or rollout of each token, from 0.
+        tolerance: the largest change of a log-probability that counts as none.
+
+    Returns:
+        [N], with gradient; and [N] bool, the kept tokens of the units that have lost likelihood.
     """
     check_shapes("N, N, N, N", logprobs, old_logprobs, kept, unit_ids)
     loss = old_logprobs - logprobs

@@ -1,4 +1,4 @@
-"""Retrievers: what answers the policy's searches."""
+"""Retrievers, which answer the policy's searches."""
 
 from calibadv.retrieval.bm25 import BM25
 from calibadv.retrieval.cached import Cached

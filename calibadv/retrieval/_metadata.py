@@ -1,4 +1,4 @@
-"""JSON files that this package writes for itself, read with the mistrust that a copied or damaged folder deserves."""
+"""JSON metadata files that this package writes for itself, validated when they are read."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Any
 
 from calibadv.errors import UserError
 
-Kinds = Mapping[str, type | UnionType]
+KeyTypes = Mapping[str, type | UnionType]
+"""The type of the value under each required key; integers must be at least 1."""
 
 
-def read_record(path: Path, kinds: Kinds, remedy: str) -> dict[str, Any]:
-    """Read a JSON object that has certain keys."""
+def read_metadata(path: Path, types: KeyTypes, remedy: str) -> dict[str, Any]:
+    """Read a JSON object, and check its keys with ``check_metadata``."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' is missing or damaged ({error}); {remedy}") from error
     if not isinstance(content, dict):
         raise UserError(f"'{path}' is damaged (it is no JSON object); {remedy}")
-    check_record(path, content, kinds, remedy)
+    check_metadata(path, content, types, remedy)
     return content
 
 
-def check_record(path: Path, content: Mapping[str, Any], kinds: Kinds, remedy: str) -> None:
-    """Refuse an object that lacks a key, or has another type under it."""
-    for key, kind in kinds.items():
+def check_metadata(path: Path, content: Mapping[str, Any], types: KeyTypes, remedy: str) -> None:
+    """Refuse an object that lacks a required key or holds a value of another type."""
+    for key, kind in types.items():
         if key not in content:
             raise UserError(f"'{path}' is damaged (it has no '{key}'); {remedy}")
         if not isinstance(content[key], kind) or (kind is int and content[key] < 1):

@@ -12,11 +12,12 @@ from typing_extensions import override
 
 from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
+from calibadv.numerics.ranking import best_rows
+from calibadv.retrieval.checks import check_at_least, check_search
 from calibadv.retrieval.corpus.base import Corpus
 from calibadv.retrieval.index.bm25 import build_bm25, load_bm25, tokenize_words
 from calibadv.retrieval.index.manifest import Manifest, open_index
 from calibadv.retrieval.index.open import open_corpus
-from calibadv.retrieval.ranking import best_rows, check_search, check_top_k
 from calibadv.types import ScoredDocument
 
 # From this many documents on, indexing takes longer than about two seconds, so a progress bar is shown.
@@ -24,24 +25,24 @@ _LARGE_CORPUS = 20_000
 
 
 class BM25(Retriever):
-    """Search by words, with BM25 (bm25s; Lucene's variant, k1 1.5, b 0.75) over title and text.
+    """Lexical search with BM25 (bm25s; Lucene's variant, k1 1.5, b 0.75) over title and text.
 
-    Words are lower-cased and have at least two characters. The index is built in memory from ``corpus``, or is read
-    from ``index``, which brings its corpus along; it is memory-mapped, so that only its vocabulary takes memory.
+    Words are lower-cased and have at least two characters. The index is built in memory from ``corpus``, or is opened
+    from ``index``, which contains its corpus; it is memory-mapped, so that only its vocabulary takes memory.
 
     Args:
         corpus: JSON-lines file, plain or gzip, or ``embedded``. Leave it out with ``index``.
         top_k: Documents that an episode asks for per search.
         stopwords: Words that are not searched for: ``english``, ``none``, another language (german, dutch, french,
             spanish, portuguese, italian, russian, swedish, norwegian, chinese, turkish, korean, danish), or a list of
-            words. By default what the index was built with, and English for a corpus.
+            words. By default those of the index, and English for a corpus.
         stemmer: Language of a Snowball stemmer, such as ``english`` or ``porter``, which makes ``films`` find ``film``
-            (needs the extra ``stem``). By default what the index was built with, and no stemming for a corpus.
+            (needs the extra ``stem``). By default that of the index, and no stemming for a corpus.
         index: Folder of ``calibadv index --backend bm25``.
 
     Raises:
-        UserError: there is neither ``corpus`` nor ``index`` or there are both, one of them cannot be read or has no
-            words, ``stopwords`` or ``stemmer`` is unknown or differs from the index, or ``top_k`` is below 1.
+        UserError: neither or both of ``corpus`` and ``index`` are given, one of them cannot be read or has no words,
+            ``stopwords`` or ``stemmer`` is unknown or differs from the index, or ``top_k`` is below 1.
     """
 
     corpus: Corpus
@@ -54,13 +55,13 @@ class BM25(Retriever):
         stemmer: str | None = None,
         index: str | None = None,
     ) -> None:
-        check_top_k(top_k)
+        check_at_least(1, top_k=top_k)
         self.top_k = top_k
         if index is not None and corpus is not None:
             raise UserError(f"index '{index}' brings its own corpus; leave out corpus '{corpus}' (set it to null)")
         if index is not None:
             manifest, self.corpus = open_index(Path(index))
-            self._stopwords, self._stemmer = _settings_of(index, manifest, stopwords, stemmer)
+            self._stopwords, self._stemmer = _stored_settings(index, manifest, stopwords, stemmer)
             self._index = load_bm25(Path(index), len(self.corpus))
         elif corpus is not None:
             self._stopwords, self._stemmer = "english" if stopwords is None else stopwords, stemmer
@@ -93,10 +94,10 @@ class BM25(Retriever):
         return [ScoredDocument(self.corpus[row], float(scores[row])) for row in best_rows(scores, top_k)]
 
 
-def _settings_of(
+def _stored_settings(
     index: str, manifest: Manifest, stopwords: str | list[str] | None, stemmer: str | None
 ) -> tuple[str | list[str], str | None]:
-    """What an index was built with, which the caller may only repeat."""
+    """The settings that an index was built with; the caller may repeat them but not change them."""
     if manifest.backend != "bm25":
         raise UserError(f"index '{index}' was built with --backend {manifest.backend}; give it to Dense, or build one")
     built = manifest.settings

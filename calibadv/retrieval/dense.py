@@ -1,4 +1,4 @@
-"""Search by meaning: vectors of an encoder, in a FAISS index."""
+"""Dense retrieval: vectors of an encoder in a FAISS index."""
 
 from __future__ import annotations
 
@@ -12,50 +12,49 @@ from typing_extensions import override
 from calibadv.errors import UserError
 from calibadv.interfaces import Retriever
 from calibadv.io.progress_bar import blocks
+from calibadv.retrieval.checks import check_at_least, check_search
 from calibadv.retrieval.corpus.base import Corpus
 from calibadv.retrieval.encoders.encoder import Encoder
-from calibadv.retrieval.index.faiss import check_count, fill_index, load_faiss, make_index, nearest_rows, set_effort
+from calibadv.retrieval.index.faiss import check_trainable, fill_index, load_faiss, make_index, nearest_rows, set_effort
 from calibadv.retrieval.index.manifest import INDEX_NAMES, open_index
 from calibadv.retrieval.index.open import open_corpus
-from calibadv.retrieval.ranking import check_search, check_top_k
 from calibadv.types import ScoredDocument
 
-# Passages that are encoded between two steps of the progress bar, and from how many on there is one.
+# Passages encoded between two steps of the progress bar, and the size of a corpus from which it is shown.
 _STEP, _LARGE_CORPUS = 128, 32
 
 
 class Dense(Retriever):
-    """Search by meaning: the passages whose vectors have the largest inner product with the query's.
+    """Dense retrieval: the passages whose vectors have the largest inner product with the query's.
 
     Every passage has some similarity to every query, so a search finds ``top_k`` passages unless the corpus is smaller
-    or an approximate index looks at fewer. With Flat the search is exact, with ties in the order of the corpus. The
-    vector of a query may differ in its last bits with the queries that are encoded beside it.
+    or an approximate index visits fewer. With Flat the search is exact, with ties in the order of the corpus. The last
+    bits of a query's vector may depend on the other queries of its batch.
 
     Give ``corpus`` alone to encode it at every start; ``index``, a folder of ``calibadv index --backend faiss``, which
-    brings corpus, encoder and prompts along; or a bare FAISS file as ``index`` with its ``corpus`` and ``encoder``,
+    contains corpus, encoder and prompts; or a bare FAISS file as ``index`` with its ``corpus`` and ``encoder``,
     such as Search-R1's e5_Flat.index, wiki-18.jsonl and intfloat/e5-base-v2. Indexes are memory-mapped. A bare file
-    does not say how long it must be, and one of type IVF opens even where its last bytes are lost: compare its size.
+    does not record its length, and one of type IVF opens even if its last bytes are lost: compare its size.
 
     Args:
         corpus: JSON-lines file, plain or gzip, or ``embedded``. Leave it out with a folder as ``index``.
         top_k: Documents that an episode asks for per search.
         encoder: Folder of sentence-transformers or transformers, name on the Hugging Face hub, or ``minilm`` (extra
-            ``minilm``), which is the default for a corpus. In the place of an index's own, one of the same dimension.
+            ``minilm``), which is the default for a corpus. To replace that of an index, give one of the same dimension.
         factory: Index type for a corpus, as ``faiss.index_factory`` reads it, such as Flat (the default),
             ``IVF1024,Flat`` or HNSW32.
         index: Folder of ``calibadv index --backend faiss``, or a bare FAISS file over inner products.
-        nprobe: Lists that an IVF index looks through; by default what the index says, 1 in FAISS.
-        ef_search: Candidates that an HNSW index keeps; by default what the index says, 16 in FAISS.
-        query_prompt: Put before queries; by default what the index was built with, or the encoder's own.
-        passage_prompt: Put before passages; by default the encoder's own. An index has its passages encoded already.
+        nprobe: Lists that an IVF index searches; by default the setting of the index, 1 in FAISS.
+        ef_search: Candidates that an HNSW index keeps; by default the setting of the index, 16 in FAISS.
+        query_prompt: Text put before queries; by default that of the index, or the encoder's own.
+        passage_prompt: Text put before passages; by default the encoder's own. The passages of an index are encoded.
         batch_size: Texts that are encoded together.
-        device: Where the encoder runs, such as ``cpu`` or ``cuda:1``; by default an accelerator if there is one.
+        device: Device of the encoder, such as ``cpu`` or ``cuda:1``; by default an accelerator if there is one.
 
     Raises:
-        UserError: what is to be searched is not said or said twice, cannot be read, or does not fit together (number
-            of documents, dimension, passage prompt); faiss does not make ``factory`` or the corpus is too small for
-            it; the index has no ``nprobe`` or ``ef_search``; or ``top_k``, ``nprobe``, ``ef_search`` or ``batch_size``
-            is below 1.
+        UserError: corpus and index are missing, given twice, unreadable, or do not match (number of documents,
+            dimension, passage prompt); faiss does not make ``factory`` or the corpus is too small for it; the index
+            has no ``nprobe`` or ``ef_search``; or ``top_k``, ``nprobe``, ``ef_search`` or ``batch_size`` is below 1.
     """
 
     corpus: Corpus
@@ -74,11 +73,11 @@ class Dense(Retriever):
         batch_size: int = 64,
         device: str | None = None,
     ) -> None:
-        check_top_k(top_k)
+        check_at_least(1, top_k=top_k)
         self.top_k = top_k
         if index is not None and factory is not None:
             raise UserError(f"factory is '{factory}', but index '{index}' is built already; leave factory out")
-        parts = _complete(index, corpus, encoder, query_prompt, passage_prompt)
+        parts = _resolve_parts(index, corpus, encoder, query_prompt, passage_prompt)
         self.corpus = parts.corpus
         stored = None if parts.file is None else load_faiss(parts.file, len(self.corpus))
         self._encoder = Encoder(parts.encoder, parts.query_prompt, parts.passage_prompt, batch_size, device)
@@ -96,17 +95,17 @@ class Dense(Retriever):
     def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
         check_search(queries, top_k)
         found: list[list[ScoredDocument]] = [[] for _ in queries]
-        asked = [place for place, query in enumerate(queries) if query.strip()]
-        if asked:
-            vectors = self._encoder.encode_queries([queries[place] for place in asked])
-            for place, rows in zip(asked, nearest_rows(self._index, vectors, top_k), strict=True):
-                found[place] = [ScoredDocument(self.corpus[row], score) for row, score in rows]
+        nonempty = [i for i, query in enumerate(queries) if query.strip()]
+        if nonempty:
+            vectors = self._encoder.encode_queries([queries[i] for i in nonempty])
+            for i, rows in zip(nonempty, nearest_rows(self._index, vectors, top_k), strict=True):
+                found[i] = [ScoredDocument(self.corpus[row], score) for row, score in rows]
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What a search is made of; ``file`` is None where the corpus is yet to be encoded."""
+    """Corpus, encoder, prompts and index file of a search; ``file`` is None if the corpus must be encoded."""
 
     corpus: Corpus
     encoder: str
@@ -115,10 +114,10 @@ class _Parts:
     file: Path | None = None
 
 
-def _complete(
+def _resolve_parts(
     index: str | None, corpus: str | None, encoder: str | None, query_prompt: str | None, passage_prompt: str | None
 ) -> _Parts:
-    """Fill in what the index or our defaults say, and refuse what contradicts."""
+    """Fill in the defaults and the settings of the index; refuse contradictions."""
     if index is None:
         if corpus is None:
             raise UserError("Dense has nothing to search; give corpus (a JSON-lines file) or index (a folder or file)")
@@ -127,7 +126,7 @@ def _complete(
     if path.is_dir():
         if corpus is not None:
             raise UserError(f"index '{index}' brings its own corpus; leave out corpus '{corpus}' (set it to null)")
-        return _read_folder(path, encoder, query_prompt, passage_prompt)
+        return _open_folder(path, encoder, query_prompt, passage_prompt)
     if not path.is_file():
         raise UserError(f"index '{index}' does not exist; give a folder of 'calibadv index', or a FAISS file")
     if corpus is None or encoder is None:
@@ -139,7 +138,7 @@ def _complete(
     return _Parts(open_corpus(corpus), encoder, query_prompt, passage_prompt, path)
 
 
-def _read_folder(folder: Path, encoder: str | None, query_prompt: str | None, passage_prompt: str | None) -> _Parts:
+def _open_folder(folder: Path, encoder: str | None, query_prompt: str | None, passage_prompt: str | None) -> _Parts:
     manifest, corpus = open_index(folder)
     if manifest.backend != "faiss":
         raise UserError(f"index '{folder}' was built with --backend {manifest.backend}; give it to BM25, or build one")
@@ -160,7 +159,7 @@ def _read_folder(folder: Path, encoder: str | None, query_prompt: str | None, pa
 
 def _index_corpus(corpus: Corpus, encoder: Encoder, factory: str) -> Any:
     index = make_index(factory, encoder.dimension)
-    check_count(index, factory, len(corpus))
+    check_trainable(index, factory, len(corpus))
     parts = blocks(corpus, _STEP, "Encoding the corpus", hidden=len(corpus) < _LARGE_CORPUS)
     fill_index(index, factory, [encoder.encode_passages(part) for part in parts], len(corpus))
     return index

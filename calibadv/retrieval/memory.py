@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from typing_extensions import override
 
-from calibadv.errors import UserError
-from calibadv.interfaces import RetrievalError, Retriever
-from calibadv.retrieval.asking import Outcome, unwrap
-from calibadv.retrieval.ranking import check_search, check_top_k
+from calibadv.errors import RetrievalError, UserError
+from calibadv.interfaces import Retriever
+from calibadv.retrieval.checks import check_at_least, check_search
+from calibadv.retrieval.outcomes import SearchOutcome, unwrap
 from calibadv.types import Document, ScoredDocument
 
 
 class MemoryRetriever(Retriever):
-    """Answer each query with what was scripted for it, and with nothing otherwise.
+    """Return the documents scripted for each query, and none for any other query.
 
     Args:
         documents: The corpus.
@@ -33,15 +34,14 @@ class MemoryRetriever(Retriever):
         top_k: int = 3,
         failing: list[str] | None = None,
     ) -> None:
-        check_top_k(top_k)
-        documents = documents or []
+        check_at_least(1, top_k=top_k)
+        documents, results = documents or [], results or {}
         by_id = {document.id: document for document in documents}
         if len(by_id) < len(documents):
             raise UserError(f"{len(documents)} documents have only {len(by_id)} different ids; ids must be unique")
-        results = results or {}
-        unknown = [doc_id for ids in results.values() for doc_id in ids if doc_id not in by_id]
-        if unknown:
-            raise UserError(f"results names the document '{unknown[0]}', which is not in documents; add it there")
+        for doc_id in chain.from_iterable(results.values()):
+            if doc_id not in by_id:
+                raise UserError(f"results names the document '{doc_id}', which is not in documents; add it there")
         self.top_k = top_k
         self._failing = frozenset(failing or [])
         self._results = {
@@ -54,7 +54,7 @@ class MemoryRetriever(Retriever):
         check_search(queries, top_k)
         return unwrap([self._look_up(query, top_k) for query in queries])
 
-    def _look_up(self, query: str, top_k: int) -> Outcome:
+    def _look_up(self, query: str, top_k: int) -> SearchOutcome:
         if query in self._failing:
             return RetrievalError(f"the search for '{query}' is scripted to fail")
         return self._results.get(query, [])[:top_k]

@@ -1,4 +1,4 @@
-"""Search on another machine, over Search-R1's HTTP protocol."""
+"""Client of retrieval servers that use Search-R1's HTTP protocol."""
 
 from __future__ import annotations
 
@@ -13,49 +13,50 @@ from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import override
 
-from calibadv.errors import UserError
-from calibadv.interfaces import OutageError, RetrievalError, Retriever
-from calibadv.retrieval.asking import Outcome, unwrap
+from calibadv.errors import OutageError, RetrievalError, UserError
+from calibadv.interfaces import Retriever
+from calibadv.retrieval.checks import check_at_least, check_search
 from calibadv.retrieval.http.schema import SEARCH_FAILED, Results, parse_results
-from calibadv.retrieval.ranking import check_search, check_top_k
+from calibadv.retrieval.outcomes import SearchOutcome, unwrap
 from calibadv.types import ScoredDocument
 
 if TYPE_CHECKING:
     import urllib3
 
-# Seconds: no pause between two tries is longer, whatever the server asks for.
-_LONGEST_PAUSE = 30.0
-# Connections to one server that are kept open: as many as threads are likely to search at once.
+# Seconds of the longest pause between two attempts, whatever the server asks for.
+_MAX_PAUSE = 30.0
+# Connections to one server that are kept open: the number of threads that are likely to search at once.
 _CONNECTIONS = 256
-# Bytes of an answer: the most per document that is asked for, and what any answer may have.
-_DOCUMENT_BYTES, _ANSWER_BYTES = 2**20, 4 * 2**20
+# Limits of a response: bytes per requested document, and bytes that any response may have.
+_DOCUMENT_BYTES, _MIN_LIMIT_BYTES = 2**20, 4 * 2**20
+_WRONG_URL = "is this url that of a retrieval server?"
 _REMEDIES = {404: "correct the path of url", 413: "lower batch_size", 422: "correct what it names"}
-# A server that has refused so many single queries of a batch, and answered none, is taken to refuse all of them.
-_LOST_CAUSE = 8
+# A server that has refused so many single queries of a batch and answered none is assumed to refuse all of them.
+_MAX_REFUSED = 8
 
 _Fault = Literal["outage", "busy", "error", "refusal"]
-"""Of a try: the server is away, has no time, failed (500) or does not want the request (400, 413, 422)."""
+"""Failure of an attempt: the server is unreachable, is overloaded, failed (500) or refused it (400, 413, 422)."""
 
 
 class Remote(Retriever):
-    """Ask a retrieval server: ``calibadv serve``, or one of Search-R1, verl or SkyRL.
+    """Client of a retrieval server: ``calibadv serve``, or one of Search-R1, verl or SkyRL.
 
-    Queries are sent in batches, round the servers in turn. A batch that gets no answer, or 429 or 5xx, goes to the next
-    server, and after the last one round again, with pauses that double and vary. It never turns into an empty result.
-    A batch that is answered 400, 413 or 422, or 500 twice, is halved until the query that the server fails at stands
-    alone; only that one fails. A server that does not answer, or with 502 to 504, is away: until it is back, a batch is
-    tried once per server. An answer may have 1 MiB per document that is asked for, and 4 MiB in any case. No proxy is
-    used, whatever the environment says.
+    Queries are sent in batches, to several servers in turn. A batch that gets no response, 429 or 5xx is sent to the
+    next server, and after the last to the first again, with exponential backoff and jitter. A failure never becomes an
+    empty result. A batch that gets 400, 413 or 422, or 500 twice, is halved until the query that causes it is alone;
+    only that query fails. A server that gives no response, or 502 to 504, is down: until it is back, a batch is sent to
+    each server once. A response may have 1 MiB per requested document, and at least 4 MiB. Proxy settings of the
+    environment are ignored.
 
     Args:
         url: Address of the server, or of several with the same index; ``/retrieve`` is added if there is no path.
         top_k: Documents that an episode asks for per search.
         timeout: Seconds that a server may take for one batch.
-        retries: Further tries of a batch; each server is tried at least once.
+        retries: Further attempts for a batch; each server is tried at least once.
         batch_size: The most queries per request.
-        backoff: Seconds before the second try of a server, at most; doubled for each further one.
-        patience: Seconds that a run in training waits for a server that has answered before and is away, per batch of
-            rollouts; then the run stops. 0 never waits: the rollouts that searched are left out.
+        backoff: Longest pause in seconds before the second attempt at a server; doubled for each further one.
+        patience: Seconds that training waits, per batch of rollouts, for a server that has answered before and is down;
+            then the run stops. 0 never waits: the rollouts that searched are left out.
 
     Raises:
         UserError: an address is malformed, or a number is out of its range.
@@ -73,11 +74,10 @@ class Remote(Retriever):
     ) -> None:
         from calibadv.retrieval.http.deadline import open_pool
 
-        check_top_k(top_k)
-        limits = (("retries", retries, 0), ("batch_size", batch_size, 1), ("backoff", backoff, 0))
-        for name, value, least in (*limits, ("patience", patience, 0)):
-            if not least <= value < math.inf:
-                raise UserError(f"{name} is {value}; it must be a number of at least {least}")
+        check_at_least(1, top_k=top_k, batch_size=batch_size)
+        for name, value in (("retries", retries), ("backoff", backoff), ("patience", patience)):
+            if not 0 <= value < math.inf:
+                raise UserError(f"{name} is {value}; it must be a number of at least 0")
         if not 0 < timeout < math.inf:
             raise UserError(f"timeout is {timeout}; it must be a number of seconds above 0")
         self.top_k = top_k
@@ -85,32 +85,32 @@ class Remote(Retriever):
         if not self._urls:
             raise UserError("url is an empty list; give the address of at least one retrieval server")
         self._timeout = timeout
-        self._tries = max(retries + 1, len(self._urls))
+        self._attempts = max(retries + 1, len(self._urls))
         self._batch_size = batch_size
         self._backoff = backoff
         self._patience = patience
-        self._has_answered = self._away = False
+        self._has_answered = self._is_down = False
         self._turns = itertools.count()
         self._pool = open_pool(_CONNECTIONS)
 
     @override
     def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
         check_search(queries, top_k)
-        asked = [query for query in queries if query.strip()]
-        batches = [asked[first : first + self._batch_size] for first in range(0, len(asked), self._batch_size)]
+        nonempty = [query for query in queries if query.strip()]
+        batches = [nonempty[i : i + self._batch_size] for i in range(0, len(nonempty), self._batch_size)]
         threads = min(len(self._urls), len(batches))
         if threads > 1:
             with ThreadPoolExecutor(threads) as pool:
-                answers = list(pool.map(lambda batch: self._ask(batch, top_k), batches))
+                answers = list(pool.map(lambda batch: self._search_batch(batch, top_k), batches))
         else:
-            answers = [self._ask(batch, top_k) for batch in batches]
+            answers = [self._search_batch(batch, top_k) for batch in batches]
         outcomes = itertools.chain.from_iterable(answers)
         return unwrap([next(outcomes) if query.strip() else [] for query in queries])
 
-    def _ask(self, queries: list[str], top_k: int) -> list[Outcome]:
-        """Ask for one batch; what a server refuses is halved, without a pause, until it is a single query."""
-        outcomes: list[Outcome] = []
-        waiting = [queries]  # the next one last
+    def _search_batch(self, queries: list[str], top_k: int) -> list[SearchOutcome]:
+        """Search for one batch; a refused batch is halved, without a pause, down to single queries."""
+        outcomes: list[SearchOutcome] = []
+        waiting = [queries]  # a stack
         refused, answered = 0, False
         while waiting:
             batch = waiting.pop()
@@ -119,114 +119,113 @@ class Remote(Retriever):
                 answered = True
             except _RefusedError as error:
                 refused += len(batch) == 1
-                if len(batch) > 1 and (answered or refused < _LOST_CAUSE):
+                if len(batch) > 1 and (answered or refused < _MAX_REFUSED):
                     middle = len(batch) // 2
                     waiting += [batch[middle:], batch[:middle]]
                     continue
                 outcomes += [error] * len(batch)
-            except RetrievalError as error:  # whatever is sent: the rest would fare no better
+            except RetrievalError as error:  # independent of the queries: the rest would fail too
                 outcomes += [error] * (len(queries) - len(outcomes))
                 break
         return outcomes
 
     def _send(self, queries: list[str], top_k: int, *, halved: bool) -> Results:
-        """Send queries, until a server answers or the tries are used up."""
+        """Send queries until a server answers or all attempts have failed."""
         body = json.dumps({"queries": queries, "topk": top_k, "return_scores": True}).encode()
-        most = max(_ANSWER_BYTES, len(queries) * top_k * _DOCUMENT_BYTES)
+        max_bytes = max(_MIN_LIMIT_BYTES, len(queries) * top_k * _DOCUMENT_BYTES)
         turn = next(self._turns)
         for attempt in itertools.count():
             url = self._urls[(turn + attempt) % len(self._urls)]
             try:
-                answer = self._post(url, body, most)
-            except _FailedTryError as error:
+                answer = self._post(url, body, max_bytes)
+            except _AttemptError as error:
                 failure = error
             else:
-                found = _read(url, answer, len(queries), top_k)
-                self._has_answered, self._away = True, False
+                found = _parse(url, answer, len(queries), top_k)
+                self._has_answered, self._is_down = True, False
                 return found
-            tries = self._most_tries(failure.fault, halved)
-            if attempt + 1 >= tries:
+            if attempt + 1 >= self._max_attempts(failure.fault, halved):
                 raise self._give_up(url, failure, attempt + 1)
             self._pause(attempt + 1, failure.seconds)
-        raise AssertionError("tries end")
+        raise AssertionError("unreachable: attempts are limited")
 
-    def _most_tries(self, fault: _Fault, halved: bool) -> int:
-        """How often a batch is sent that keeps failing this way."""
+    def _max_attempts(self, fault: _Fault, halved: bool) -> int:
+        """Return the number of attempts for a batch that keeps failing with this fault."""
         servers = len(self._urls)
         if fault == "refusal":
             return 1
         if fault == "error":
-            return servers if halved else min(self._tries, max(2, servers))
-        return servers if self._away and fault == "outage" else self._tries
+            return servers if halved else min(self._attempts, max(2, servers))
+        return servers if self._is_down and fault == "outage" else self._attempts
 
-    def _give_up(self, url: str, failure: _FailedTryError, tried: int) -> RetrievalError:
-        tries = "" if failure.fault == "refusal" else " (1 try)" if tried == 1 else f" ({tried} tries)"
+    def _give_up(self, url: str, failure: _AttemptError, attempts: int) -> RetrievalError:
+        tries = "" if failure.fault == "refusal" else " (1 try)" if attempts == 1 else f" ({attempts} tries)"
         message = f"the retrieval server {url} {failure}{tries}; {failure.remedy}"
         if failure.fault == "outage":
-            self._away = True
-            # Before its first answer, nothing tells an outage from a mistake in the address.
+            self._is_down = True
+            # Before the first response, an outage cannot be told from a wrong address.
             return OutageError(message, self._patience if self._has_answered else 0.0)
         return RetrievalError(message) if failure.fault == "busy" else _RefusedError(message)
 
-    def _pause(self, tried: int, asked: float) -> None:
-        """Wait before the next try, unless there is a server that has not been tried."""
-        again = tried - len(self._urls)
-        if again >= 0:
-            # A generator of its own: drawing from the global one would change the draws of the training.
+    def _pause(self, attempts: int, requested: float) -> None:
+        """Wait before the next attempt, unless it goes to a server that has not been tried."""
+        retry = attempts - len(self._urls)
+        if retry >= 0:
+            # A generator of its own, so that the global one and with it the training stay reproducible.
             jitter = random.Random().uniform(0.5, 1.0)
-            time.sleep(min(max(self._backoff * 2.0 ** min(again, 30) * jitter, asked), _LONGEST_PAUSE))
+            time.sleep(min(max(self._backoff * 2.0 ** min(retry, 30) * jitter, requested), _MAX_PAUSE))
 
-    def _post(self, url: str, body: bytes, most: int) -> bytes:
-        """Send one request and return the body of its answer, of so many bytes at most."""
+    def _post(self, url: str, body: bytes, max_bytes: int) -> bytes:
+        """Send one request and return the body of the response, which may have ``max_bytes`` at most."""
         from urllib3 import Timeout, exceptions
 
-        # Not compressed: a small answer could grow without bounds.
+        # No compression: the size of the decompressed body would be unlimited.
         headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
         timeout = Timeout(total=self._timeout)
         try:
             response = self._pool.request(
                 "POST", url, body=body, headers=headers, timeout=timeout, retries=False, preload_content=False
             )
-            data = _read_all(response, most)
+            data = _read_body(response, max_bytes)
         except exceptions.NewConnectionError as error:
             reason = getattr(error.__cause__, "strerror", None) or error
-            raise _FailedTryError("outage", f"is down ({reason})", "start it, or correct url") from error
+            raise _AttemptError("outage", f"is down ({reason})", "start it, or correct url") from error
         except (exceptions.TimeoutError, TimeoutError) as error:
-            what = f"gave no answer within {self._timeout:g} s"
-            raise _FailedTryError("outage", what, "raise timeout, lower batch_size or add servers") from error
+            reason = f"gave no answer within {self._timeout:g} s"
+            raise _AttemptError("outage", reason, "raise timeout, lower batch_size or add servers") from error
         except exceptions.HTTPError as error:
-            raise _FailedTryError("outage", f"broke off ({_one_line(str(error))})", "see its log") from error
-        if len(data) > most:
-            what = f"answered with more than {most // 2**20} MiB"
-            raise RetrievalError(f"the retrieval server {url} {what}; is this url that of a retrieval server?")
+            raise _AttemptError("outage", f"broke off ({_one_line(str(error))})", "see its log") from error
+        if len(data) > max_bytes:
+            reason = f"answered with more than {max_bytes // 2**20} MiB"
+            raise RetrievalError(f"the retrieval server {url} {reason}; {_WRONG_URL}")
         if response.status == 200:
             return data
-        what = f"answered {response.status} ({_reason(data)})"
+        reason = f"answered {response.status} ({_reason(data)})"
         fault = _fault(response.status, SEARCH_FAILED in response.headers)
-        remedy = _REMEDIES.get(response.status, "is this url that of a retrieval server?")
+        remedy = _REMEDIES.get(response.status, _WRONG_URL)
         if fault is None:
-            raise RetrievalError(f"the retrieval server {url} {what}; {remedy}")
+            raise RetrievalError(f"the retrieval server {url} {reason}; {remedy}")
         seconds = response.headers.get("Retry-After", "")
         remedy = remedy if fault == "refusal" else "see its log"
-        raise _FailedTryError(fault, what, remedy, float(seconds) if seconds.isdecimal() else 0.0)
+        raise _AttemptError(fault, reason, remedy, float(seconds) if seconds.isdecimal() else 0.0)
 
 
-class _FailedTryError(Exception):
-    """A try that failed in a way that another one, another server or fewer queries may not."""
+class _AttemptError(Exception):
+    """A failed attempt that may succeed when repeated, at another server or with fewer queries."""
 
-    def __init__(self, fault: _Fault, what: str, remedy: str, seconds: float = 0.0) -> None:
-        super().__init__(what)
+    def __init__(self, fault: _Fault, reason: str, remedy: str, seconds: float = 0.0) -> None:
+        super().__init__(reason)
         self.fault = fault
         self.remedy = remedy
         self.seconds = seconds
 
 
 class _RefusedError(RetrievalError):
-    """A batch that a server did answer, and that one of its queries may be to blame for."""
+    """A batch that a server refused, perhaps because of one of its queries."""
 
 
 def _fault(status: int, search_failed: bool) -> _Fault | None:
-    """What a status other than 200 means; None if no other try would help."""
+    """Classify a status other than 200; None if another attempt cannot help."""
     if status in (400, 413, 422):
         return "refusal"
     if status == 500 or search_failed:
@@ -236,13 +235,13 @@ def _fault(status: int, search_failed: bool) -> _Fault | None:
     return "busy" if status == 429 or status > 500 else None
 
 
-def _read_all(response: urllib3.BaseHTTPResponse, most: int) -> bytes:
-    """Read a body as it was sent, until its end or until it has more bytes than it may."""
+def _read_body(response: urllib3.BaseHTTPResponse, max_bytes: int) -> bytes:
+    """Read a body without decoding, to its end or until it exceeds the limit."""
     data = bytearray()
     try:
         while piece := response.read1(2**16, decode_content=False):
             data += piece
-            if len(data) > most:
+            if len(data) > max_bytes:
                 response.close()
                 break
     except BaseException:
@@ -251,17 +250,15 @@ def _read_all(response: urllib3.BaseHTTPResponse, most: int) -> bytes:
     return bytes(data)
 
 
-def _read(url: str, answer: bytes, queries: int, top_k: int) -> Results:
+def _parse(url: str, answer: bytes, queries: int, top_k: int) -> Results:
     try:
         return parse_results(answer, queries, top_k)
     except ValueError as error:
-        raise RetrievalError(
-            f"the retrieval server {url} answered {_one_line(str(error))}; is this url that of a retrieval server?"
-        ) from error
+        raise RetrievalError(f"the retrieval server {url} answered {_one_line(str(error))}; {_WRONG_URL}") from error
 
 
 def _reason(data: bytes) -> str:
-    """What a refusal says: ours under ``error``, FastAPI's own under ``detail``, another's in its first words."""
+    """Return the reason in a body: ``error`` of our server, ``detail`` of FastAPI, else its first words."""
     try:
         record = json.loads(data)
     except (ValueError, RecursionError):

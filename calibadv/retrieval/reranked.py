@@ -1,4 +1,4 @@
-"""A second look at what a retriever found: a cross-encoder reads query and document together."""
+"""Reranking with a cross-encoder, which reads query and document together."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ from typing import Any
 
 from typing_extensions import override
 
-from calibadv.errors import UserError
-from calibadv.interfaces import RetrievalError, Retriever
-from calibadv.retrieval.asking import ask, unwrap
-from calibadv.retrieval.corpus.base import searched_text
+from calibadv.errors import RetrievalError, UserError
+from calibadv.interfaces import Retriever
+from calibadv.retrieval.checks import check_at_least, check_fetch_k, check_search
+from calibadv.retrieval.corpus.base import searchable_text
 from calibadv.retrieval.encoders.loading import ModelKind, load_model
-from calibadv.retrieval.hybrid import check_fetch_k
-from calibadv.retrieval.ranking import check_search
+from calibadv.retrieval.outcomes import search_outcomes, unwrap
 from calibadv.types import Metrics, ScoredDocument
 
 _CROSS_ENCODER = ModelKind(
-    what="model",
+    option="model",
     remedy="the folder of a sentence-transformers cross-encoder, or its name on the Hugging Face hub",
     owner="cross-encoder",
 )
 
+_Pair = tuple[str, str]  # the query and the text of a document
+
 
 class Reranked(Retriever):
-    """Order what another retriever found by a cross-encoder, and keep the best: the paper fetches 20 and keeps 3.
+    """Rerank the documents of another retriever with a cross-encoder: the paper fetches 20 and keeps 3.
 
-    The score of a document is the model's, without the sigmoid at its end, which would round good ones to a tie; it may
-    be negative, and may differ in its last bits with the documents that are scored beside it. Weights are read from
-    safetensors only.
+    The score of a document is the model's logit, since a sigmoid would round high ones to a tie; it may be negative,
+    and its last bits may depend on the other documents of its batch. Weights are read from safetensors only.
 
     Args:
-        retriever: What fetches, by class_path; its own top_k is not looked at.
+        retriever: First-stage retriever, by class_path; its own top_k is ignored.
         model: sentence-transformers cross-encoder: a folder, or a name on the Hugging Face hub such as
             cross-encoder/ms-marco-MiniLM-L6-v2.
         top_k: Documents that an episode asks for per search.
-        fetch_k: Documents to choose from; a search for more of them fetches as many.
-        batch_size: Documents that the model reads at a time.
-        device: Where the model runs, such as cpu or cuda:1; the first accelerator by default, else the CPU.
-        max_length: Tokens of query and document together, the rest is cut off; as the model has it by default.
+        fetch_k: Documents to rerank; a search for more documents fetches as many.
+        batch_size: Documents that the model scores at a time.
+        device: Device of the model, such as cpu or cuda:1; the first accelerator by default, else the CPU.
+        max_length: Tokens of query and document together; the rest is cut off. By default the model's limit.
 
     Raises:
         UserError: the model does not load or is no cross-encoder with one score, ``fetch_k`` is below ``top_k``,
-            ``max_length`` is more than the model reads, or a number is below 1.
+            ``max_length`` exceeds the model's limit, or a number is below 1.
     """
 
     def __init__(
@@ -56,9 +56,7 @@ class Reranked(Retriever):
         max_length: int | None = None,
     ) -> None:
         check_fetch_k(top_k, fetch_k)
-        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
+        check_at_least(1, batch_size=batch_size, max_length=max_length)
         self.top_k = top_k
         self.corpus = retriever.corpus
         self._retriever = retriever
@@ -74,26 +72,21 @@ class Reranked(Retriever):
     @override
     def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
         check_search(queries, top_k)
-        outcomes = ask(self._retriever, queries, max(self._fetch_k, top_k))
-        fetched = [[] if isinstance(outcome, RetrievalError) else outcome for outcome in outcomes]
-        pairs = [
-            [(query, searched_text(hit.document)) for hit in hits] for query, hits in zip(queries, fetched, strict=True)
-        ]
-        scores = self._score({pair for row in pairs for pair in row})
-        rescored = (
-            [ScoredDocument(hit.document, scores[pair]) for hit, pair in zip(hits, row, strict=True)]
-            for hits, row in zip(fetched, pairs, strict=True)
-        )
-        ranked = (sorted(hits, key=lambda hit: -hit.score)[:top_k] for hits in rescored)
+        outcomes = search_outcomes(self._retriever, queries, max(self._fetch_k, top_k))
+        pairs: set[_Pair] = set()
+        for query, outcome in zip(queries, outcomes, strict=True):
+            if not isinstance(outcome, RetrievalError):
+                pairs.update(_pairs(query, outcome))
+        scores = self._score(pairs)
         return unwrap(
             [
-                outcome if isinstance(outcome, RetrievalError) else hits
-                for outcome, hits in zip(outcomes, ranked, strict=True)
+                outcome if isinstance(outcome, RetrievalError) else _rescored(query, outcome, scores)[:top_k]
+                for query, outcome in zip(queries, outcomes, strict=True)
             ]
         )
 
-    def _score(self, pairs: set[tuple[str, str]]) -> dict[tuple[str, str], float]:
-        """Score each pair once: two that are equal would differ by rounding, with their place in the batch."""
+    def _score(self, pairs: set[_Pair]) -> dict[_Pair, float]:
+        """Score each different pair once: equal ones would differ by rounding with their position in the batch."""
         from torch.nn import Identity
 
         if not pairs:
@@ -109,17 +102,26 @@ class Reranked(Retriever):
         return self._retriever.metrics()
 
 
+def _pairs(query: str, hits: list[ScoredDocument]) -> list[_Pair]:
+    return [(query, searchable_text(hit.document)) for hit in hits]
+
+
+def _rescored(query: str, hits: list[ScoredDocument], scores: dict[_Pair, float]) -> list[ScoredDocument]:
+    scored = (ScoredDocument(hit.document, scores[pair]) for hit, pair in zip(hits, _pairs(query, hits), strict=True))
+    return sorted(scored, key=lambda hit: -hit.score)
+
+
 def _load_cross_encoder(name: str, device: str | None) -> Any:
     from sentence_transformers import CrossEncoder
 
     model = load_model(_CROSS_ENCODER, name, device, CrossEncoder)
-    # sentence-transformers also loads what could only rank at random.
+    # sentence-transformers also loads models without a classifier, and initializes one at random.
     first = model[0]
     architectures = getattr(first.model.config, "architectures", None) or []
     classifies = getattr(first, "transformer_task", "") == "sequence-classification"
     if classifies and architectures and not any(a.endswith("ForSequenceClassification") for a in architectures):
         raise UserError(
-            f"model '{name}' is a {architectures[0]}, whose classifier would be made up; give a cross-encoder, such as "
+            f"model '{name}' is a {architectures[0]}, whose classifier would be random; give a cross-encoder, such as "
             "cross-encoder/ms-marco-MiniLM-L6-v2"
         )
     if model.num_labels != 1:

@@ -17,14 +17,7 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 def normalise_answer(text: str) -> str:
-    """Lower-case, drop ASCII punctuation, drop the words a, an and the, collapse white space.
-
-    Args:
-        text: an answer.
-
-    Returns:
-        Its words, joined by single spaces; empty for an answer like ``"The"``.
-    """
+    """Lower-case, drop ASCII punctuation, drop the words a, an and the, collapse white space."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -33,13 +26,6 @@ def f1(prediction: str, golden_answers: Sequence[str]) -> float:
 
     Written as 2 x shared / (predicted + golden), which needs one division: equal answers score equally to the last bit,
     and the silver threshold is met exactly where the fraction meets it.
-
-    Args:
-        prediction: the answer to score.
-        golden_answers: accepted answers.
-
-    Returns:
-        The best F1 over the golden answers, 0 where no token is shared.
     """
     predicted = Counter(normalise_answer(prediction).split())
     return max(_token_f1(predicted, Counter(normalise_answer(golden).split())) for golden in golden_answers)
@@ -51,15 +37,7 @@ def _token_f1(predicted: Counter[str], golden: Counter[str]) -> float:
 
 
 def exact_match(prediction: str, golden_answers: Sequence[str]) -> float:
-    """Whether the normalised prediction equals a normalised golden answer.
-
-    Args:
-        prediction: the answer to score.
-        golden_answers: accepted answers.
-
-    Returns:
-        1 or 0.
-    """
+    """Whether the normalised prediction equals a normalised golden answer."""
     predicted = normalise_answer(prediction)
     return float(any(normalise_answer(golden) == predicted for golden in golden_answers))
 
@@ -69,13 +47,6 @@ def cover_match(prediction: str, golden_answers: Sequence[str]) -> float:
 
     Plain substrings, as published: ``"art"`` covers in ``"party"``, and a golden answer that normalises to nothing
     (``"A"``) covers in everything.
-
-    Args:
-        prediction: the answer to score.
-        golden_answers: accepted answers.
-
-    Returns:
-        1 or 0.
     """
     predicted = normalise_answer(prediction)
     return float(any(normalise_answer(golden) in predicted for golden in golden_answers))

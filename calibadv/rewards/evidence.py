@@ -1,15 +1,14 @@
-"""Which searches found evidence: silver documents and step correctness (CalibAdv, arXiv 2604.18235)."""
+"""Evidence of searches: silver documents and step correctness (CalibAdv, arXiv 2604.18235)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from rapidfuzz.distance import Levenshtein
 
 from calibadv.batch import group_rollouts
-from calibadv.protocol.search import parse_message
 from calibadv.types import Rollout
 
 SILVER_SCORE = 0.7
@@ -39,11 +38,11 @@ def silver_documents(group: Sequence[Rollout]) -> frozenset[str]:
         for rollout in valid
         if rollout.score == best
         for documents in rollout.turn_documents
-        for document in documents
+        for document in documents or ()
     )
 
 
-def step_correctness(rollout: Rollout, silver: frozenset[str]) -> tuple[float, ...]:
+def step_correctness(rollout: Rollout, silver: frozenset[str]) -> tuple[float | None, ...]:
     """Share of silver documents among what each search turn newly retrieved.
 
     For search turn t with the distinct documents D_t: (silver documents of D_t that no earlier turn retrieved) / |D_t|.
@@ -55,33 +54,40 @@ def step_correctness(rollout: Rollout, silver: frozenset[str]) -> tuple[float, .
         silver: document ids, of ``silver_documents``.
 
     Returns:
-        One value in [0, 1] per search turn.
+        One value in [0, 1] per search turn; None for a turn whose tools find no documents.
     """
-    turns = [frozenset(document.id for document in documents) for documents in rollout.turn_documents]
+    found = rollout.turn_documents
+    turns = [frozenset(document.id for document in documents or ()) for documents in found]
     if not rollout.format_valid or not silver:
-        return (0.0,) * len(turns)
-    shares = [len(new & silver) / len(turn) if turn else 0.0 for turn, new in zip(turns, _new(turns), strict=True)]
+        return _where_found(found, [0.0] * len(turns))
+    shares = _shares(turns, silver)
     if not any(shares[1:]):
-        return tuple(shares)  # nothing for a repetition to undo, so the thinks need not be read
-    thinks = [parse_message(segment.text, rollout.prepend_think).think.split() for segment in rollout.policy_segments]
+        return _where_found(found, shares)  # nothing for a repetition to undo, so the thinks need not be read
+    thinks = [message.think.split() for message in rollout.messages]
     for place, share in enumerate(shares):
-        if share and (_repeats_documents(turns, place) or _repeats_think(thinks, place)):
+        if share and _repeats(turns, thinks, place):
             shares[place] = 0.0
-    return tuple(shares)
+    return _where_found(found, shares)
 
 
-def _new(turns: Sequence[frozenset[str]]) -> Iterator[frozenset[str]]:
+def _where_found(found: Sequence[object | None], shares: Sequence[float]) -> tuple[float | None, ...]:
+    return tuple(None if documents is None else share for documents, share in zip(found, shares, strict=True))
+
+
+def _shares(turns: Sequence[frozenset[str]], wanted: frozenset[str]) -> list[float]:
+    """The share of wanted documents among each turn's, those of earlier turns left out of the count."""
     seen: frozenset[str] = frozenset()
+    shares = []
     for turn in turns:
-        yield turn - seen
+        shares.append(len((turn - seen) & wanted) / len(turn) if turn else 0.0)
         seen |= turn
+    return shares
 
 
-def _repeats_documents(turns: Sequence[frozenset[str]], place: int) -> bool:
-    return any(len(turns[place] & earlier) > 1 for earlier in turns[:place])
-
-
-def _repeats_think(thinks: Sequence[Sequence[str]], place: int) -> bool:
+def _repeats(turns: Sequence[frozenset[str]], thinks: Sequence[Sequence[str]], place: int) -> bool:
+    """True if a turn shares documents, or its think, with an earlier one."""
+    if any(len(turns[place] & earlier) > 1 for earlier in turns[:place]):
+        return True
     similarity = partial(Levenshtein.normalized_similarity, thinks[place], score_cutoff=SIMILAR_THINK)  # 0.0 below it
     return any(similarity(other) > SIMILAR_THINK for other in thinks[:place])
 
@@ -93,17 +99,18 @@ def credit_rollouts(rollouts: Sequence[Rollout]) -> list[Rollout]:
         rollouts: scored rollouts of any number of groups, in any order.
 
     Returns:
-        The same rollouts in the same order, with ``step_correctness`` set.
+        The same rollouts in the same order, with ``silver`` and ``step_correctness`` set.
     """
     credited = list(rollouts)
     for rows in group_rollouts(rollouts):
         silver = silver_documents([rollouts[row] for row in rows])
         for row in rows:
-            credited[row] = replace(rollouts[row], step_correctness=step_correctness(rollouts[row], silver))
+            correctness = step_correctness(rollouts[row], silver)
+            credited[row] = replace(rollouts[row], silver=silver, step_correctness=correctness)
     return credited
 
 
-def true_step_correctness(rollout: Rollout) -> tuple[float, ...] | None:
+def true_step_correctness(rollout: Rollout) -> tuple[float | None, ...] | None:
     """Share of gold documents among what each search turn newly retrieved, from the labels of the question.
 
     Unlike ``step_correctness`` this looks at documents only, neither at validity nor at repetition: it measures
@@ -122,5 +129,6 @@ def true_step_correctness(rollout: Rollout) -> tuple[float, ...] | None:
     if not labels:
         return None
     gold = frozenset(str(label) for label in labels)
-    turns = [frozenset(doc.id if by_id else doc.title for doc in documents) for documents in rollout.turn_documents]
-    return tuple(len(new & gold) / len(turn) if turn else 0.0 for turn, new in zip(turns, _new(turns), strict=True))
+    found = rollout.turn_documents
+    turns = [frozenset(doc.id if by_id else doc.title for doc in documents or ()) for documents in found]
+    return _where_found(found, _shares(turns, gold))

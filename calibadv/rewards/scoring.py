@@ -8,7 +8,6 @@ from typing import Any
 
 from calibadv.errors import ServiceError, StopRequestedError, UserError, is_number, one_line, shown
 from calibadv.interfaces import Reward
-from calibadv.protocol.search import parse_message
 from calibadv.rewards.answer import cover_match, exact_match, f1
 from calibadv.types import Question, Rollout
 
@@ -18,35 +17,25 @@ def score_rollouts(rollouts: Iterable[Rollout], reward: Reward) -> list[Rollout]
 
     ``answer`` and ``answer_score`` are those of the answer block, whatever the format; None where the last message has
     no answer. ``score``, ``f1``, ``em`` and ``cover_em`` are 0 unless the format is valid.
-
-    Args:
-        rollouts: episodes with their final status.
-        reward: scores an answer in [0, 1].
-
-    Returns:
-        The same rollouts in the same order, with these fields set.
-
-    Raises:
-        UserError: the reward raised an error, or returned what is no number in [0, 1].
     """
     return [_score(rollout, reward) for rollout in rollouts]
 
 
 def _score(rollout: Rollout, reward: Reward) -> Rollout:
-    last = parse_message(rollout.policy_segments[-1].text, rollout.prepend_think)
-    if last.action != "answer":
+    answer = rollout.messages[-1].answer
+    if answer is None:
         return replace(rollout, answer=None, answer_score=None, score=0.0, f1=0.0, em=0.0, cover_em=0.0)
-    value = _ask(reward, last.content, rollout.question)
+    value = _ask(reward, answer, rollout.question)
     golden = rollout.question.golden_answers
     valid = rollout.format_valid
     return replace(
         rollout,
-        answer=last.content,
+        answer=answer,
         answer_score=value,
         score=value if valid else 0.0,
-        f1=f1(last.content, golden) if valid else 0.0,
-        em=exact_match(last.content, golden) if valid else 0.0,
-        cover_em=cover_match(last.content, golden) if valid else 0.0,
+        f1=f1(answer, golden) if valid else 0.0,
+        em=exact_match(answer, golden) if valid else 0.0,
+        cover_em=cover_match(answer, golden) if valid else 0.0,
     )
 
 
@@ -65,19 +54,7 @@ def _ask(reward: Reward, answer: str, question: Question) -> float:
 
 
 def checked_score(score: Any, reward: Reward, question_id: str) -> float:
-    """See that a reward scored an answer.
-
-    Args:
-        score: what it returned.
-        reward: for the message.
-        question_id: of the answer.
-
-    Returns:
-        The same.
-
-    Raises:
-        UserError: it is no number in [0, 1].
-    """
+    """See that a reward scored an answer."""
     if not (is_number(score) and 0 <= score <= 1):
         raise UserError(
             f"{type(reward).__name__} scored {shown(score)} on question '{question_id}'; a reward lies in [0, 1]"

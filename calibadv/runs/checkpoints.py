@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from typing_extensions import override
 
-from calibadv.distributed import Processes
+from calibadv.distributed import ProcessGroup
 from calibadv.io.files import write_atomically
 from calibadv.io.progress_bar import progress_bar
 from calibadv.runs.folder import step_of
@@ -76,7 +76,7 @@ def _system_reason(error: BaseException) -> str:
     return str((cause and cause.strerror) or error)
 
 
-def write_digests(folder: Path, processes: Processes) -> None:
+def write_digests(folder: Path, processes: ProcessGroup) -> None:
     """Write the digests of a sharded checkpoint's files; each process computes those of its own files."""
     own = [file for file in sorted(folder.iterdir()) if _shard_owner(file) == processes.rank]
     found = processes.gather({file.name: _digest(file) for file in own})

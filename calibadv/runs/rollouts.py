@@ -11,7 +11,7 @@ from typing import Any
 from calibadv.errors import UserError
 from calibadv.io.files import replace_durably
 from calibadv.io.jsonl import read_jsonl
-from calibadv.protocol.search import is_valid, parse_message
+from calibadv.protocol.search import SearchProtocol
 from calibadv.types import Document, Question, Rollout, RolloutStatus, Segment
 
 Record = dict[str, Any]
@@ -54,7 +54,9 @@ def rollout_to_json(
 def _segment_to_json(segment: Segment) -> Record:
     record: Record = {"source": segment.source, "text": segment.text, "num_tokens": segment.num_tokens}
     if segment.source == "environment":
-        record["documents"] = [{"id": d.id, "title": d.title, "text": d.text} for d in segment.documents]
+        documents = segment.documents
+        shown = None if documents is None else [{"id": d.id, "title": d.title, "text": d.text} for d in documents]
+        record["documents"] = shown
     return record
 
 
@@ -151,16 +153,21 @@ def rollout_from_json(record: Record, line_number: int) -> Rollout:
     prepend_think = _field(record, "prepend_think", bool, where)
     segments = _segments(_field(record, "segments", list, where), where)
     step_correctness = _field(record, "step_correctness", list, where, [])
+    protocol = SearchProtocol(prepend_think=prepend_think)
+    messages = protocol.messages(segments)
     return Rollout(
         question=_question(record, where),
         sample=_field(record, "sample", int, where),
         step=_field(record, "step", int, where, 0),
         prepend_think=prepend_think,
         segments=segments,
-        status=_status(record.get("status"), segments, prepend_think, where),
+        status=_status(record.get("status"), protocol.is_valid(messages), where),
+        messages=messages,
         score=_field(record, "score", float, where, 0.0),
         answer_score=_field(record, "answer_score", float, where, None),
-        step_correctness=tuple(_typed(value, float, f"{where}: step_correctness") for value in step_correctness),
+        step_correctness=tuple(
+            None if value is None else _typed(value, float, f"{where}: step_correctness") for value in step_correctness
+        ),
     )
 
 
@@ -222,12 +229,13 @@ def _segment(record: Record, where: str) -> Segment:
     num_tokens = _field(record, "num_tokens", int, where)
     if num_tokens < 0:
         raise UserError(f"{where}: num_tokens is {num_tokens}; it must be 0 or more")
-    documents = _field(record, "documents", list, where, [])
+    found = _field(record, "documents", list, where, [])
+    documents = tuple(_document(document, f"{where}.documents[{n}]") for n, document in enumerate(found))
     return Segment(
         source=source,
         text=_field(record, "text", str, where),
         num_tokens=num_tokens,
-        documents=tuple(_document(document, f"{where}.documents[{n}]") for n, document in enumerate(documents)),
+        documents=None if record.get("documents", found) is None else documents,
     )
 
 
@@ -240,14 +248,13 @@ def _document(record: Any, where: str) -> Document:
     )
 
 
-def _status(recorded: Any, segments: Sequence[Segment], prepend_think: bool, where: str) -> RolloutStatus:
+def _status(recorded: Any, is_valid: bool, where: str) -> RolloutStatus:
     names = [str(status) for status in RolloutStatus]
     if recorded is not None and recorded not in names:
         raise UserError(f"{where}: status is {json.dumps(recorded)}; it must be one of {', '.join(names)}")
     if recorded == RolloutStatus.SEARCH_FAILED:
         return RolloutStatus.SEARCH_FAILED
-    messages = [parse_message(segment.text, prepend_think) for segment in segments if segment.source == "policy"]
-    if is_valid(messages):
+    if is_valid:
         return RolloutStatus.ANSWERED
     if recorded in (None, RolloutStatus.ANSWERED):
         return RolloutStatus.INVALID

@@ -51,10 +51,11 @@ def _flatten_parts(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the keys of method settings that a resume has changed."""
+    """List the settings that a resume has changed, each with its values before and now."""
     first, second = method_settings(before), method_settings(now)
-    keys = dict.fromkeys([*first, *second])
-    return [key for key in keys if first.get(key) != second.get(key) and key != "model.rollout_steps"]
+    keys = [key for key in dict.fromkeys([*first, *second]) if key != "model.rollout_steps"]
+    changed = [key for key in keys if first.get(key) != second.get(key)]
+    return [f"{key} {as_text(first.get(key))} (now {as_text(second.get(key))})" for key in changed]
 
 
 def as_text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A study: several methods trained over seeds with everything else equal, and a report of how they compare."""
+"""Studies: several methods trained over seeds with everything else equal, and the report that compares them."""
 
 from calibadv.study.command import study
 

@@ -1,4 +1,4 @@
-"""``calibadv study``: check everything, run what is left to run, and write the report."""
+"""``calibadv study``: check everything, run the unfinished runs, and write the report."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from typing_extensions import override
 
+from calibadv.config.arms import PER_RUN_OPTIONS, REPORT, read_arms
 from calibadv.config.files import Option, read_words
 from calibadv.config.help import STUDY, set_option_help
 from calibadv.config.logging import quiet_libraries
 from calibadv.errors import UserError
 from calibadv.runs.folder import RunFolder
 from calibadv.runs.versions import versions
-from calibadv.study.arms import REPORT, ArmCLI, read_arms, resolve_arms
-from calibadv.study.fingerprints import digests
-from calibadv.study.manifest import Record
-from calibadv.study.options import LISTS, PER_RUN, StudyOptions, read_options, split
-from calibadv.study.runner import State, run_all
-from calibadv.study.runs import runs_of, write_config
-from calibadv.study.table import Tables
+from calibadv.study.arms import ArmCLI, resolve_arms
+from calibadv.study.fingerprints import source_fingerprints
+from calibadv.study.manifest import StudyManifest
+from calibadv.study.options import LIST_OPTIONS, StudyOptions, read_options, split_options
+from calibadv.study.runner import StudyState, run_all
+from calibadv.study.runs import study_runs, write_arm_config
+from calibadv.study.table import ConsoleView
 
 _LOCK = ".study.lock"
 
 
 class StudyHelp(ArmCLI):
-    """The options of ``study``, those of ``fit`` included, for ``--help``."""
+    """Prints ``study --help``: the options of ``study`` and those of ``fit``."""
 
     @override
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -50,10 +51,10 @@ class StudyHelp(ArmCLI):
         own.description = STUDY
         set_option_help(own)
         for action in own._actions:
-            if action.dest.partition(".")[0] in PER_RUN:
+            if action.dest.partition(".")[0] in PER_RUN_OPTIONS:
                 action.help = SUPPRESS
-            elif action.dest in LISTS:
-                action.option_strings, action.metavar = [f"--{action.dest}"], LISTS[action.dest]
+            elif action.dest in LIST_OPTIONS:
+                action.option_strings, action.metavar = [f"--{action.dest}"], LIST_OPTIONS[action.dest]
         own.print_help()
         raise SystemExit(0)
 
@@ -66,97 +67,105 @@ def study(arguments: Sequence[str]) -> int:
     """
     quiet_libraries()
     options, given = read_study(arguments)
-    plan(given, options.folder, options.baseline)  # refuses before anything is written
-    with _alone(options.folder):
-        record = plan(given, options.folder, options.baseline)  # a study that has just ended may have extended it
-        record.write(options.folder)
-        for arm, config in record.arms.items():
-            write_config(options.folder, arm, config)
-        return _run(record, _jobs(options, record), options, shlex.join(["calibadv", "study", *arguments]))
+    plan_study(given, options.folder, options.baseline)  # refuses before anything is written
+    with _lock_folder(options.folder):
+        manifest = plan_study(
+            given, options.folder, options.baseline
+        )  # a study that has just ended may have extended it
+        manifest.write(options.folder)
+        for arm, config in manifest.arms.items():
+            write_arm_config(options.folder, arm, config)
+        return _run(manifest, _num_jobs(options, manifest), options, shlex.join(["calibadv", "study", *arguments]))
 
 
-def read_study(arguments: Sequence[str]) -> tuple[StudyOptions, Record]:
-    """Read a command line, and check all of it."""
-    own, common = split(read_words(arguments))
+def read_study(arguments: Sequence[str]) -> tuple[StudyOptions, StudyManifest]:
+    """Parse and check a command line."""
+    own, common = split_options(read_words(arguments))
     for option in common:
         if isinstance(option, Option) and option.name in ("--help", "-h"):
             StudyHelp([])
     options = read_options(own)
     arms = read_arms(options.arm)
     settings = resolve_arms(arms, common)
-    return options, Record(settings, options.seeds, options.threads, versions(), digests(settings.values()))
+    return options, StudyManifest(
+        settings, options.seeds, options.threads, versions(), source_fingerprints(settings.values())
+    )
 
 
-def _alone(out: Path) -> AbstractContextManager[object]:
-    """The lock of a study's folder, which the system frees when its process ends in whatever way."""
+def _lock_folder(out: Path) -> AbstractContextManager[object]:
+    """The lock of a study's folder, which the system frees when the process ends, even if it is killed."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         return FileLock(out / _LOCK).acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"another study is at work in {out}; wait for it, or choose another --out") from error
+        raise UserError(f"another study is running in {out}; wait for it, or choose another --out") from error
     except OSError as error:
         raise UserError(f"out '{out}' cannot be written to ({error.strerror}); choose another --out") from error
 
 
-def plan(given: Record, out: Path, baseline: str | None = None) -> Record:
-    """Begin a study, continue it, or add arms and seeds to it."""
-    before = Record.read(out)
+def plan_study(given: StudyManifest, out: Path, baseline: str | None = None) -> StudyManifest:
+    """Return the manifest of a study that is begun, continued, or extended by arms and seeds."""
+    before = StudyManifest.read(out)
     if before is None and RunFolder(out).config(None).exists():
         raise UserError(f"'{out}' is the folder of a run; choose another --out")
-    record = given if before is None else before.extended(given, out)
-    record.check_arms()
-    if baseline is not None and baseline not in record.arms:
-        raise UserError(f"--baseline is '{baseline}'; it must be one of the arms: {', '.join(record.arms)}")
-    known = set() if before is None else {run.folder.path for run in runs_of(before, out)}
-    for run in runs_of(record, out):
-        path = run.folder.path
-        there = path.parent if path.parent.is_file() else path
-        if path not in known and there.exists():
-            raise UserError(f"{there} is there, and not of this study; choose another --out, or move it away")
-    return record
+    manifest = given if before is None else before.extended(given, out)
+    manifest.check_arms()
+    if baseline is not None and baseline not in manifest.arms:
+        raise UserError(f"--baseline is '{baseline}'; it must be one of the arms: {', '.join(manifest.arms)}")
+    known = set() if before is None else {run.folder.path for run in study_runs(before, out)}
+    for run in study_runs(manifest, out):
+        if run.folder.path not in known:
+            _check_free(run.folder.path)
+    return manifest
 
 
-def _jobs(options: StudyOptions, record: Record) -> int:
+def _check_free(path: Path) -> None:
+    taken = path.parent if path.parent.is_file() else path
+    if taken.exists():
+        raise UserError(f"{taken} exists and is not part of this study; choose another --out, or move it away")
+
+
+def _num_jobs(options: StudyOptions, manifest: StudyManifest) -> int:
     if options.jobs is not None:
         return options.jobs
-    accelerators = {str(settings["trainer"]["accelerator"]) for settings in record.arms.values()}
+    accelerators = {str(settings["trainer"]["accelerator"]) for settings in manifest.arms.values()}
     if accelerators - {"auto", "cpu"} or ("auto" in accelerators and torch.accelerator.is_available()):
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // options.threads)
 
 
-def _run(record: Record, jobs: int, options: StudyOptions, command: str) -> int:
-    runs = list(runs_of(record, options.folder))
+def _run(manifest: StudyManifest, jobs: int, options: StudyOptions, command: str) -> int:
+    runs = list(study_runs(manifest, options.folder))
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    tables = Tables(runs, console)
-    with tables.shown():
-        state = run_all(runs, jobs, options.threads, tables)
+    view = ConsoleView(runs, console)
+    with view.shown():
+        state = run_all(runs, jobs, options.threads, view)
     done = f"{len(state.finished)} of {len(runs)} runs are finished"
     if state.stopped_by is not None:
         console.print(f"stopped by {state.stopped_by.name}, {done}; to continue:\n  {command}")
         return 128 + state.stopped_by
     for run, reason in state.failed.items():
         console.print(f"{run.name} failed: {reason}\n  {run.log}")
-    console.print(f"{done}; to try the others again:\n  {command}" if state.failed else done)
+    console.print(f"{done}; to repeat the others:\n  {command}" if state.failed else done)
     if state.finished:
-        _report(list(record.arms), state, options, command)
+        _report(list(manifest.arms), state, options, command)
         console.print(f"report      {options.folder / REPORT / 'report.html'}")
     return 1 if state.failed else 0
 
 
-def _report(arms: Sequence[str], state: State, options: StudyOptions, command: str) -> None:
-    """Write the report of what is finished, as ``compare`` does. It begins with what is not."""
-    from calibadv.analysis.compare.command import compare_runs, print_figures, write_report
+def _report(arms: Sequence[str], state: StudyState, options: StudyOptions, command: str) -> None:
+    """Write the report of the finished runs, as ``compare`` does, with a warning for each failed one."""
+    from calibadv.analysis.compare.command import compare_runs, print_results, write_report
     from calibadv.analysis.compare.summary import default_baseline
 
     finished = sorted(state.finished, key=lambda run: (arms.index(run.arm), run.seed))
     wanted = options.baseline or default_baseline(arms)
     baseline = wanted if any(run.arm == wanted for run in finished) else None
-    figures, compared = compare_runs([run.folder.path for run in finished], baseline)
+    results, compared = compare_runs([run.folder.path for run in finished], baseline)
     missing = [f"{run.name} failed, and is not in this report" for run in state.failed]
     if baseline is None:
-        missing.append(f"no run of {wanted} is finished, so {figures['baseline']} stands in as the baseline")
-    figures["warnings"][:0] = missing
-    write_report(options.folder / REPORT, figures, compared, command)
-    print_figures(figures)
+        missing.append(f"no run of {wanted} is finished, so {results['baseline']} is the baseline instead")
+    results["warnings"][:0] = missing
+    write_report(options.folder / REPORT, results, compared, command)
+    print_results(results)

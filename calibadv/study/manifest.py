@@ -1,4 +1,4 @@
-"""study.json: what a study is made of, so that a second call continues this one and no other."""
+"""The manifest of a study, study.json: it makes a second call continue this study and no other."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from calibadv.runs.folder import STUDY_FILE
 from calibadv.runs.settings import flatten, method_settings
 from calibadv.runs.versions import versions
 from calibadv.study.arms import Settings
-from calibadv.study.fingerprints import digests
+from calibadv.study.fingerprints import PACKAGE, source_fingerprints
 
-_SHOWN = 3
+_MAX_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """What decides the results of a study.
+class StudyManifest:
+    """Everything that the results of a study depend on.
 
     Attributes:
         arms: the whole config of each, by name.
@@ -38,39 +38,38 @@ class Record:
     sources: dict[str, str]
 
     @classmethod
-    def read(cls, out: Path) -> Record | None:
-        """Read the record of a folder."""
+    def read(cls, out: Path) -> StudyManifest | None:
+        """Read the manifest of a folder; None if it has none."""
         path = out / STUDY_FILE
         if not path.exists():
             return None
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise UserError(f"'{path}' is not the record of a study ({error}); choose another --out") from error
+            raise UserError(f"'{path}' is not the manifest of a study ({error}); choose another --out") from error
 
     def write(self, out: Path) -> None:
-        """Write the record into a folder, whole or not at all."""
+        """Write the manifest into a folder, whole or not at all."""
         write_atomically(out / STUDY_FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
-    def extended(self, given: Record, out: Path) -> Record:
-        """Add what another call names."""
-        differences = list(self._differences(given))
+    def extended(self, given: StudyManifest, out: Path) -> StudyManifest:
+        """Return the manifest with the arms and seeds of another call added."""
+        differences = [*self._differences(given), *_arm_differences(self.arms, given.arms)]
         if differences:
-            shown = "; ".join(differences[:_SHOWN])
-            more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+            shown = "; ".join(differences[:_MAX_SHOWN])
+            more = f"; and {len(differences) - _MAX_SHOWN} more" if len(differences) > _MAX_SHOWN else ""
             raise UserError(
-                f"the study in {out} was begun otherwise: {shown}{more}; give what it was begun with, or another --out"
+                f"the study in {out} was begun with other settings: {shown}{more}; give the same ones, or another --out"
             )
-        seeds = dict.fromkeys([*self.seeds, *given.seeds])
         return replace(
             self,
             arms={**self.arms, **given.arms},
-            seeds=list(seeds),
+            seeds=list(dict.fromkeys([*self.seeds, *given.seeds])),
             sources={**self.sources, **given.sources},
         )
 
     def check_arms(self) -> None:
-        """See that the arms differ in something that a run depends on: only then can a report tell them apart."""
+        """Check that the arms differ in something that a run depends on: only then can a report tell them apart."""
         methods: dict[str, dict[str, Any]] = {}
         for name, settings in self.arms.items():
             method = method_settings(settings)
@@ -80,29 +79,32 @@ class Record:
             methods[name] = method
 
     def check_unchanged(self) -> None:
-        """See that what the record names is what it was."""
-        now = digests(self.arms.values())
+        """Check that versions, code and files are those that the study began with."""
+        now = source_fingerprints(self.arms.values())
         changed = [*_changed(self.versions, versions()), *_changed_sources(self.sources, now)]
         if changed:
             raise UserError(f"{'; '.join(changed)}: put it back as it was, or begin with another --out")
 
-    def _differences(self, given: Record) -> Iterator[str]:
+    def _differences(self, given: StudyManifest) -> Iterator[str]:
         if given.threads != self.threads:
             yield f"--threads {self.threads} (now {given.threads})"
         yield from _changed(self.versions, given.versions)
         yield from _changed_sources(self.sources, given.sources)
-        known = {name: arm for name, arm in self.arms.items() if name in given.arms}
-        changes = {name: list(_changed(flatten(arm), flatten(given.arms[name]))) for name, arm in known.items()}
-        common = [text for text in next(iter(changes.values()), []) if all(text in other for other in changes.values())]
-        yield from common
-        for name, texts in changes.items():
-            yield from (f"arm '{name}': {text}" for text in texts if text not in common)
+
+
+def _arm_differences(before: Mapping[str, Settings], now: Mapping[str, Settings]) -> Iterator[str]:
+    """First the differences common to all arms that both have, then those of single arms."""
+    changes = {name: list(_changed(flatten(before[name]), flatten(now[name]))) for name in before if name in now}
+    common = [text for text in next(iter(changes.values()), []) if all(text in other for other in changes.values())]
+    yield from common
+    for name, texts in changes.items():
+        yield from (f"arm '{name}': {text}" for text in texts if text not in common)
 
 
 def _changed_sources(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
     for name, digest in before.items():
         if now.get(name, digest) != digest:
-            yield f"{'the code of ' if name == 'calibadv' else ''}{name} has changed since the study began"
+            yield f"{'the code of ' if name == PACKAGE else ''}{name} has changed since the study began"
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -11,24 +11,19 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from calibadv.config.arms import check_not_per_run
 from calibadv.config.errors import explain
 from calibadv.config.files import ConfigFile, Option
 from calibadv.errors import UserError
 
 _MAX_SEED = 2**32 - 1  # of NumPy, which LightningCLI seeds too
-# Options that may be given several times or with several values, and what stands for these in --help.
-LISTS = {"arm": "NAME[=OVERLAY[+OVERLAY...]]", "seeds": "N ..."}
-# Options of fit that a study decides for each run, by the beginnings of their names.
-PER_RUN = {
-    "run": "every run has the folder OUT/ARM/seedK; give --out",
-    "seed_everything": "every arm is trained with each of --seeds",
-    "ckpt_path": "unfinished runs continue from their last checkpoint by themselves, and all others start alike",
-}
+# Options that may be given several times or with several values, and their metavars in --help.
+LIST_OPTIONS = {"arm": "NAME[=OVERLAY[+OVERLAY...]]", "seeds": "N ..."}
 
 
 @dataclass
 class StudyOptions:
-    """What is compared, and how many runs go on at a time."""
+    """Arms and seeds of a study, and the number of parallel runs."""
 
     out: str
     """Folder of the study: runs in OUT/ARM/seedK, the report in OUT/report. A second call with it continues."""
@@ -44,7 +39,7 @@ class StudyOptions:
     """The arm that the report compares the others with; by default grpo, or else the first."""
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check counts and seeds."""
         for name, value in (("jobs", self.jobs), ("threads", self.threads)):
             if value is not None and value < 1:
                 raise UserError(f"--{name} is {value}; it must be at least 1")
@@ -62,47 +57,39 @@ class StudyOptions:
         return Path(self.out)
 
 
-def split(settings: Sequence[ConfigFile | Option]) -> tuple[list[Option], list[ConfigFile | Option]]:
-    """Tell the options of a study from the settings of ``fit``."""
+def split_options(settings: Sequence[ConfigFile | Option]) -> tuple[list[Option], list[ConfigFile | Option]]:
+    """Separate the options of a study from the settings of ``fit``."""
     names = {f"--{field.name}" for field in fields(StudyOptions)}
     own: list[Option] = []
     others: list[ConfigFile | Option] = []
     for setting in settings:
         if isinstance(setting, Option) and setting.name in names:
             own.append(setting)
-        else:
-            others.append(setting)
-    for setting in others:
+            continue
         if isinstance(setting, Option):
-            refuse_per_run(setting.name.lstrip("-"), setting.name)
+            check_not_per_run(setting.name.lstrip("-"), setting.name)
+        others.append(setting)
     return own, others
 
 
-def refuse_per_run(key: str, shown: str) -> None:
-    """Refuse a setting that a study decides for each run."""
-    reason = PER_RUN.get(key.partition(".")[0])
-    if reason:
-        raise UserError(f"{shown} is set by the study: {reason}")
-
-
 def read_options(own: Sequence[Option]) -> StudyOptions:
-    """Read the options of a study."""
+    """Parse the options of a study."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(StudyOptions)
     try:
-        parsed = parser.parse_args(_words(own))
+        parsed = parser.parse_args(_with_joined_lists(own))
     except ArgumentError as error:
         options = [option for action in parser._actions for option in action.option_strings]
         raise UserError(explain(str(error), options)) from error
     return StudyOptions(**parsed.as_dict())
 
 
-def _words(own: Sequence[Option]) -> list[str]:
-    """The command line, with one option for each list."""
+def _with_joined_lists(own: Sequence[Option]) -> list[str]:
+    """The command line, where an option that is given several times stands once with all of its values."""
     words: list[str] = []
     lists: dict[str, list[Any]] = {}
     for option in own:
-        if option.name.lstrip("-") not in LISTS:
+        if option.name.lstrip("-") not in LIST_OPTIONS:
             words += option.words
             continue
         _, equals, value = option.words[0].partition("=")

@@ -1,4 +1,4 @@
-"""Runs as processes, so many at a time, and an orderly stop of all of them."""
+"""Runs of a study as worker processes: a limited number at a time, stopped gracefully on a signal."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _THREADS = (
 
 
 @dataclass
-class State:
-    """How the runs of a study stand; each is in one of the collections. Failed ones have the reason."""
+class StudyState:
+    """The runs of a study by status; failed ones with the reason."""
 
     waiting: list[StudyRun]
     finished: list[StudyRun]
@@ -36,53 +36,53 @@ class State:
     stopped_by: signal.Signals | None = None
 
 
-class View(Protocol):
-    """Shows how a study goes on."""
+class ProgressView(Protocol):
+    """Display of the progress of a study."""
 
-    def update(self, state: State) -> None:
-        """Look at the runs; called several times a second."""
+    def update(self, state: StudyState) -> None:
+        """Show the current state; called several times a second."""
 
-    def stopping(self, state: State, at_once: bool) -> None:
-        """Say that the runs have been told to stop, or were ended."""
+    def stopping(self, state: StudyState, at_once: bool) -> None:
+        """Report that the runs were asked to stop, or were killed."""
 
-    def ended(self, run: StudyRun, state: State) -> None:
-        """Say that a run has come to its end, or has failed."""
+    def ended(self, run: StudyRun, state: StudyState) -> None:
+        """Report that a run has ended or failed."""
 
 
-def run_all(runs: Sequence[StudyRun], jobs: int, threads: int, view: View) -> State:
+def run_all(runs: Sequence[StudyRun], jobs: int, threads: int, view: ProgressView) -> StudyState:
     """Train all runs that are not finished.
 
     The first Ctrl-C or SIGTERM lets every run finish its step and save; the second one ends them at once.
     """
-    state = State([run for run in runs if not run.finished], [run for run in runs if run.finished])
+    state = StudyState([run for run in runs if not run.finished], [run for run in runs if run.finished])
     try:
-        with _signals() as received:
-            told = 0
+        with _record_signals() as received:
+            num_signals = 0
             while state.running or (state.waiting and not state.stopped_by):
                 if not received:
-                    _start(state, jobs, threads)
-                elif len(received) > told:
-                    told = len(received)
+                    _start_waiting(state, jobs, threads)
+                elif len(received) > num_signals:
+                    num_signals = len(received)
                     state.stopped_by = received[0]
-                    _stop(state, at_once=told > 1)
-                    view.stopping(state, at_once=told > 1)
-                _collect(state, view)
+                    _stop(state, at_once=num_signals > 1)
+                    view.stopping(state, at_once=num_signals > 1)
+                _collect_ended(state, view)
                 view.update(state)
                 time.sleep(_POLL_SECONDS)
     finally:
-        _stop(state, at_once=True)  # nothing is left, unless there is an error of our own
+        _stop(state, at_once=True)  # running processes are left only by an error in the loop
     return state
 
 
 @contextmanager
-def _signals() -> Iterator[list[signal.Signals]]:
-    """Note the signals that ask for an end, in the place of acting on them."""
+def _record_signals() -> Iterator[list[signal.Signals]]:
+    """Record SIGINT and SIGTERM in place of acting on them."""
     received: list[signal.Signals] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
@@ -90,27 +90,27 @@ def _signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def _reason(run: StudyRun, status: int) -> str:
-    """Why a run has failed: what it has said at the end, but for the signal that leaves no time to say anything."""
+def _failure_reason(run: StudyRun, status: int) -> str:
+    """The last line of its output, unless SIGKILL left it no time to print any."""
     if status == -signal.SIGKILL:
-        return "killed by SIGKILL, as systems do when memory is short"
+        return "killed by SIGKILL, as the system does when it is out of memory"
     return run.last_line() if status >= 0 else f"ended by signal {-status}: {run.last_line()}"
 
 
-def _start(state: State, jobs: int, threads: int) -> None:
+def _start_waiting(state: StudyState, jobs: int, threads: int) -> None:
     while state.waiting and len(state.running) < jobs:
         run = state.waiting.pop(0)
-        state.running[run] = _process(run, threads)
+        state.running[run] = _start_worker(run, threads)
 
 
-def _process(run: StudyRun, threads: int) -> subprocess.Popen[bytes]:
-    words = [str(run.out), run.arm, str(run.seed)]
+def _start_worker(run: StudyRun, threads: int) -> subprocess.Popen[bytes]:
+    arguments = [str(run.out), run.arm, str(run.seed)]
     environment = {**os.environ, **dict.fromkeys(_THREADS, str(threads))}
     environment.pop("FORCE_COLOR", None)  # its output goes into a file
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "calibadv.study.worker", *words],
+            [sys.executable, "-m", "calibadv.study.worker", *arguments],
             env=environment,
             stdin=subprocess.PIPE,  # ends with this process, however that ends: the worker then stops too
             stdout=log,
@@ -119,7 +119,7 @@ def _process(run: StudyRun, threads: int) -> subprocess.Popen[bytes]:
         )
 
 
-def _stop(state: State, at_once: bool) -> None:
+def _stop(state: StudyState, at_once: bool) -> None:
     for process in state.running.values():
         if process.poll() is not None:
             continue
@@ -132,8 +132,8 @@ def _stop(state: State, at_once: bool) -> None:
             process.wait()
 
 
-def _collect(state: State, view: View) -> None:
-    """Take note of the processes that have ended."""
+def _collect_ended(state: StudyState, view: ProgressView) -> None:
+    """Move the runs whose processes have ended to their new status."""
     for run, process in list(state.running.items()):
         if process.poll() is None:
             continue
@@ -146,5 +146,5 @@ def _collect(state: State, view: View) -> None:
             state.waiting.insert(0, run)
             continue
         else:
-            state.failed[run] = _reason(run, process.returncode)
+            state.failed[run] = _failure_reason(run, process.returncode)
         view.ended(run, state)

@@ -1,4 +1,4 @@
-"""One run of a study: where it lies, how far it is, and what to type to run it or to continue it."""
+"""A run of a study: its paths, its progress and its command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from calibadv.io.files import write_atomically
 from calibadv.runs.folder import RunFolder, step_of
 from calibadv.study.arms import Settings
-from calibadv.study.manifest import Record
+from calibadv.study.manifest import StudyManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class StudyRun:
         out: folder of the study.
         arm: name of the arm.
         seed: of the run.
-        steps: rollout steps that it is to have in the end.
+        steps: rollout steps of the whole run.
     """
 
     out: Path
@@ -32,44 +32,44 @@ class StudyRun:
 
     @property
     def name(self) -> str:
-        """What it is called in messages."""
+        """The name of the run in messages."""
         return f"{self.arm}/seed{self.seed}"
 
     @property
     def folder(self) -> RunFolder:
-        """Where it lies."""
+        """The run folder."""
         return RunFolder(self.out / self.arm / f"seed{self.seed}")
 
     @property
     def log(self) -> Path:
-        """What it prints, of all its parts."""
+        """The file of all that the run prints, over all of its processes."""
         return self.folder.path.with_suffix(".log")
 
     @property
     def lock(self) -> Path:
-        """Held by the process that trains it."""
+        """The lock that is held by the process that trains it."""
         return self.folder.path.with_name(f".seed{self.seed}.lock")
 
     @property
     def config(self) -> Path:
-        """The whole config of its arm."""
-        return config_of_arm(self.out, self.arm)
+        """The file with the whole config of its arm."""
+        return arm_config_path(self.out, self.arm)
 
     @property
-    def _mark(self) -> Path:
+    def _finished_marker(self) -> Path:
         return self.folder.path / "finished"
 
     @property
     def finished(self) -> bool:
-        """Whether it has come to its end, with everything written."""
-        return self._mark.exists()
+        """True once the run has ended and all of its files are written."""
+        return self._finished_marker.exists()
 
     def mark_finished(self) -> None:
-        """Note that it has come to its end."""
-        self._mark.touch()
+        """Record that the run has ended."""
+        self._finished_marker.touch()
 
     def progress(self) -> tuple[int, float | None]:
-        """Look how far it is, at little cost."""
+        """The rollout step reached, and the final F1, or of an unfinished run that of its last validation."""
         results = self.folder.read_results()
         files = [*self.folder.rollouts.glob("train-step-*.jsonl"), *self.folder.step_checkpoints()]
         rows = [row for row in results.get("validations", ()) if "f1" in row]
@@ -78,30 +78,30 @@ class StudyRun:
         return step, results.get("final_f1") if self.finished else last
 
     @property
-    def words(self) -> list[str]:
-        """What starts, continues or finishes it, behind ``calibadv``."""
+    def fit_arguments(self) -> list[str]:
+        """The arguments of ``calibadv`` that start, continue or finish the run."""
         words = ["fit", "--config", str(self.config), "--seed_everything", str(self.seed)]
         words += ["--run.root", str(self.folder.path.parent), "--run.name", self.folder.path.name]
         return [*words, "--ckpt_path", "auto"]
 
     def last_line(self) -> str:
-        """Give the end of what it has printed."""
+        """The last line that the run has printed."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
-        return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it has printed nothing")
+        return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
 
 
-def config_of_arm(out: Path, arm: str) -> Path:
-    """Where the whole config of an arm lies, which its runs read."""
+def arm_config_path(out: Path, arm: str) -> Path:
+    """The file with the whole config of an arm, which its runs read."""
     return out / arm / "arm.yaml"
 
 
-def write_config(out: Path, arm: str, settings: Settings) -> None:
+def write_arm_config(out: Path, arm: str, settings: Settings) -> None:
     """Write the config of an arm."""
-    write_atomically(config_of_arm(out, arm), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    write_atomically(arm_config_path(out, arm), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
-def runs_of(record: Record, out: Path) -> Iterator[StudyRun]:
-    """List the runs of a study in the order in which they start."""
-    for seed in record.seeds:
-        for arm, settings in record.arms.items():
+def study_runs(manifest: StudyManifest, out: Path) -> Iterator[StudyRun]:
+    """The runs of a study in the order in which they start."""
+    for seed in manifest.seeds:
+        for arm, settings in manifest.arms.items():
             yield StudyRun(out, arm, seed, int(settings["model"]["rollout_steps"]))

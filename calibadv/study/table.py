@@ -1,10 +1,10 @@
-"""What a user sees while a study goes on: a table that is renewed, or one line per run where there is no terminal."""
+"""Progress of a study on the console: a live table, or one line per run without a terminal."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
 
@@ -14,18 +14,18 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from calibadv.study.runner import State
+from calibadv.study.runner import StudyState
 from calibadv.study.runs import StudyRun
 
-_LOOK_SECONDS = 2.0
-# Time left is estimated from all of this call: runs come and go, and most of their steps are seen in tens.
+_REFRESH_SECONDS = 2.0
+# The time left is estimated from the whole call: shorter periods vary too much, since progress is seen at checkpoints.
 _SPEED_PERIOD = 30 * 24 * 3600.0
 
-Progresses = dict[StudyRun, tuple[int, float | None]]
+RunProgress = dict[StudyRun, tuple[int, float | None]]
 
 
-class Tables:
-    """Shows a study on a console.
+class ConsoleView:
+    """Shows the progress of a study on a console.
 
     Args:
         runs: all of the study.
@@ -47,12 +47,12 @@ class Tables:
         )
         self._task = TaskID(0)
         self._live: Live | None = None
-        self._progress: Progresses = {run: run.progress() for run in runs}
-        self._looked = 0.0
+        self._progress: RunProgress = {run: run.progress() for run in runs}
+        self._refreshed = 0.0
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the table, where there is a terminal, for as long as it is held."""
+        """Show the live table while the context is open, if there is a terminal."""
         total = sum(run.steps for run in self.runs)
         self._task = self._bar.add_task("", total=total, completed=self._done())
         if not self.console.is_terminal:
@@ -65,24 +65,24 @@ class Tables:
         with Live(console=self.console, auto_refresh=False, transient=True) as self._live:
             yield
 
-    def update(self, state: State) -> None:
-        """Renew the table."""
-        if self._live is None or time.monotonic() - self._looked < _LOOK_SECONDS:
+    def update(self, state: StudyState) -> None:
+        """Refresh the live table, at most every two seconds."""
+        if self._live is None or time.monotonic() - self._refreshed < _REFRESH_SECONDS:
             return
-        self._looked = time.monotonic()
+        self._refreshed = time.monotonic()
         self._progress |= {run: run.progress() for run in state.running}
         self._bar.update(self._task, completed=self._done())
         self._live.update(Group(arm_table(self.runs, state, self._progress), self._bar), refresh=True)
 
-    def stopping(self, state: State, at_once: bool) -> None:
-        """Say what a signal has led to, while there are runs to wait for."""
+    def stopping(self, state: StudyState, at_once: bool) -> None:
+        """Print the effect of a signal, while there are runs to wait for."""
         if state.running and state.stopped_by is not None:
             orderly = "each run finishes its step, then saves; once more to stop at once"
             text = f"{state.stopped_by.name}: {'stopped at once' if at_once else orderly}"
             self.console.print(text, soft_wrap=True)
 
-    def ended(self, run: StudyRun, state: State) -> None:
-        """Print a line for a run that has ended; a table tells as much by itself."""
+    def ended(self, run: StudyRun, state: StudyState) -> None:
+        """Print a line for a run that has ended; with a live table, for failed ones only."""
         self._progress[run] = run.progress()
         if run in state.failed:
             self.console.print(f"{run.name} failed; the others go on. See {run.log}", soft_wrap=True)
@@ -97,28 +97,33 @@ class Tables:
         return sum(min(step, run.steps) for run, (step, _) in self._progress.items())
 
 
-def arm_table(runs: Sequence[StudyRun], state: State, progress: Progresses) -> Table:
-    """Lay out how far a study is."""
+def arm_table(runs: Sequence[StudyRun], state: StudyState, progress: RunProgress) -> Table:
+    """The progress of a study, one row per arm."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
     for name in ("arm", "done", "waiting", "failed", "final F1, mean"):
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     table.add_column("running: step and last validation F1")
-    counts = {
-        name: Counter(run.arm for run in members)
-        for name, members in (("waiting", state.waiting), ("failed", state.failed), ("all", runs))
-    }
-    for arm in counts["all"]:
-        done = [run for run in state.finished if run.arm == arm]
-        scores = [f1 for f1 in (progress[run][1] for run in done) if f1 is not None]
+    for arm, total in Counter(run.arm for run in runs).items():
+        groups = (state.finished, state.waiting, state.failed, state.running)
+        finished, waiting, failed, running = (_of_arm(group, arm) for group in groups)
         table.add_row(
             arm,
-            f"{len(done)}/{counts['all'][arm]}",
-            str(counts["waiting"][arm] or ""),
-            str(counts["failed"][arm] or ""),
-            f"{fmean(scores):.3f}" if scores else "",
-            ", ".join(_running(run, *progress[run]) for run in state.running if run.arm == arm),
+            f"{len(finished)}/{total}",
+            str(len(waiting) or ""),
+            str(len(failed) or ""),
+            _mean_f1([progress[run][1] for run in finished]),
+            ", ".join(_running(run, *progress[run]) for run in running),
         )
     return table
+
+
+def _mean_f1(scores: Iterable[float | None]) -> str:
+    known = [score for score in scores if score is not None]
+    return f"{fmean(known):.3f}" if known else ""
+
+
+def _of_arm(runs: Iterable[StudyRun], arm: str) -> list[StudyRun]:
+    return [run for run in runs if run.arm == arm]
 
 
 def _running(run: StudyRun, step: int, f1: float | None) -> str:

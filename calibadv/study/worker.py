@@ -1,4 +1,4 @@
-"""The process of one run: ``python -m calibadv.study.worker OUT ARM SEED``, started by a study."""
+"""The worker process of one run: ``python -m calibadv.study.worker OUT ARM SEED``, started by a study."""
 
 from __future__ import annotations
 
@@ -14,48 +14,64 @@ from threading import Thread
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from calibadv.cli.main import main as calibadv
+from calibadv.config.logging import quiet_environment
 from calibadv.config.run_setup import STUDY_WORDS
-from calibadv.study.manifest import Record
-from calibadv.study.runs import StudyRun, runs_of
+from calibadv.config.threads import sleep_while_waiting
+from calibadv.config.user_errors import run_reporting
+from calibadv.study.manifest import StudyManifest
+from calibadv.study.runs import StudyRun, study_runs
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run or continue one run, and note when it has come to its end."""
+    """Start or continue one run, and mark it once it has ended."""
     if STUDY_WORDS in os.environ:  # Lightning starts further processes by this command, with a copy of the environment
-        return calibadv(shlex.split(os.environ[STUDY_WORDS]))
+        return _train(shlex.split(os.environ[STUDY_WORDS]))
     out, arm, seed = arguments
-    record = Record.read(Path(out))
-    assert record is not None, "the study has written it"
-    run = next(run for run in runs_of(record, Path(out)) if (run.arm, str(run.seed)) == (arm, seed))
+    manifest = StudyManifest.read(Path(out))
+    assert manifest is not None, "the study writes it before it starts workers"
+    run = next(run for run in study_runs(manifest, Path(out)) if (run.arm, str(run.seed)) == (arm, seed))
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    Thread(target=_end_with_the_study, daemon=True).start()
-    with _alone(run, console):
+    Thread(target=_stop_with_parent, daemon=True).start()
+    with _lock_run(run, console):
         if run.finished:  # by the process that this one has waited for
             return 0
         try:
-            record.check_unchanged()
+            manifest.check_unchanged()
         except ValueError as error:
             console.print(f"not started: {error}")
             return 1
-        words = run.words
-        os.environ[STUDY_WORDS] = shlex.join(words)
+        fit_arguments = run.fit_arguments
+        os.environ[STUDY_WORDS] = shlex.join(fit_arguments)
         console.print(f"calibadv {os.environ[STUDY_WORDS]}")
-        status = calibadv(words)
+        status = _train(fit_arguments)
         if status == 0:
             run.mark_finished()
         return status
 
 
-def _end_with_the_study() -> None:
-    """Stop in an orderly way when the study is gone, killed perhaps: nobody would wait for this run any more."""
-    while os.read(sys.stdin.fileno(), 1):  # a pipe, into which nothing is written; it ends with the study
+def _train(words: Sequence[str]) -> int:
+    """Run the command line ``calibadv fit ...``."""
+    quiet_environment()
+    sleep_while_waiting()
+    verb, *arguments = words
+
+    def command() -> int:
+        from calibadv.config.verbs import run_verb
+
+        return run_verb(verb, arguments)
+
+    return run_reporting(command)
+
+
+def _stop_with_parent() -> None:
+    """Stop gracefully once the study's process has ended or was killed."""
+    while os.read(sys.stdin.fileno(), 1):  # a pipe into which nothing is written; it closes with the study
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _alone(run: StudyRun, console: Console) -> AbstractContextManager[object]:
-    """The lock of a run. A process that a killed study has left still finishes its step, and saves."""
+def _lock_run(run: StudyRun, console: Console) -> AbstractContextManager[object]:
+    """Wait for the lock of a run: the worker of a killed study still finishes its step, and saves."""
     lock = FileLock(run.lock)
     try:
         return lock.acquire(timeout=0)

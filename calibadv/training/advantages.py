@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from calibadv.batch import RolloutBatch
-from calibadv.errors import UserError, shown
-from calibadv.interfaces import AdvantageEstimator, Calibrator
-from calibadv.training.contracts import checked_pair
+from calibadv.errors import UserError, is_number, shown
+from calibadv.interfaces import AdvantageEstimator, Calibrator, PolicyLoss, Regularizer
 from calibadv.types import Metrics
 
 
@@ -21,6 +20,7 @@ def compute_advantages(
     """Estimate advantages and apply calibrators in order; without any, this is plain GRPO."""
     estimated = calibrated = checked_advantages(estimator.estimate(batch), batch, estimator)
     metrics: Metrics = {}
+    metrics |= estimator.metrics(batch)
     for calibrator in calibrators:
         calibrated, more = checked_pair(calibrator.calibrate(batch, calibrated), calibrator)
         calibrated = checked_advantages(calibrated, batch, calibrator)
@@ -48,3 +48,14 @@ def checked_advantages(advantages: Any, batch: RolloutBatch, part: AdvantageEsti
             f"{name} returned advantages other than 0 for {outside} tokens outside of batch.loss_mask; multiply by it"
         )
     return advantages
+
+
+def checked_pair(returned: Any, part: Calibrator | PolicyLoss | Regularizer) -> tuple[Any, Metrics]:
+    """See that a part returned something and metrics."""
+    name = type(part).__name__
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
+        raise UserError(f"{name} returned {shown(returned)}; it returns a tensor and a dictionary of metrics")
+    for metric, value in returned[1].items():
+        if not is_number(value):
+            raise UserError(f"{name} reported {shown(value)} as '{metric}'; a metric is a number, as of .item()")
+    return returned

@@ -1,67 +1,54 @@
-"""Log-probabilities of a rollout batch before and during its update."""
+"""Log-probabilities of a rollout batch, before and during its update."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from calibadv.batch import RolloutBatch
-from calibadv.distributed import ALONE, Processes
-from calibadv.interfaces import LossInputs
+from calibadv.batch import LossInputs, RolloutBatch
+from calibadv.distributed import SINGLE_PROCESS, ProcessGroup
 from calibadv.policy.logprobs import forward_logprobs
-from calibadv.training.minibatches import deal_micro_batches
+from calibadv.policy.reference import Reference
+from calibadv.training.minibatches import LossNormalizer, partition_micro_batches
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLogprobs:
-    """What the trainer's own model says of a rollout batch before it is updated on it.
+    """Log-probabilities of a rollout batch by the trainer's model, before its update.
 
     Attributes:
-        policy: [B, T] log-probabilities of the tokens, 0 outside the loss mask.
-        entropy: [B, T] entropy of the full softmax that each token was drawn from, 0 outside the loss mask.
+        logprobs: [B, T] of the tokens, 0 outside the loss mask.
+        entropy: [B, T] of the full softmax that each token was drawn from, 0 outside the loss mask.
         reference: [B, T] log-probabilities of the reference, or None.
     """
 
-    policy: Tensor
+    logprobs: Tensor
     entropy: Tensor
     reference: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class ReadyBatch:
-    """A rollout batch that is ready for the update.
+class UpdateBatch:
+    """A rollout batch with everything that its update needs.
 
     Attributes:
         batch: B rollouts.
-        advantages: [B, T] after calibration.
-        before: log-probabilities that the ratio and the KL compare with.
+        estimated: [B, T] advantages of the estimator.
+        advantages: [B, T] advantages after calibration.
+        old: log-probabilities that the ratio and the KL compare with.
     """
 
     batch: RolloutBatch
+    estimated: Tensor
     advantages: Tensor
-    before: BatchLogprobs
+    old: BatchLogprobs
 
-
-@dataclass(frozen=True, slots=True)
-class MiniBatchSize:
-    """What the sums of a mini-batch are divided by, over all processes.
-
-    Attributes:
-        tokens: that are trained, those without advantage included.
-        rollouts: with at least one of them.
-    """
-
-    tokens: float
-    rollouts: int
-
-    @staticmethod
-    def of(batch: RolloutBatch, rows: Sequence[int]) -> MiniBatchSize:
-        """Count."""
-        trained: list[int] = batch.loss_mask[rows].sum(dim=1).tolist()
-        return MiniBatchSize(float(sum(trained)), sum(tokens > 0 for tokens in trained))
+    def with_engine_logprobs(self) -> UpdateBatch:
+        """Return the same update with the engine's log-probabilities as the old ones."""
+        return replace(self, old=replace(self.old, logprobs=self.batch.sampled_logprobs))
 
 
 def compute_logprobs(
@@ -69,40 +56,75 @@ def compute_logprobs(
     batch: RolloutBatch,
     token_budget: int,
     temperature: float,
-    processes: Processes = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> BatchLogprobs:
-    """Log-probabilities and entropies of all trained tokens, without gradient."""
+    """Compute log-probabilities and entropies of all trained tokens, without gradient.
+
+    Args:
+        model: the policy, or its reference.
+        batch: B rollouts.
+        token_budget: the most tokens, padding included, of one forward pass.
+        temperature: sampling temperature; logits are divided by it.
+        processes: the ranks that share the work.
+
+    Returns:
+        Two tensors [B, T], equal on all ranks.
+    """
     logprobs = torch.zeros_like(batch.sampled_logprobs)
     entropies = torch.zeros_like(batch.sampled_logprobs)
     with torch.no_grad():
-        for rows, counts in deal_micro_batches(batch, range(len(batch.rollouts)), token_budget, processes):
+        for rows, is_padding in partition_micro_batches(batch, range(len(batch.rollouts)), token_budget, processes):
             found = forward_logprobs(model, batch, rows, temperature)
-            if counts:
-                places = _places(batch, rows)
-                logprobs[places], entropies[places] = found
-    return BatchLogprobs(processes.add_up(logprobs), processes.add_up(entropies))
+            if not is_padding:
+                index = _trained_tokens(batch, rows)
+                logprobs[index], entropies[index] = found
+    return BatchLogprobs(processes.all_reduce_sum(logprobs), processes.all_reduce_sum(entropies))
+
+
+def compute_old_logprobs(
+    model: nn.Module,
+    reference: Reference | None,
+    batch: RolloutBatch,
+    token_budget: int,
+    temperature: float,
+    processes: ProcessGroup,
+) -> BatchLogprobs:
+    """Compute the log-probabilities of the policy before the update and, if there is one, of the reference."""
+    old = compute_logprobs(model, batch, token_budget, temperature, processes)
+    if reference is None:
+        return old
+    with reference.model(model) as frozen:
+        return replace(old, reference=compute_logprobs(frozen, batch, token_budget, temperature, processes).logprobs)
 
 
 def loss_inputs(
-    model: nn.Module, ready: ReadyBatch, rows: Sequence[int], temperature: float, size: MiniBatchSize
+    model: nn.Module, update: UpdateBatch, rows: Sequence[int], temperature: float, normalizer: LossNormalizer
 ) -> LossInputs:
-    """Run the policy over one micro-batch, with gradient, and put together what the loss looks at."""
-    logprobs, _ = forward_logprobs(model, ready.batch, rows, temperature)
-    places = _places(ready.batch, rows)
-    reference = ready.before.reference
+    """Run the policy over one micro-batch and return what a loss looks at: its N trained tokens, flattened.
+
+    Args:
+        model: the policy.
+        update: the rollout batch with advantages and old log-probabilities.
+        rows: the micro-batch.
+        temperature: sampling temperature.
+        normalizer: denominators of the whole mini-batch.
+    """
+    logprobs, _ = forward_logprobs(model, update.batch, rows, temperature)
+    index = _trained_tokens(update.batch, rows)
+    reference = update.old.reference
     return LossInputs(
         logprobs=logprobs,
-        old_logprobs=ready.before.policy[places],
-        reference_logprobs=None if reference is None else reference[places],
-        advantages=ready.advantages[places],
-        denominator=size.tokens,
-        rollout_ids=places[0],
-        turn_ids=ready.batch.turn_ids[places],
-        num_rollouts=size.rollouts,
+        old_logprobs=update.old.logprobs[index],
+        reference_logprobs=None if reference is None else reference[index],
+        advantages=update.advantages[index],
+        denominator=normalizer.tokens,
+        rollout_ids=index[0],
+        turn_ids=update.batch.turn_ids[index],
+        num_rollouts=normalizer.rollouts,
     )
 
 
-def _places(batch: RolloutBatch, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _trained_tokens(batch: RolloutBatch, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Indices (row, token) of the trained tokens of some rows, in the order of ``forward_logprobs``."""
     within, columns = batch.loss_mask[rows].nonzero(as_tuple=True)
     return torch.as_tensor(rows, device=within.device)[within], columns

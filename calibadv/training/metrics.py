@@ -5,17 +5,19 @@ A curve without anything to average over in a batch is left out for that step, n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from torch import Tensor
 
 from calibadv.batch import RolloutBatch, answer_mask, group_rollouts
-from calibadv.numerics.credit import negative_search_turns
+from calibadv.numerics.credit import penalized_search_turns
 from calibadv.numerics.logprobs import message_perplexities
 from calibadv.numerics.masked import turn_means
 from calibadv.rewards.answer import f1
-from calibadv.rewards.evidence import silver_documents, true_step_correctness
+from calibadv.rewards.evidence import true_step_correctness
 from calibadv.training.logprobs import BatchLogprobs
 from calibadv.types import Metrics, Rollout, RolloutStatus
 
@@ -84,14 +86,10 @@ def advantage_metrics(batch: RolloutBatch, advantages: Tensor, stage: str) -> Me
 
 
 def group_metrics(batch: RolloutBatch) -> Metrics:
-    """What the groups offer to learn from, over the groups that are trained."""
-    included = batch.included.tolist()
-    groups = [
-        [batch.rollouts[row] for row in rows if included[row]]
-        for rows in group_rollouts(batch.rollouts)
-        if any(included[row] for row in rows)
-    ]
-    sizes = [len(silver_documents(group)) for group in groups]
+    """Silver documents of the groups that are trained, and how many have equal rewards."""
+    rollouts = [batch.rollouts[row] for row in batch.included.nonzero().flatten().tolist()]
+    groups = [[rollouts[row] for row in rows] for rows in group_rollouts(rollouts)]
+    sizes = [len(group[0].silver) for group in groups]
     return _without_empty(
         {
             "credit/silver_size": sizes,
@@ -102,32 +100,30 @@ def group_metrics(batch: RolloutBatch) -> Metrics:
 
 
 def credit_metrics(batch: RolloutBatch, estimated: Tensor) -> Metrics:
-    """How often searches find evidence, and are punished nevertheless."""
+    """Mean step correctness, and how many of the penalized searches had found evidence."""
     per_turn = turn_means(estimated, batch.turn_ids, batch.step_correctness.shape[1])
-    punished = negative_search_turns(per_turn, batch.answer_turn.cpu()).numpy()
-    trained: list[float] = []
+    penalized = penalized_search_turns(per_turn, batch.answer_turn.cpu()).numpy()
+    found: list[float] = []
     silver: list[bool] = []
     gold: list[bool] = []
-    gains: list[float] = []
-    turn_gains = None if batch.turn_gains is None else batch.turn_gains.tolist()
     for row in np.flatnonzero(batch.included.numpy(force=True)):
-        rollout = batch.rollouts[row]
-        mask = punished[row, : len(rollout.step_correctness)]
-        trained.extend(rollout.step_correctness)
-        if turn_gains is not None:
-            gains.extend(turn_gains[row][: len(rollout.step_correctness)])
-        silver.extend(np.asarray(rollout.step_correctness)[mask] > 0)
-        truth = true_step_correctness(rollout) if mask.any() else None
-        if truth is not None:
-            gold.extend(np.asarray(truth)[mask] > 0)
+        rollout, negative = batch.rollouts[row], penalized[row]
+        found.extend(value for value in rollout.step_correctness if value is not None)
+        silver.extend(_correct(rollout.step_correctness, negative))
+        if negative.any():
+            gold.extend(_correct(true_step_correctness(rollout) or (), negative))
     return _without_empty(
         {
-            "credit/step_correctness": trained,
+            "credit/step_correctness": found,
             "credit/mispenalised": silver,
             "credit/true_mispenalised": gold,
-            "credit/turn_gain": gains,
         }
     )
+
+
+def _correct(correctness: Sequence[float | None], chosen: Sequence[bool]) -> list[bool]:
+    """Whether each chosen search turn that finds documents found some that count."""
+    return [value > 0 for value, is_chosen in zip(correctness, chosen, strict=False) if is_chosen and value is not None]
 
 
 def evaluation_metrics(rollouts: Sequence[Rollout]) -> Metrics:
@@ -178,22 +174,40 @@ def speed_metrics(batch: RolloutBatch, seconds: dict[str, float]) -> Metrics:
     }
 
 
-def stability_metrics(batch: RolloutBatch, before: BatchLogprobs, garbled_perplexity: float) -> Metrics:
+def stability_metrics(batch: RolloutBatch, old: BatchLogprobs, garbled_perplexity: float) -> Metrics:
     """Curves that tell whether training is stable, read off the policy before the update."""
     mask = batch.loss_mask
     if not mask.any():
         return {}
-    logprobs = before.policy[mask]
+    logprobs = old.logprobs[mask]
     drift = (batch.sampled_logprobs[mask] - logprobs).abs()
-    perplexities = message_perplexities(before.policy, batch.turn_ids, mask)
+    perplexities = message_perplexities(old.logprobs, batch.turn_ids, mask)
     garbled = (perplexities > garbled_perplexity).any(dim=1)  # nan is not larger
     judged = perplexities[~perplexities.isnan()]
     metrics = {} if judged.numel() == 0 else {"stability/perplexity_max": judged.max().item()}
     return {
         **metrics,
-        "stability/entropy": before.entropy[mask].mean().item(),
+        "stability/entropy": old.entropy[mask].mean().item(),
         "stability/perplexity": (-logprobs.mean()).exp().item(),
         "stability/garbled": garbled[mask.any(dim=1)].float().mean().item(),
         "stability/sampler_drift_mean": drift.mean().item(),
         "stability/sampler_drift_max": drift.max().item(),
     }
+
+
+class Stopwatch:
+    """Collects seconds by stage.
+
+    Attributes:
+        seconds: wall time of each stage, all its measurements so far added up.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Measure what runs inside."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

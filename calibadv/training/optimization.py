@@ -1,214 +1,171 @@
-"""Optimizer steps: the learning rate, and the passes over a rollout batch."""
+"""Optimizer steps: the clipped gradient, steps that are skipped, and the metrics of an update."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from calibadv.distributed import ALONE, Processes, drop_gathered, whole
-from calibadv.errors import UserError
-from calibadv.training.importance_sampling import truncated_weights
-from calibadv.training.logprobs import MiniBatchSize, ReadyBatch, loss_inputs
-from calibadv.training.minibatches import deal_micro_batches, mini_batches
-from calibadv.training.nonfinite import MOST_IN_A_ROW, NonFiniteStepError, SkippedSteps
-from calibadv.training.objective import Objective
-from calibadv.training.schedule import LearningRate
+from calibadv.distributed import ProcessGroup, full_tensor, reshard
+from calibadv.errors import UserError, one_line
+from calibadv.training.logprobs import UpdateBatch
+from calibadv.training.minibatches import MicroBatch, MiniBatch
 from calibadv.types import Metrics
 
 log = logging.getLogger(__name__)
 
-
-@dataclass
-class SamplerCorrection:
-    """Weigh tokens by the trainer's over the engine's probability, cut at a cap: their numerics may differ."""
-
-    level: Literal["token", "sequence"] = "token"
-    """One weight per token, or one per rollout."""
-    cap: float = 2.0
-    """The largest weight."""
-
-    def __post_init__(self) -> None:
-        """Check the cap."""
-        if self.cap < 1:
-            raise UserError(f"model.sampler_correction.cap is {self.cap}; it must be at least 1")
-
-    def apply(self, ready: ReadyBatch) -> tuple[ReadyBatch, Metrics]:
-        """Weigh the advantages: a surrogate that is a multiple of them is weighed as a whole."""
-        mask = ready.batch.loss_mask
-        if not mask.any():
-            return ready, {}
-        weights = truncated_weights(ready.before.policy, ready.batch.sampled_logprobs, mask, self.level, self.cap)
-        metrics = {
-            "stability/sampler_weight": weights[mask].mean().item(),
-            "stability/sampler_weight_cut": (weights[mask] == self.cap).float().mean().item(),
-        }
-        return replace(ready, advantages=ready.advantages * weights), metrics
+MAX_SKIPPED_IN_A_ROW = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Trainee:
-    """What is trained, and how gradients come to be.
-
-    Attributes:
-        model: the policy.
-        optimizer: of ``Learner.make_optimizer``.
-        backward: computes gradients of a loss; Lightning's ``manual_backward`` in training. It is told whether this is
-            the last backward pass of a mini-batch, after which processes add their gradients up.
-        processes: those that train together.
-        skipped: counts optimizer steps that are left out; one for the whole run.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    backward: Callable[[Tensor, bool], None]
-    processes: Processes = ALONE
-    skipped: SkippedSteps = field(default_factory=SkippedSteps)
-
-
-@dataclass(frozen=True, slots=True)
-class Learner:
-    """One pass of optimizer steps over a rollout batch; the parameters are those of SearchAgentModule."""
-
-    objective: Objective
-    learning_rate: LearningRate
-    betas: tuple[float, float]
-    weight_decay: float
-    clip_norm: float
-    mini_batches: int
-    micro_batch_tokens: int
-    temperature: float
-    old_logprobs: Literal["trainer", "engine"]
-    sampler_correction: SamplerCorrection | None
-    skip_tied: bool
-    seed: int
-
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        at_least = {
-            "mini_batches": (self.mini_batches, 1),
-            "micro_batch_tokens": (self.micro_batch_tokens, 1),
-            "warmup_steps": (self.learning_rate.warmup_steps, 0),
-            "kl_coef": (self.objective.kl_coef, 0),
-            "learning_rate": (self.learning_rate.peak, 0),
-            "weight_decay": (self.weight_decay, 0),
-            "clip_norm": (self.clip_norm, 0),
-        }
-        for name, (value, bound) in at_least.items():
-            check_at_least(name, value, bound)
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"model.betas are {self.betas}; both must be at least 0 and below 1")
-        if self.temperature <= 0:
-            raise UserError(
-                f"model.temperature is {self.temperature}; it must be above 0 (validation is greedy anyway)"
-            )
-        if self.old_logprobs == "engine" and self.sampler_correction is not None:
-            raise UserError(
-                "model.sampler_correction is set and model.old_logprobs is engine, whose ratio holds that correction "
-                "already; leave one of them out"
-            )
-        self.objective.check(self.mini_batches, self.old_logprobs)
-
-    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Make AdamW over the parameters that are trained."""
-        return torch.optim.AdamW(
-            _trained(model), lr=self.learning_rate.peak, betas=self.betas, weight_decay=self.weight_decay
-        )
-
-    def update(self, trainee: Trainee, ready: ReadyBatch, step: int) -> Metrics:
-        """Make one optimizer step per mini-batch, but for those whose gradient is not finite."""
-        correction: Metrics = {}
-        if self.sampler_correction is not None:
-            ready, correction = self.sampler_correction.apply(ready)
-        if self.old_logprobs == "engine":
-            ready = replace(ready, before=replace(ready.before, policy=ready.batch.sampled_logprobs))
-        rate = self.learning_rate.at(step)
-        for group in trainee.optimizer.param_groups:
-            group["lr"] = rate
-        tied, skipped = 0, 0
-        updates: list[Metrics] = []
-        blocks = mini_batches(ready.batch, self.mini_batches, self.seed, step)
-        for number, rows in enumerate(blocks, 1):
-            is_tied = not bool(ready.advantages[rows].any())
-            tied += is_tied
-            if not (is_tied and self.skip_tied) or self.objective.acts_without_advantage:
-                metrics = self.accumulate(trainee, ready, rows)
-                norm = metrics["grad_norm"]
-                if make_step(trainee, norm, f"rollout step {step}, mini-batch {number} of {len(blocks)}"):
-                    updates.append(metrics)
-                    continue
-                skipped += 1
-                if trainee.skipped.in_a_row >= MOST_IN_A_ROW:
-                    raise NonFiniteStepError(ready, rows, norm)
-        counts = {"stability/skipped_updates": float(skipped)} if skipped else {}
-        counts["credit/tied_updates"] = float(tied)
-        return {"update/learning_rate": rate, **counts, **correction, **_summarise(updates)}
-
-    def accumulate(self, trainee: Trainee, ready: ReadyBatch, rows: Sequence[int]) -> Metrics:
-        """Compute the clipped gradient of one mini-batch."""
-        trainee.optimizer.zero_grad()
-        size = MiniBatchSize.of(ready.batch, rows)
-        moving, still = (
-            deal_micro_batches(ready.batch, some, self.micro_batch_tokens, trainee.processes)
-            for some in self.objective.split(ready, rows)
-        )
-        total: Metrics = {}
-        for place, (part, counts) in enumerate([*moving, *still]):
-            moves = place < len(moving)
-            with torch.set_grad_enabled(moves):
-                inputs = loss_inputs(trainee.model, ready, part, self.temperature, size)
-                loss, metrics = self.objective.compute(inputs)
-            if moves:
-                # Processes take the mean of their gradients, where ours are parts of one sum.
-                trainee.backward(loss * (trainee.processes.size if counts else 0.0), place == len(moving) - 1)
-            for name, value in metrics.items():
-                total[name] = total.get(name, 0.0) + value * counts
-        drop_gathered(trainee.model)
-        norm = torch.nn.utils.clip_grad_norm_(_trained(trainee.model), self.clip_norm or math.inf)
-        return {**trainee.processes.total(total), "grad_norm": whole(norm).item()}
-
-
-def make_step(trainee: Trainee, norm: float, where: str) -> bool:
-    """Make an optimizer step, unless its gradient is not finite: one such step would make all parameters NaN."""
-    if not trainee.processes.any(not math.isfinite(norm)):
-        trainee.optimizer.step()
-        trainee.skipped.in_a_row = 0
-        return True
-    trainee.optimizer.zero_grad()
-    trainee.skipped.in_a_row += 1
-    if trainee.processes.rank == 0:
-        log.warning(
-            "%s: the norm of the gradient is %s; no optimizer step is made (%d in a row, at %d the run stops)",
-            *(where, norm, trainee.skipped.in_a_row, MOST_IN_A_ROW),
-        )
-    return False
-
-
-def check_at_least(name: str, value: float, bound: float) -> None:
-    """Refuse a setting of the model section that is too small."""
-    if value < bound:
-        raise UserError(f"model.{name} is {value}; it must be at least {bound}")
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that an optimizer changes: all, or those of the adapters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _summarise(updates: list[Metrics]) -> Metrics:
-    """Means over mini-batches; of the KL to the policy before the update, the last, where it is largest."""
-    if not updates:
-        return {}
-    values: dict[str, list[float]] = {}
-    for update in updates:
-        for name, value in update.items():
-            values.setdefault(name, []).append(value)
-    metrics = {f"stability/{name}": sum(column) / len(column) for name, column in values.items()}
-    metrics["update/loss"] = metrics.pop("stability/loss")
-    metrics["stability/kl_old"] = values["kl_old"][-1]
-    metrics["stability/grad_norm_max"] = max(values["grad_norm"])
-    return metrics
+def clip_gradient(model: nn.Module, max_norm: float) -> float:
+    """Scale the gradient down to a norm, 0 for none, and return its norm before; sharded gradients included."""
+    reshard(model)
+    return float(full_tensor(nn.utils.clip_grad_norm_(trained_parameters(model), max_norm or math.inf)).item())
+
+
+@dataclass(slots=True)
+class UpdateMetrics:
+    """Metrics of the optimizer steps of one rollout step.
+
+    Attributes:
+        processes: the ranks that train together.
+        learning_rate: that of the rollout step.
+        updates: metrics of each optimizer step that was made.
+        without_advantage: mini-batches whose advantages are all 0.
+        skipped: mini-batches whose gradient was not finite.
+    """
+
+    processes: ProcessGroup
+    learning_rate: float
+    updates: list[Metrics] = field(default_factory=list)
+    without_advantage: int = 0
+    skipped: int = 0
+    _sums: Metrics = field(default_factory=dict)
+
+    def add(self, metrics: Metrics, micro_batch: MicroBatch) -> None:
+        """Add the metrics of one micro-batch to those of its mini-batch."""
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value * (not micro_batch.is_padding)
+
+    def close(self, norm: float, stepped: bool) -> None:
+        """End a mini-batch: sum its metrics over the ranks, and count it."""
+        total, self._sums = self.processes.all_reduce_metrics(self._sums), {}
+        if stepped:
+            self.updates.append({**total, "grad_norm": norm})
+        else:
+            self.skipped += 1
+
+    def summary(self) -> Metrics:
+        """Return the means over the mini-batches; of the KL to the policy before the update, the last and largest."""
+        counts = {"stability/skipped_updates": float(self.skipped)} if self.skipped else {}
+        counts |= {"credit/tied_updates": float(self.without_advantage), "update/learning_rate": self.learning_rate}
+        if not self.updates:
+            return counts
+        columns: dict[str, list[float]] = {}
+        for update in self.updates:
+            for name, value in update.items():
+                columns.setdefault(name, []).append(value)
+        metrics = {f"stability/{name}": sum(column) / len(column) for name, column in columns.items()}
+        metrics["update/loss"] = metrics.pop("stability/loss")
+        metrics["stability/kl_old"] = columns["kl_old"][-1]
+        metrics["stability/grad_norm_max"] = max(columns["grad_norm"])
+        return {**counts, **metrics}
+
+
+@dataclass(slots=True)
+class FiniteSteps:
+    """Optimizer steps, except those whose gradient is not finite: one of them would make all parameters NaN.
+
+    Attributes:
+        skipped_in_a_row: steps skipped since the last one that was made, over rollout steps and resumes.
+    """
+
+    skipped_in_a_row: int = 0
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        norm: float,
+        update: UpdateBatch,
+        mini_batch: MiniBatch,
+        dump: Path,
+        processes: ProcessGroup,
+    ) -> bool:
+        """Make an optimizer step, unless the gradient is not finite on some rank."""
+        if not processes.all_reduce_max(not math.isfinite(norm)):
+            optimizer.step()
+            self.skipped_in_a_row = 0
+            return True
+        optimizer.zero_grad()
+        self.skipped_in_a_row += 1
+        if processes.rank == 0:
+            log.warning(
+                "%s: the norm of the gradient is %s; no optimizer step is made (%d in a row, at %d the run stops)",
+                *(mini_batch.name, norm, self.skipped_in_a_row, MAX_SKIPPED_IN_A_ROW),
+            )
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            # All wait for the file: a rank that ends sooner would end the first one too.
+            told = processes.gather(_dump(update, mini_batch.rows, norm, dump) if processes.rank == 0 else "")[0]
+            raise UserError(
+                f"{mini_batch.name}: the gradient of {MAX_SKIPPED_IN_A_ROW} mini-batches in a row was not finite (the "
+                f"last norm is {norm}); the last of them {told}: look at it, and resume with a lower "
+                f"model.learning_rate (now {optimizer.param_groups[0]['lr']})"
+            )
+        return False
+
+
+def _dump(update: UpdateBatch, rows: list[int], norm: float, path: Path) -> str:
+    """Write a mini-batch to a file and say where it is; a disk that is full as well is not why the run stops."""
+    batch, old = update.batch, update.old
+    columns = {
+        "token_ids": batch.token_ids,
+        "attention_mask": batch.attention_mask,
+        "loss_mask": batch.loss_mask,
+        "turn_ids": batch.turn_ids,
+        "advantages": update.advantages,
+        "old_logprobs": old.logprobs,
+        **({} if old.reference is None else {"reference_logprobs": old.reference}),
+    }
+    rollouts = [batch.rollouts[row] for row in rows]
+    content = {
+        "question_ids": [rollout.question.id for rollout in rollouts],
+        "samples": [rollout.sample for rollout in rollouts],
+        "grad_norm": norm,
+        **{name: tensor[rows].cpu() for name, tensor in columns.items()},
+    }
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        torch.save(content, partial)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the second
+        return f"could not be written to '{path}' ({one_line(error)})"
+    finally:
+        partial.unlink(missing_ok=True)
+    return f"lies in '{path}'"
+
+
+def find_non_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    """Return the name of a parameter or moment that is not finite, None if all are; of shards, this rank's."""
+    for name, parameter in model.named_parameters():
+        if not _is_finite(parameter):
+            return name
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and not _is_finite(value):
+                return f"{key} of {name}"
+    return None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    values = tensor.detach()
+    return bool((values.to_local() if isinstance(values, DTensor) else values).isfinite().all())

@@ -1,63 +1,148 @@
-"""Replacing the groups that a filter drops, until a batch is full or there were enough tries."""
+"""Sampling of scored groups: on all ranks, and again in the place of groups that a filter drops (dynamic sampling)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from calibadv.errors import UserError, shown
-from calibadv.interfaces import AdvantageEstimator, GroupFilter
-from calibadv.types import Metrics, Question, Rollout
+from calibadv.agent.episode import Agent
+from calibadv.agent.patience import Waiting
+from calibadv.agent.rollout import Draws, count_searches, run_rollouts
+from calibadv.distributed import Attempt, ProcessGroup, raising_together
+from calibadv.errors import RetrievalError, UserError, shown
+from calibadv.interfaces import GroupFilter, Reward
+from calibadv.policy.policy import Policy
+from calibadv.rewards.evidence import credit_rollouts
+from calibadv.rewards.scoring import score_rollouts
+from calibadv.training.metrics import Stopwatch
+from calibadv.types import Group, Metrics, Question, Rollout, RolloutStatus
 
-Group = list[Rollout]
+# A retriever that fails this often is down; going on would train on what is left by chance.
+_MAX_FAILED_SHARE = 0.5
 
 
-def check_filter(group_filter: GroupFilter | None, estimator: AdvantageEstimator, group_size: int) -> None:
-    """Refuse a filter that would drop what the method learns from, or everything."""
+@dataclass(slots=True)
+class RolloutSampler:
+    """Samples and scores rollouts with the policy as it is now.
+
+    Attributes:
+        agent: engine, environment, protocol and tokenizer.
+        policy: model and tokenizer that the engine follows.
+        reward: scores answers.
+        engine_is_stale: whether the policy has changed since the engine was synchronized.
+    """
+
+    agent: Agent
+    policy: Policy
+    reward: Reward
+    engine_is_stale: bool = True
+
+    def sample_groups(
+        self,
+        questions: Sequence[Question],
+        draws: Draws,
+        processes: ProcessGroup,
+        waiting: Waiting | None = None,
+        timer: Stopwatch | None = None,
+        credit: bool = True,
+    ) -> list[Group]:
+        """Sample and score the groups of some questions; each rank its own, then all ranks hold all of them."""
+        timer = timer or Stopwatch()
+        own = processes.attempt(partial(self._sample, questions, draws, processes, waiting, timer, credit))
+        with timer.measure("evidence"):
+            rollouts = own.result or []
+            groups = [rollouts[start : start + draws.samples] for start in range(0, len(rollouts), draws.samples)]
+            owners = processes.assign_ranks([question.id for question in questions])
+            return processes.all_gather_in_order(Attempt(groups, own.error), owners)
+
+    def _sample(
+        self,
+        questions: Sequence[Question],
+        draws: Draws,
+        processes: ProcessGroup,
+        waiting: Waiting | None,
+        timer: Stopwatch,
+        credit: bool,
+    ) -> list[Rollout]:
+        with timer.measure("rollout"):
+            if self.engine_is_stale:
+                self.agent.engine.sync(self.policy)
+                self.engine_is_stale = False
+            rollouts = run_rollouts(questions, self.agent, draws, processes, waiting)
+        with timer.measure("evidence"):
+            scored = score_rollouts(rollouts, self.reward)
+            return credit_rollouts(scored) if credit else scored
+
+
+def collect_groups(
+    questions: Sequence[Question],
+    sample: Callable[[Sequence[Question]], list[Group]],
+    group_filter: GroupFilter | None,
+    replacements: Iterator[Question],
+    step: int,
+) -> tuple[list[Group], Metrics]:
+    """Sample the groups of a rollout step, and replace those that the filter drops."""
+    sampled: list[Group] = []
+
+    def sample_checked(asked: Sequence[Question]) -> list[Group]:
+        groups = sample(asked)
+        sampled.extend(groups)
+        with raising_together():
+            check_searches(sampled, step)  # all of the step: a few alone say little of the retriever
+        return groups
+
+    groups = sample_checked(questions)
     if group_filter is None:
-        return
-    name = type(group_filter).__name__
-    if group_size == 1:
-        raise UserError(f"model.group_size is 1, and {name} compares the rollouts of a group; give at least 2")
-    if estimator.learns_from_ties:
-        raise UserError(
-            f"{type(estimator).__name__} also learns from groups whose rewards are equal, as their searches differ, "
-            f"and {name} would drop these; use one of the two"
-        )
+        return groups, {}
+    return refill(groups, group_filter, replacements, sample_checked)
 
 
 def refill(
     groups: Sequence[Group],
     group_filter: GroupFilter,
-    spares: Iterator[Question],
-    ask: Callable[[list[Question]], Sequence[Group]],
+    replacements: Iterator[Question],
+    sample: Callable[[list[Question]], Sequence[Group]],
 ) -> tuple[list[Group], Metrics]:
-    """Put other groups in the place of those that the filter drops."""
+    """Replace the groups that a filter drops, until the batch is full or there were enough tries."""
     filled = list(groups)
 
     def keeps(group: Group) -> bool:
         return checked_verdict(group_filter.keep(group), group_filter, group[0].question.id)
 
-    dropped = [place for place, group in enumerate(groups) if not keeps(group)]
+    dropped = [index for index, group in enumerate(groups) if not keeps(group)]
     asked = len(groups)
     for _ in range(group_filter.max_tries):
-        questions = list(islice(spares, len(dropped)))
+        questions = list(islice(replacements, len(dropped)))
         if not questions:
             break
         asked += len(questions)
-        for group in filter(keeps, ask(questions)):
+        for group in filter(keeps, sample(questions)):
             filled[dropped.pop(0)] = group
     return filled, {"filter/asked": float(asked), "filter/unreplaced": float(len(dropped))}
 
 
 def checked_verdict(verdict: Any, group_filter: GroupFilter, question_id: str) -> bool:
-    """See that a filter said yes or no."""
+    """Return the verdict of a filter on a group, if it is one."""
     if not isinstance(verdict, (bool, np.bool_)):
         raise UserError(
             f"{type(group_filter).__name__} returned {shown(verdict)} for the group of question '{question_id}'; "
             "keep returns True or False"
         )
     return bool(verdict)
+
+
+def check_searches(groups: Sequence[Sequence[Rollout]], step: int) -> None:
+    """Refuse to go on when the retriever is down: more than half of the searches of a step failed."""
+    rollouts = [rollout for group in groups for rollout in group]
+    failed = sum(rollout.status is RolloutStatus.SEARCH_FAILED for rollout in rollouts)
+    made = sum(map(count_searches, rollouts))
+    if failed > _MAX_FAILED_SHARE * made:
+        raise RetrievalError(
+            f"{failed} of {made} searches of step {step} failed (limit: half of them); see the warnings above, and "
+            "bring the retriever back before you resume"
+        )

@@ -1,4 +1,4 @@
-"""What ``calibadv world`` does: export the embedded world's files, or make the tiny policy again from nothing."""
+"""The commands of ``calibadv world``: export the embedded world's files, or train the tiny policy from scratch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from calibadv.world.world import build_world
 
 
 def export(out: Path, seed: int = 0) -> None:
-    """Write a synthetic world as files: corpus.jsonl, train.jsonl, validation.jsonl and test.jsonl."""
+    """Write a synthetic world as files: corpus.jsonl, train.jsonl, validation.jsonl and test.jsonl.
+
+    Args:
+        out: Folder to write; it must be empty or not there.
+        seed: Of the world. 0 is the world that configs call 'embedded'.
+
+    Raises:
+        UserError: the folder holds something.
+    """
     check_empty(out)
     world = build_world(seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -24,7 +32,17 @@ def export(out: Path, seed: int = 0) -> None:
 
 
 def policy(out: Path, seed: int = 0, clean_steps: int = 250, noisy_steps: int = 400) -> None:
-    """Make the tiny policy from nothing, in about two minutes on two cores: supervised on scripted demonstrations."""
+    """Make the tiny policy from nothing, in about two minutes on two cores: supervised on scripted demonstrations.
+
+    Args:
+        out: Hugging Face folder to write; it must be empty or not there.
+        seed: Of the initial weights and the demonstrations. The embedded world is never among their worlds.
+        clean_steps: Steps on demonstrations without a mistake.
+        noisy_steps: Steps on demonstrations with mistakes, after those.
+
+    Raises:
+        UserError: the folder holds something, or a number of steps is negative.
+    """
     check_empty(out)
     for name, steps in (("clean_steps", clean_steps), ("noisy_steps", noisy_steps)):
         if steps < 0:
@@ -35,7 +53,14 @@ def policy(out: Path, seed: int = 0, clean_steps: int = 250, noisy_steps: int = 
 
 
 def check_empty(out: Path) -> None:
-    """Refuse a folder that holds something."""
+    """Refuse a folder that holds something.
+
+    Args:
+        out: where to write.
+
+    Raises:
+        UserError: it is a file, or a folder that is not empty.
+    """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out '{out}' exists and is not an empty folder; name another folder, or remove it")
 

@@ -13,23 +13,23 @@ from dataclasses import dataclass
 from itertools import count
 from random import Random
 
-from calibadv.protocol.search import Protocol, parse_message, render_observation
-from calibadv.protocol.tokenizer import AgentTokenizer
-from calibadv.types import Document
+from calibadv.policy.tokenizer import AgentTokenizer
+from calibadv.protocol.search import SearchProtocol
+from calibadv.types import Document, ToolResult
 from calibadv.world.vocabulary import KINDS
-from calibadv.world.world import HOP_SHARES, Path, build_documents, build_facts, find_paths
+from calibadv.world.world import HOP_SHARES, RelationPath, build_documents, build_facts, find_paths
 
 PER_WORLD = 128
 """Demonstrations per world."""
-HARD_RELATIONS = frozenset({"composer", "publisher", "founder", "hometown", "mayor", "president"})
-"""Relations whose final fact the noisy agent mostly gets wrong."""
+# Relations whose final fact the noisy agent mostly gets wrong.
+_HARD_RELATIONS = frozenset({"composer", "publisher", "founder", "hometown", "mayor", "president"})
 _TOP_K = 2
 _REST_WEIGHT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """How often the scripted agent goes wrong; all 0 makes it clean."""
+    """Probabilities of the scripted agent's mistakes; with all of them 0 it is clean."""
 
     wrong_query: float = 0.25
     """A search turn asks for something else."""
@@ -79,7 +79,7 @@ class WorldSearch:
 
     def search(self, query: str, top_k: int) -> list[Document]:
         """Find the best documents."""
-        from calibadv.retrieval.ranking import best_rows
+        from calibadv.numerics.ranking import best_rows
 
         known = self._index.get_tokens_ids(_search_words(query))
         if not known:
@@ -88,7 +88,7 @@ class WorldSearch:
 
 
 def demonstrate(tokenizer: AgentTokenizer, seed: int, noise: Noise) -> Iterator[Demonstration]:
-    """Play demonstrations for ever, in a new world after every 128."""
+    """Generate demonstrations without end, in a new world after every 128."""
     for number in count():
         key = f"warm start {seed} {number}"
         rng = Random(key)
@@ -97,45 +97,45 @@ def demonstrate(tokenizer: AgentTokenizer, seed: int, noise: Noise) -> Iterator[
         paths = {hops: find_paths(facts, hops) for hops in HOP_SHARES}
         for hops in rng.choices(list(HOP_SHARES), list(HOP_SHARES.values()), k=PER_WORLD):
             path = rng.choice(paths[hops])
-            agent = ScriptedAgent(path, facts, noise, rng)
-            yield play(agent.act(), path.question, search, tokenizer)
+            agent = _ScriptedAgent(path, facts, noise, rng)
+            yield _play(agent.act(), path.question, search, tokenizer)
 
 
-def play(
+def _play(
     agent: Generator[str, list[Document], None], question: str, search: WorldSearch, tokenizer: AgentTokenizer
 ) -> Demonstration:
     """Let a scripted agent talk with the environment."""
-    protocol = Protocol(prepend_think=False, template="short", chat_template="never")
-    token_ids = tokenizer.encode_prompt(question, protocol)
+    protocol = SearchProtocol(prepend_think=False, template="short", chat_template="never")
+    token_ids = protocol.prompt_ids(question, tokenizer)
     weights = [_REST_WEIGHT] * len(token_ids)
     messages = [next(agent)]
     while True:
         written = tokenizer.encode(messages[-1])
         token_ids += written
         weights += [1.0] * len(written)
-        message = parse_message(messages[-1], prepend_think=False)
-        if message.action != "search":
+        message = protocol.parse(messages[-1])
+        if not message.calls:
             return Demonstration(tuple(messages), tuple(token_ids), tuple(weights))
-        documents = search.search(message.content, _TOP_K)
-        shown = tokenizer.encode(render_observation(documents, False, tokenizer.special_strings))
+        documents = search.search(message.calls[0].arguments["query"], _TOP_K)
+        shown = tokenizer.encode(protocol.render([ToolResult(tuple(documents))], tokenizer.special_strings))
         token_ids += shown
         weights += [_REST_WEIGHT] * len(shown)
         messages.append(agent.send(documents))
 
 
-class ScriptedAgent:
-    """Follows the path of a question, one search per relation, and goes wrong as often as the noise says.
+class _ScriptedAgent:
+    """Follows the path of a question, one search per relation, and makes mistakes at random.
 
-    It does not notice its own mistakes: it reads on from whatever the search returned.
+    It does not notice its own mistakes: it goes on from whatever the search returned.
 
     Args:
         path: of the question.
         facts: of the world.
-        noise: how often it goes wrong.
+        noise: probabilities of its mistakes.
         rng: draws the mistakes.
     """
 
-    def __init__(self, path: Path, facts: dict[str, dict[str, str]], noise: Noise, rng: Random) -> None:
+    def __init__(self, path: RelationPath, facts: dict[str, dict[str, str]], noise: Noise, rng: Random) -> None:
         self.path = path
         self._facts = facts
         self._noise = noise
@@ -149,8 +149,8 @@ class ScriptedAgent:
             if turn and self._happens(self._noise.early_stop):
                 break
             documents = yield self._write(self._think(turn, known), "search", self._query(known, relation))
-            final = turn == len(self.path.relations) - 1
-            known.append(self._read(documents, known[-1], relation, final))
+            hard = relation in _HARD_RELATIONS and turn == len(self.path.relations) - 1
+            known.append(self._read(documents, known[-1], relation, hard))
         relation = self.path.relations[len(known) - 2]
         yield self._write(f"now the {relation} is known , so answer {known[-1]}", "answer", known[-1])
 
@@ -173,18 +173,17 @@ class ScriptedAgent:
             return f"{relation} of {self._rng.choice(parts)}"
         if mistake == 1 and len(known) > 1:
             return f"{relation} of {known[-2]}"
-        place = self._rng.randrange(len(parts))
-        parts[place] = self._rng.choice(KINDS[self._kind(entity)].parts[place])
+        index = self._rng.randrange(len(parts))
+        parts[index] = self._rng.choice(KINDS[self._kind(entity)].parts[index])
         return f"{relation} of {' '.join(parts)}"
 
-    def _read(self, documents: list[Document], entity: str, relation: str, final: bool) -> str:
+    def _read(self, documents: list[Document], entity: str, relation: str, hard: bool) -> str:
         if not documents:
             return entity
         titles = [document.title for document in documents]
         facts = self._facts[entity if entity in titles else titles[0]]
         others = [value for name, value in facts.items() if name != relation]
-        hard = final and relation in HARD_RELATIONS and self._happens(self._noise.hard_relation)
-        if hard or relation not in facts:
+        if (hard and self._happens(self._noise.hard_relation)) or relation not in facts:
             return self._rng.choice(others)
         if self._happens(self._noise.wrong_extraction):
             return self._rng.choice([*others, *self._facts[titles[-1]].values()])

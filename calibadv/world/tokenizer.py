@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from calibadv.protocol.search import TAGS
+from calibadv.policy.tokenizer import TAGS
 from calibadv.world.vocabulary import words
 
 _UNKNOWN, _PADDING, _END = "<unk>", "<pad>", "<eos>"

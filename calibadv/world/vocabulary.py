@@ -20,10 +20,10 @@ class Kind:
     """One kind of entity.
 
     Attributes:
-        name: as it reads in an id.
+        name: used in ids of documents.
         count: entities of this kind in a world.
-        relations: its two relations, each with the kind that it leads to.
-        parts: the words of which a name is made: one list per place.
+        relations: its two relations, each with the kind of its values.
+        parts: the possible words at each position of a name.
     """
 
     name: str
@@ -33,8 +33,8 @@ class Kind:
 
 
 def _parts(*endings: str) -> tuple[tuple[str, ...], ...]:
-    # One place in the name per argument, e.g. "a io" for the first: Bala, Balio, Brena, ...
-    return tuple(tuple(start + end for start, end in product(_STARTS, place.split())) for place in endings)
+    # One word of the name per argument, e.g. "a io" for the first: Bala, Balio, Brena, ...
+    return tuple(tuple(start + end for start, end in product(_STARTS, word.split())) for word in endings)
 
 
 KINDS = {
@@ -55,7 +55,7 @@ SENTENCES = (
     "{name} has {first} {first_value} and {second} {second_value}.",
     "{name}: {second} {second_value}, {first} {first_value}.",
 )
-"""How a document states its two facts; the second way turns them round, so that place alone tells nothing."""
+"""Templates of a document's text; the second has the two facts in reverse order, so that position is no clue."""
 
 _WORDS = "Question what is the of has and Doc Title first find then look for its it so next search now known answer"
 _PUNCTUATION = ". , : ? ( )"
@@ -65,5 +65,5 @@ _NUMBERS = " ".join(str(number) for number in range(1, 11))
 def words() -> list[str]:
     """Every word, number and punctuation mark of all worlds, prompts and demonstrations, without the tags."""
     relations = [relation for kind in KINDS.values() for relation in kind.relations]
-    parts = [part for kind in KINDS.values() for place in kind.parts for part in place]
+    parts = [part for kind in KINDS.values() for choices in kind.parts for part in choices]
     return [*f"{_WORDS} {_PUNCTUATION} {_NUMBERS}".split(), *relations, *parts]

@@ -1,4 +1,4 @@
-"""Makes the tiny policy from nothing: a small Llama, supervised on scripted demonstrations."""
+"""Warm start of the tiny policy: a small Llama, trained from scratch on scripted demonstrations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from calibadv.io.progress_bar import tracked
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.world.demonstrations import CLEAN, PER_WORLD, Demonstration, Noise, demonstrate
 from calibadv.world.tokenizer import build_tokenizer
 
@@ -22,7 +22,7 @@ _LEARNING_RATE = 3e-3
 _WARM_UP_STEPS = 30
 _FLAT_SHARE = 0.3
 _FINAL_SHARE = 0.03
-# Of so narrow a model: with the usual 0.02 the same loss takes twice as many steps.
+# For so narrow a model: with the usual 0.02 the same loss takes twice as many steps.
 _INITIAL_SCALE = 0.06
 
 
@@ -34,18 +34,18 @@ def make_policy(out: Path, seed: int = 0, clean_steps: int = 250, noisy_steps: i
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(tokenizer)
+        model = _build_model(tokenizer)
     agent_tokenizer = AgentTokenizer(tokenizer)
     steps = clean_steps + noisy_steps
     clean = islice(demonstrate(agent_tokenizer, seed, CLEAN), clean_steps * _BATCH)
     noisy = islice(demonstrate(agent_tokenizer, seed + 1, Noise()), noisy_steps * _BATCH)
     batches = (batch for demonstrations in (clean, noisy) for batch in _batched(demonstrations, Random(seed)))
-    train(model, tracked(batches, "Warm start", steps), steps)
+    _train(model, tracked(batches, "Warm start", steps), steps)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def _build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Build the untrained model: 3 layers of width 96, about 350 thousand parameters.
 
     Not Qwen2, for which transformers replaces the tokenizer of the folder by a byte-level one.
@@ -69,12 +69,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def train(model: LlamaForCausalLM, batches: Iterable[list[Demonstration]], steps: int) -> None:
+def _train(model: LlamaForCausalLM, batches: Iterable[list[Demonstration]], steps: int) -> None:
     """Fit a model to demonstrations, by AdamW with gradients clipped at norm 1."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
     for batch in batches:
-        loss = weighted_loss(model, *collate(batch))
+        loss = _weighted_loss(model, *_collate(batch))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -88,7 +88,7 @@ def rate_factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / _WARM_UP_STEPS) * (1 - (1 - _FINAL_SHARE) * progress)
 
 
-def collate(batch: list[Demonstration]) -> tuple[Tensor, Tensor]:
+def _collate(batch: list[Demonstration]) -> tuple[Tensor, Tensor]:
     """Pad demonstrations on the right."""
     length = max(len(demonstration.token_ids) for demonstration in batch)
     token_ids = torch.zeros(len(batch), length, dtype=torch.long)
@@ -99,7 +99,7 @@ def collate(batch: list[Demonstration]) -> tuple[Tensor, Tensor]:
     return token_ids, weights
 
 
-def weighted_loss(model: LlamaForCausalLM, token_ids: Tensor, weights: Tensor) -> Tensor:
+def _weighted_loss(model: LlamaForCausalLM, token_ids: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of the cross-entropy of each token given those before it."""
     logits = model(input_ids=token_ids[:, :-1]).logits
     losses = F.cross_entropy(logits.flatten(0, 1), token_ids[:, 1:].flatten(), reduction="none")

@@ -1,4 +1,4 @@
-"""Builds synthetic worlds: passages about made-up entities, and questions of one to three hops about them.
+"""Synthetic worlds: passages about made-up entities, and questions of one to three hops about them.
 
 Every draw is a blake2b hash of the world's key and of what is drawn, so a world is the same on every machine and under
 every version of Python and numpy, and no draw depends on another.
@@ -17,7 +17,7 @@ from calibadv.world.vocabulary import KINDS, SENTENCES, Kind
 SPLITS = {"train": 2000, "validation": 200, "test": 200}
 """Questions of each split."""
 HOP_SHARES = {1: 15, 2: 55, 3: 30}
-"""Per cent of the questions with so many hops."""
+"""Per cent of the questions, by number of hops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class World:
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
-    """What a question asks for.
+class RelationPath:
+    """The relations that a question follows, and the entities on the way.
 
     Attributes:
         relations: in the order in which they are followed.
@@ -63,19 +63,19 @@ def build_world(seed: int) -> World:
     questions: dict[str, list[Question]] = {split: [] for split in SPLITS}
     for hops, share in HOP_SHARES.items():
         paths = {path.question: path for path in find_paths(facts, hops)}
-        shuffled = iter(shuffle(paths, key, "paths"))
+        shuffled = iter(_shuffle(paths, key, "paths"))
         for split, size in SPLITS.items():
             chosen = islice(shuffled, size * share // 100)
-            questions[split].extend(_ask(paths[question], ids) for question in chosen)
-    return World(documents, facts, {split: _number(asked, key, split) for split, asked in questions.items()})
+            questions[split].extend(_make_question(paths[question], ids) for question in chosen)
+    return World(documents, facts, {split: _assign_ids(drawn, key, split) for split, drawn in questions.items()})
 
 
 def build_facts(key: str) -> dict[str, dict[str, str]]:
-    """Draw the entities of a world and what is true of them."""
+    """Draw the entities of a world and the facts about them: by entity, then by relation."""
     titles = {kind.name: _draw_titles(kind, key) for kind in KINDS.values()}
     facts = {
         title: {
-            relation: titles[target][draw(key, title, relation) % len(titles[target])]
+            relation: titles[target][_draw(key, title, relation) % len(titles[target])]
             for relation, target in kind.relations.items()
         }
         for kind in KINDS.values()
@@ -92,9 +92,9 @@ def build_documents(key: str, facts: dict[str, dict[str, str]]) -> tuple[Documen
     """Write the passage of each entity, in one of two sentences."""
     ids = [f"{kind.name}-{number}" for kind in KINDS.values() for number in range(kind.count)]
     documents = []
-    for document_id, (title, told) in zip(ids, facts.items(), strict=True):
-        (first, first_value), (second, second_value) = told.items()
-        sentence = SENTENCES[draw(key, title, "sentence") % len(SENTENCES)]
+    for document_id, (title, relations) in zip(ids, facts.items(), strict=True):
+        (first, first_value), (second, second_value) = relations.items()
+        sentence = SENTENCES[_draw(key, title, "sentence") % len(SENTENCES)]
         text = sentence.format(
             name=title, first=first, first_value=first_value, second=second, second_value=second_value
         )
@@ -102,37 +102,37 @@ def build_documents(key: str, facts: dict[str, dict[str, str]]) -> tuple[Documen
     return tuple(documents)
 
 
-def find_paths(facts: dict[str, dict[str, str]], hops: int) -> list[Path]:
-    """All paths of so many relations that never meet an entity twice."""
+def find_paths(facts: dict[str, dict[str, str]], hops: int) -> list[RelationPath]:
+    """All paths with this number of relations that never meet an entity twice."""
 
-    def extend(path: Path) -> Iterator[Path]:
+    def extend(path: RelationPath) -> Iterator[RelationPath]:
         if len(path.relations) == hops:
             yield path
             return
         for relation, entity in facts[path.entities[-1]].items():
             if entity not in path.entities:
-                yield from extend(Path((*path.relations, relation), (*path.entities, entity)))
+                yield from extend(RelationPath((*path.relations, relation), (*path.entities, entity)))
 
-    return [path for title in facts for path in extend(Path((), (title,)))]
+    return [path for title in facts for path in extend(RelationPath((), (title,)))]
 
 
-def draw(*key: object) -> int:
+def _draw(*key: object) -> int:
     """A random number that depends on the key alone."""
     digest = blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
-def shuffle(texts: Iterable[str], *key: object) -> list[str]:
-    """Bring texts into a random order that depends on the key and the texts, not on the order given."""
-    return sorted(texts, key=lambda text: draw(*key, text))
+def _shuffle(texts: Iterable[str], *key: object) -> list[str]:
+    """Shuffle texts; the order depends on the key and the texts alone, not on the order given."""
+    return sorted(texts, key=lambda text: _draw(*key, text))
 
 
 def _draw_titles(kind: Kind, key: str) -> list[str]:
     names = [" ".join(parts) for parts in product(*kind.parts)]
-    return shuffle(names, key, kind.name)[: kind.count]
+    return _shuffle(names, key, kind.name)[: kind.count]
 
 
-def _ask(path: Path, ids: dict[str, str]) -> Question:
+def _make_question(path: RelationPath, ids: dict[str, str]) -> Question:
     hops = len(path.relations)
     evidence = list(path.entities[:-1])
     return Question(
@@ -148,10 +148,10 @@ def _ask(path: Path, ids: dict[str, str]) -> Question:
     )
 
 
-def _number(questions: list[Question], key: str, split: str) -> list[Question]:
+def _assign_ids(questions: list[Question], key: str, split: str) -> list[Question]:
     # Mixes the hop counts, so that the first questions of a split are a fair sample of it.
     by_text = {question.question: question for question in questions}
-    mixed = [by_text[text] for text in shuffle(by_text, key, split)]
+    mixed = [by_text[text] for text in _shuffle(by_text, key, split)]
     for number, question in enumerate(mixed):
         question.id = f"{split}-{number}"
     return mixed

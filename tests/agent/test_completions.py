@@ -20,7 +20,7 @@ from calibadv.engines._stop import stop_reason
 from calibadv.errors import UserError
 from calibadv.interfaces import Engine, StreamingEngine
 from calibadv.policy.policy import Policy
-from calibadv.protocol.tokenizer import AgentTokenizer, prepare_tags
+from calibadv.policy.tokenizer import AgentTokenizer, prepare_tags
 from calibadv.types import Completion, DrawKey, Sampling, StopReason
 
 Change = Callable[[list[Any]], Any]

@@ -17,11 +17,11 @@ from support.serving import closed_port, serving
 from transformers import AutoTokenizer
 
 from calibadv.agent.episode import Agent
-from calibadv.agent.searching import Waiting
+from calibadv.agent.patience import Waiting
 from calibadv.cli.main import main
-from calibadv.errors import StopRequestedError
-from calibadv.interfaces import OutageError, PartialRetrievalError, RetrievalError, Retriever
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.errors import OutageError, PartialRetrievalError, RetrievalError, StopRequestedError
+from calibadv.interfaces import Retriever
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.retrieval import BM25, Cached, Remote
 from calibadv.types import Completion, RolloutStatus, ScoredDocument
 
@@ -231,7 +231,7 @@ class Unlucky(BM25):
 def overlay(folder: Path, name: str, **arguments: Any) -> tuple[str, ...]:
     path = folder / f"{name}.yaml"
     given = {"corpus": "embedded", **arguments}
-    path.write_text(f"model: {{retriever: {{class_path: test_outages.{name}, init_args: {given}}}}}")
+    path.write_text(f"model: {{retriever: {{class_path: {__name__}.{name}, init_args: {given}}}}}")
     return ("--config", str(path))
 
 

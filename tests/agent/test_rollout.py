@@ -21,18 +21,19 @@ from support.agents import (
 from transformers import AutoTokenizer
 
 from calibadv.agent.episode import Agent
-from calibadv.agent.rollout import Draws, check_prompt, check_searches, run_rollouts
+from calibadv.agent.rollout import Draws, check_prompt, run_rollouts
 from calibadv.batch import collate
 from calibadv.engines import TransformersEngine
-from calibadv.errors import UserError
-from calibadv.interfaces import Engine, RetrievalError, Retriever
+from calibadv.errors import RetrievalError, UserError
+from calibadv.interfaces import Engine, Retriever
 from calibadv.policy.policy import Policy
-from calibadv.protocol.search import disarm, render_observation
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
+from calibadv.protocol.search import escape_tags
 from calibadv.retrieval import MemoryRetriever
 from calibadv.rewards.answer import F1
 from calibadv.rewards.scoring import score_rollouts
-from calibadv.types import Completion, DrawKey, Rollout, RolloutStatus, Sampling, ScoredDocument
+from calibadv.training.sampling import check_searches
+from calibadv.types import Completion, DrawKey, Rollout, RolloutStatus, Sampling, ScoredDocument, ToolResult
 
 ANSWERED, INVALID, TRUNCATED = RolloutStatus.ANSWERED, RolloutStatus.INVALID, RolloutStatus.TRUNCATED
 OUT_OF_TURNS, SEARCH_FAILED = RolloutStatus.OUT_OF_TURNS, RolloutStatus.SEARCH_FAILED
@@ -122,10 +123,10 @@ def check_token_exact(rollouts: list[Rollout], recorder: Recorder, agent: Agent)
         for segment in rollout.segments:
             if segment.source == "environment":
                 special = agent.tokenizer.special_strings
-                text = render_observation(segment.documents, agent.protocol.prepend_think, special)
+                text = agent.protocol.render([ToolResult(segment.documents)], special)
                 assert segment.text == text
                 assert list(segment.token_ids) == agent.tokenizer.encode(text)
-        prompt = agent.tokenizer.encode_prompt(rollout.question.question, agent.protocol)
+        prompt = agent.protocol.prompt_ids(rollout.question.question, agent.tokenizer)
         assert list(rollout.prompt_ids) == batch.token_ids[row, : len(prompt)].tolist() == prompt
         assert not mask[: len(prompt)].any()
 
@@ -141,7 +142,7 @@ def test_scripted_tokens_are_trained_tokens(of_kind: dict[str, AgentTokenizer], 
     replies = {"a": [messages, messages[1:]], "b": [["the"], messages[:1] + messages]}
     agent = scripted_agent(of_kind[kind], replies, prepend_think=prepend_think)
     recorder = Recorder(agent.engine)
-    agent = Agent(recorder, agent.retriever, agent.protocol, agent.tokenizer)
+    agent = Agent(recorder, agent.environment, agent.protocol, agent.tokenizer)
     rollouts = play(agent, "a", "b", samples=2)
     assert [rollout.status for rollout in rollouts] == [ANSWERED, INVALID, INVALID, ANSWERED]
     check_token_exact(rollouts, recorder, agent)
@@ -227,7 +228,7 @@ def test_a_question_that_holds_tags_is_disarmed(tokenizer: AgentTokenizer) -> No
     (rollout,) = run_rollouts([question], agent, Draws(0, 1, 1, 1.0))
     assert rollout.status is ANSWERED
     assert rollout.question.question == question.question
-    assert disarm(question.question) in tokenizer.decode(rollout.prompt_ids)
+    assert escape_tags(question.question) in tokenizer.decode(rollout.prompt_ids)
 
 
 def test_retriever_is_asked_once_per_turn_for_all_who_search(tokenizer: AgentTokenizer) -> None:

@@ -21,7 +21,7 @@ from calibadv.interfaces import Engine, Retriever, StreamingEngine
 from calibadv.numerics.rng import request_seed
 from calibadv.policy.loading import load_policy
 from calibadv.policy.policy import Policy
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.types import Completion, DrawKey, RolloutStatus, Sampling, ScoredDocument
 
 Choose = Callable[[list[DrawKey]], int | None]
@@ -56,7 +56,7 @@ class Unordered(StreamingEngine):
         self.ended.append(key)
         return {number: completion}
 
-    def rest(self) -> None:
+    def release(self) -> None:
         self.under_way.clear()
 
 

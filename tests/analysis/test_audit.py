@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from calibadv.analysis.audit import CoverageAudit, answer_coverage, audit_coverage
 from calibadv.data.questions import read_questions
-from calibadv.interfaces import RetrievalError
+from calibadv.errors import RetrievalError
 from calibadv.retrieval import BM25, MemoryRetriever
 from calibadv.types import Document, Question, ScoredDocument
 

@@ -1,4 +1,4 @@
-"""The comparison of runs: hand-made run folders, whose figures can be computed on paper."""
+"""The comparison of runs: hand-made run folders, whose results can be computed on paper."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from calibadv.analysis.compare.charts import Chart, chart_svg
 from calibadv.analysis.compare.command import compare, compare_runs, write_report
-from calibadv.analysis.compare.curve_docs import meaning
-from calibadv.analysis.compare.curves import band, read_curves, windows
-from calibadv.analysis.compare.differences import conclude
+from calibadv.analysis.compare.curve_docs import curve_description
+from calibadv.analysis.compare.curves import read_curves, seed_band, step_windows
+from calibadv.analysis.compare.differences import add_verdicts
+from calibadv.protocol import SearchProtocol
 from calibadv.rewards import F1
 from calibadv.rewards.scoring import score_rollouts
 from calibadv.runs.rollouts import write_rollouts
@@ -48,7 +49,8 @@ def answered(number: int, answer: str, question: str) -> Rollout:
         Segment("policy", f"<think> t </think> <answer> {answer} </answer>", 5),
     )
     asked = Question(f"q{number}", question, ["right"])
-    return Rollout(asked, 0, 0, prepend_think=False, segments=segments, status=status)
+    messages = SearchProtocol(prepend_think=False).messages(segments)
+    return Rollout(asked, 0, 0, prepend_think=False, segments=segments, status=status, messages=messages)
 
 
 def write_run(
@@ -63,7 +65,7 @@ def write_run(
     **model: Any,
 ) -> None:
     """A run that was validated at steps 0, 10, 20, ...: one row of answers each, one answer for each question."""
-    steps = [10 * place for place in range(len(answers))]
+    steps = [10 * index for index in range(len(answers))]
     config = {
         "seed_everything": seed,
         "trainer": {"callbacks": callbacks or []},
@@ -108,14 +110,14 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs
 
 
-def arm(figures: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(row for row in figures["arms"] if row["name"] == name)
+def arm(results: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(row for row in results["arms"] if row["name"] == name)
 
 
 def test_the_figures_of_a_study(study: Path) -> None:
-    figures, _ = compare_runs([study])
-    assert figures["baseline"] == "grpo"
-    grpo, calibadv = arm(figures, "grpo"), arm(figures, "calibadv")
+    results, _ = compare_runs([study])
+    assert results["baseline"] == "grpo"
+    grpo, calibadv = arm(results, "grpo"), arm(results, "calibadv")
     # Seed 0: 1/2 at all validations. Seed 1: the mean of 1, 0 and (0 + 1/3) / 2 = 1/6 is 7/18; EM 1, 0, 0 give 1/3.
     assert grpo["final_f1"]["by_run"] == pytest.approx([0.5, 7 / 18], abs=1e-6)
     assert grpo["final_f1"]["mean"] == pytest.approx((0.5 + 7 / 18) / 2, abs=1e-6)
@@ -125,7 +127,7 @@ def test_the_figures_of_a_study(study: Path) -> None:
     # Wilson: centre (1 + z^2/2) / (2 + z^2) = 1/2, half width z sqrt(1/2 + z^2/4) / (2 + z^2) = 0.4055.
     share = {"low": pytest.approx(0.0945, abs=1e-4), "high": pytest.approx(0.9055, abs=1e-4)}
     assert grpo["collapsed"] == {"runs": 1, "of": 2, **share, "when": [{"seed": 1, "step": 20}]}
-    assert (grpo["questions"], figures["shared_settings"]["model.learning_rate"]) == (2, "0.0001")
+    assert (grpo["questions"], results["shared_settings"]["model.learning_rate"]) == (2, "0.0001")
     assert calibadv["final_f1"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "by_run": [1.0, 1.0]}
     gap = calibadv["difference"]
     assert gap["final_f1"]["by_seed"] == pytest.approx([0.5, 11 / 18], abs=1e-6)
@@ -136,13 +138,13 @@ def test_the_figures_of_a_study(study: Path) -> None:
     assert (gap["final_f1"]["low"], gap["final_f1"]["high"]) == (0, 1)
     assert (gap["p"], gap["p_holm"], gap["smallest_p"], gap["over"]) == (0.5, 0.5, 0.5, "seeds and questions")
     assert gap["verdict"].startswith("calibadv is not distinguishable from grpo in final F1: +0.556 [+0.000, +1.000]")
-    assert figures["untrained"][0]["arms"] == ["calibadv", "grpo"]
-    assert figures["untrained"][0]["f1"] == {"mean": 0.5, "low": 0, "high": 1, "by_run": [0.5]}
-    assert figures["settings"] == {
+    assert results["untrained"][0]["arms"] == ["calibadv", "grpo"]
+    assert results["untrained"][0]["f1"] == {"mean": 0.5, "low": 0, "high": 1, "by_run": [0.5]}
+    assert results["settings"] == {
         "trainer.callbacks": {"calibadv": "[AdvantageCalibration(calibrators=[])]", "grpo": "[]"}
     }
-    assert figures["comparisons"] == {"tested": 1, "correction": "Holm"}
-    assert figures["warnings"] == []
+    assert results["comparisons"] == {"tested": 1, "correction": "Holm"}
+    assert results["warnings"] == []
 
 
 def test_the_same_runs_elsewhere_and_later_give_the_same_results(study: Path, tmp_path: Path) -> None:
@@ -188,8 +190,8 @@ def test_a_report_says_what_was_run(study: Path, tmp_path: Path) -> None:
         results = json.loads((run / "results.json").read_text())
         made_on = {"machine": {"processor": "Abacus 3000", "cores": 7, "platform": "wood"}}
         (run / "results.json").write_text(json.dumps({**results, **made_on}))
-    figures, arms = compare_runs([tmp_path / "runs"])
-    write_report(tmp_path / "out", figures, arms, "calibadv study --config quickstart")
+    results, arms = compare_runs([tmp_path / "runs"])
+    write_report(tmp_path / "out", results, arms, "calibadv study --config quickstart")
     for name in ("report.html", "report.md"):
         page = (tmp_path / "out" / name).read_text()
         for text in ("calibadv study --config quickstart", "Abacus 3000", "cores 7", "model.learning_rate", "0.0001"):
@@ -238,9 +240,9 @@ def test_a_run_that_is_not_finished_is_named_and_in_no_table(study: Path, tmp_pa
     runs = tmp_path / "runs"
     shutil.copytree(study, runs)
     write_run(runs / "grpo" / "seed2", 2, [[RIGHT, WRONG], [WRONG, WRONG]], planned=30)
-    figures, _ = compare_runs([runs])
-    assert len(arm(figures, "grpo")["final_f1"]["by_run"]) == 2
-    assert figures["warnings"] == [
+    results, _ = compare_runs([runs])
+    assert len(arm(results, "grpo")["final_f1"]["by_run"]) == 2
+    assert results["warnings"] == [
         "grpo/seed2 is not finished (10 of 30 rollout steps): it is in the curves, and in no table",
         "calibadv has no run of seed 2, which other arms have",
     ]
@@ -253,10 +255,10 @@ def test_a_run_that_its_guard_stopped_is_not_left_out(study: Path, tmp_path: Pat
     write_run(stopped, 2, [[RIGHT, RIGHT], [WRONG, WRONG]], planned=30)
     results = json.loads((stopped / "results.json").read_text())
     (stopped / "results.json").write_text(json.dumps({**results, "stopped_by_guard": True}))
-    figures, _ = compare_runs([runs])
-    assert arm(figures, "grpo")["final_f1"]["by_run"][2] == 0.0  # of the one validation after training
-    assert figures["warnings"][0] == (
-        "grpo/seed2 was stopped by its guard after 10 of 30 rollout steps: its figures are those up to there"
+    results, _ = compare_runs([runs])
+    assert arm(results, "grpo")["final_f1"]["by_run"][2] == 0.0  # of the one validation after training
+    assert results["warnings"][0] == (
+        "grpo/seed2 was stopped by its guard after 10 of 30 rollout steps: its results are those up to that step"
     )
 
 
@@ -266,23 +268,23 @@ def test_a_resume_with_more_steps_belongs_to_the_longer_arm(study: Path, tmp_pat
         config = yaml.safe_load((run / "config.yaml").read_text())
         config["model"] |= {"rollout_steps": 50} | ({"learning_rate": 1.0} if run.name == "seed1" else {})
         (run / "config-resume-000030.yaml").write_text(yaml.safe_dump(config))
-    figures, _ = compare_runs([tmp_path / "runs"])
-    assert sum("not finished (30 of 50 rollout steps)" in warning for warning in figures["warnings"]) == 4
-    assert "grpo/seed1: resumed with other settings (model.learning_rate)" in figures["warnings"]
+    results, _ = compare_runs([tmp_path / "runs"])
+    assert sum("not finished (30 of 50 rollout steps)" in warning for warning in results["warnings"]) == 4
+    assert "grpo/seed1: resumed with other settings: model.learning_rate 0.0001 (now 1.0)" in results["warnings"]
 
 
 def test_different_questions_are_not_compared(study: Path, tmp_path: Path) -> None:
     shutil.copytree(study / "grpo", tmp_path / "grpo")
     for seed in (0, 1):
         write_run(tmp_path / "other" / f"seed{seed}", seed, [[RIGHT, RIGHT]] * 4, CALIBADV, question="who ?")
-    figures, _ = compare_runs([tmp_path])
-    other = arm(figures, "other")
-    assert other["final_f1"]["mean"] == 1  # its own figures stand
+    results, _ = compare_runs([tmp_path])
+    other = arm(results, "other")
+    assert other["final_f1"]["mean"] == 1  # its own results stand
     assert other["difference"] == {
         "verdict": "other is not compared with grpo: they were validated on different questions."
     }
-    assert figures["comparisons"]["tested"] == 0
-    assert len(figures["untrained"]) == 2
+    assert results["comparisons"]["tested"] == 0
+    assert len(results["untrained"]) == 2
 
 
 def test_validations_at_other_distances_from_the_end_are_not_compared(study: Path, tmp_path: Path) -> None:
@@ -296,17 +298,17 @@ def test_validations_at_other_distances_from_the_end_are_not_compared(study: Pat
         content = json.loads(results.read_text())
         del content["validations"][2]
         results.write_text(json.dumps(content))
-    figures, _ = compare_runs([tmp_path])
-    assert arm(figures, "other")["difference"] == {
-        "verdict": "other is not compared with grpo: the validations of their final F1 lie differently before the end "
-        "of training, in rollout steps: 0, 10, 20 in grpo/seed1 and 0, 20 in other/seed1."
+    results, _ = compare_runs([tmp_path])
+    assert arm(results, "other")["difference"] == {
+        "verdict": "other is not compared with grpo: the validations of their final F1 are at different numbers of "
+        "rollout steps before the end of training: 0, 10, 20 in grpo/seed1 and 0, 20 in other/seed1."
     }
-    assert arm(figures, "longer")["difference"]["seeds"] == [0, 1]
+    assert arm(results, "longer")["difference"]["seeds"] == [0, 1]
 
 
 def test_one_seed_is_no_test(study: Path) -> None:
-    figures, _ = compare_runs([study / name / "seed0" for name in ("grpo", "calibadv")])
-    assert arm(figures, "calibadv")["difference"]["verdict"] == (
+    results, _ = compare_runs([study / name / "seed0" for name in ("grpo", "calibadv")])
+    assert arm(results, "calibadv")["difference"]["verdict"] == (
         "calibadv is not tested against grpo: final F1 differs by +0.500 in one seed, which says nothing of others."
     )
 
@@ -326,13 +328,13 @@ def test_what_differs_between_seeds_before_training_is_shown_for_each(study: Pat
 def test_without_rollout_files_the_intervals_are_over_seeds(study: Path, tmp_path: Path) -> None:
     shutil.copytree(study, tmp_path / "runs")
     (tmp_path / "runs" / "grpo" / "seed1" / "rollouts" / "val-step-000020.jsonl").unlink()
-    figures, _ = compare_runs([tmp_path / "runs"])
-    grpo = arm(figures, "grpo")
+    results, _ = compare_runs([tmp_path / "runs"])
+    grpo = arm(results, "grpo")
     assert grpo["over"] == "seeds"
     assert (grpo["final_f1"]["low"], grpo["final_f1"]["high"]) == pytest.approx((7 / 18, 0.5), abs=1e-6)
-    assert arm(figures, "calibadv")["difference"]["over"] == "seeds"
+    assert arm(results, "calibadv")["difference"]["over"] == "seeds"
     assert any(
-        "over seeds only" in warning and "no val-step-000020.jsonl" in warning for warning in figures["warnings"]
+        "over seeds only" in warning and "no val-step-000020.jsonl" in warning for warning in results["warnings"]
     )
 
 
@@ -340,17 +342,17 @@ def test_rollouts_of_another_run_are_not_taken_for_its_own(study: Path, tmp_path
     shutil.copytree(study, tmp_path / "runs")
     wrong = study / "calibadv" / "seed0" / "rollouts" / "val-step-000030.jsonl"
     shutil.copy(wrong, tmp_path / "runs" / "grpo" / "seed0" / "rollouts")
-    figures, _ = compare_runs([tmp_path / "runs"])
-    assert any("is not what its results.json is of" in warning for warning in figures["warnings"])
-    assert arm(figures, "grpo")["over"] == "seeds"
+    results, _ = compare_runs([tmp_path / "runs"])
+    assert any("does not match its results.json" in warning for warning in results["warnings"])
+    assert arm(results, "grpo")["over"] == "seeds"
 
 
 def test_a_question_whose_search_failed_is_in_no_interval(tmp_path: Path) -> None:
     write_run(tmp_path / "grpo" / "seed0", 0, [[WRONG, RIGHT, RIGHT]] * 3 + [[FAILED, RIGHT, RIGHT]])
-    figures, _ = compare_runs([tmp_path])
+    results, _ = compare_runs([tmp_path])
     # The run's own figure has it where it was answered: (2/3 + 2/3 + 1) / 3.
-    assert arm(figures, "grpo")["final_f1"] == {"mean": 0.777778, "low": 1, "high": 1, "by_run": [0.777778]}
-    assert figures["warnings"] == [
+    assert arm(results, "grpo")["final_f1"] == {"mean": 0.777778, "low": 1, "high": 1, "by_run": [0.777778]}
+    assert results["warnings"] == [
         "grpo: questions whose search failed in a run, and that are in no interval: 1",
         "seed0: searches failed in 1 of 4 validations (most at step 30: 1 without a result): their means are over the "
         "other questions",
@@ -360,23 +362,23 @@ def test_a_question_whose_search_failed_is_in_no_interval(tmp_path: Path) -> Non
 def test_where_no_question_is_left_there_is_no_interval(tmp_path: Path) -> None:
     for seed, row in enumerate(([FAILED, RIGHT], [RIGHT, FAILED])):
         write_run(tmp_path / "grpo" / f"seed{seed}", seed, [[RIGHT, RIGHT]] * 3 + [row])
-    figures, _ = compare_runs([tmp_path])
-    assert arm(figures, "grpo")["final_f1"] == {"mean": 1, "low": None, "high": None, "by_run": [1, 1]}
+    results, _ = compare_runs([tmp_path])
+    assert arm(results, "grpo")["final_f1"] == {"mean": 1, "low": None, "high": None, "by_run": [1, 1]}
 
 
 def test_a_difference_that_seeds_and_questions_agree_on(tmp_path: Path) -> None:
     for seed in range(6):
         write_run(tmp_path / "low" / f"seed{seed}", seed, [[WRONG] * 4] * 4)
         write_run(tmp_path / "high" / f"seed{seed}", seed, [[WRONG] * 4] + [[RIGHT] * 4] * 3, CALIBADV)
-    figures, _ = compare_runs([tmp_path / "low", tmp_path / "high"])
-    assert figures["baseline"] == "low"  # the first given, where no arm is called grpo
-    gap = arm(figures, "high")["difference"]
+    results, _ = compare_runs([tmp_path / "low", tmp_path / "high"])
+    assert results["baseline"] == "low"  # the first given, where no arm is called grpo
+    gap = arm(results, "high")["difference"]
     assert gap["p"] == 2 / 64
     assert (
         gap["verdict"] == "high is higher than low in final F1 by 1.000 [1.000, 1.000], p = 0.0312 over 6 paired seeds."
     )
-    figures, _ = compare_runs([tmp_path], baseline="high")
-    assert arm(figures, "low")["difference"]["verdict"].startswith("low is lower than high in final F1 by 1.000 [")
+    results, _ = compare_runs([tmp_path], baseline="high")
+    assert arm(results, "low")["difference"]["verdict"].startswith("low is lower than high in final F1 by 1.000 [")
 
 
 def test_a_verdict_holds_after_correction_for_the_number_of_arms() -> None:
@@ -385,22 +387,22 @@ def test_a_verdict_holds_after_correction_for_the_number_of_arms() -> None:
         return {"seeds": list(range(6)), "final_f1": gap, "p": p, "smallest_p": 2 / 64}
 
     alone, three = {"a": found(0.03)}, {"a": found(0.03), "b": found(0.01), "c": {"verdict": "not compared"}}
-    conclude(alone, "grpo")
-    conclude(three, "grpo")
+    add_verdicts(alone, "grpo")
+    add_verdicts(three, "grpo")
     assert alone["a"]["verdict"].endswith(
         "higher than grpo in final F1 by 0.200 [0.100, 0.300], p = 0.03 over 6 paired seeds."
     )
     assert three["b"]["verdict"].endswith("[0.100, 0.300], p = 0.01 (0.02 corrected for 2 tests) over 6 paired seeds.")
     doubtful = {"a": found(0.03), "b": found(0.04)}
-    conclude(doubtful, "grpo")
+    add_verdicts(doubtful, "grpo")
     assert "not established: p = 0.03 (0.06 corrected for 2 tests) over 6 paired" in doubtful["a"]["verdict"]
     assert three["c"] == {"verdict": "not compared"}
     narrow = {"a": found(0.5)}
     narrow["a"]["final_f1"] = {"mean": 0.05, "low": -0.00850049, "high": 0.10650049}  # -0.0085 and 0.1065 in the tables
-    conclude(narrow, "grpo")
+    add_verdicts(narrow, "grpo")
     assert f"+0.050 [{-0.0085:+.3f}, {0.1065:+.3f}]" in narrow["a"]["verdict"]
     many = {name: found(2 / 64) for name in "abcdefg"}
-    conclude(many, "grpo")
+    add_verdicts(many, "grpo")
     assert (
         "p = 0.0312 (0.219 corrected for 7 tests) over 6 paired seeds (with so few seeds it is never below 0.219)"
         in many["a"]["verdict"]
@@ -426,11 +428,11 @@ def test_five_seeds_cannot_establish_a_difference(tmp_path: Path) -> None:
     ],
 )
 def test_names_of_arms(tmp_path: Path, folders: Sequence[str], names: list[str]) -> None:
-    for place, folder in enumerate(folders):
-        write_run(tmp_path / folder, place % 2, [[RIGHT]], learning_rate=0.1 if place < 2 else 0.2)
-    figures, _ = compare_runs([tmp_path / folder for folder in folders])
-    assert [row["name"] for row in figures["arms"]] == names
-    assert [row["seeds"] for row in figures["arms"]] == [[0, 1], [0, 1]]
+    for index, folder in enumerate(folders):
+        write_run(tmp_path / folder, index % 2, [[RIGHT]], learning_rate=0.1 if index < 2 else 0.2)
+    results, _ = compare_runs([tmp_path / folder for folder in folders])
+    assert [row["name"] for row in results["arms"]] == names
+    assert [row["seeds"] for row in results["arms"]] == [[0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -447,10 +449,10 @@ def test_names_of_arms(tmp_path: Path, folders: Sequence[str], names: list[str])
     ],
 )
 def test_names_of_single_runs(tmp_path: Path, folders: Sequence[str], names: list[str]) -> None:
-    for place, folder in enumerate(folders):
-        write_run(tmp_path / folder, place, [[RIGHT]], learning_rate=place)
-    figures, _ = compare_runs([tmp_path / folder for folder in folders])
-    assert [row["name"] for row in figures["arms"]] == names
+    for index, folder in enumerate(folders):
+        write_run(tmp_path / folder, index, [[RIGHT]], learning_rate=index)
+    results, _ = compare_runs([tmp_path / folder for folder in folders])
+    assert [row["name"] for row in results["arms"]] == names
 
 
 @pytest.mark.parametrize(
@@ -463,17 +465,17 @@ def test_names_of_single_runs(tmp_path: Path, folders: Sequence[str], names: lis
 def test_values_in_the_names_of_arms_are_cut_where_that_tells_them_apart(
     tmp_path: Path, values: list[str], shown: list[str]
 ) -> None:
-    for place in range(4):
-        write_run(tmp_path / "st"[place // 2] / "a" / f"seed{place}", place, [[RIGHT]], [values[place // 2]])
-    figures, _ = compare_runs([tmp_path])
-    assert [row["name"] for row in figures["arms"]] == [f"a, callbacks=[{text}" for text in shown]
+    for index in range(4):
+        write_run(tmp_path / "st"[index // 2] / "a" / f"seed{index}", index, [[RIGHT]], [values[index // 2]])
+    results, _ = compare_runs([tmp_path])
+    assert [row["name"] for row in results["arms"]] == [f"a, callbacks=[{text}" for text in shown]
 
 
 def test_arms_of_other_programs_with_one_name_are_called_by_their_paths(tmp_path: Path) -> None:
     for folder in product(("x", "y"), ("runs",), ("foreign_0", "foreign_1")):
         write_curves(tmp_path.joinpath(*folder), {"val/f1": {0: 0.5, 1: 0.6}})
-    figures, _ = compare_runs([tmp_path])
-    assert [row["name"] for row in figures["arms"]] == ["x/runs/foreign_0", "y/runs/foreign_0"]
+    results, _ = compare_runs([tmp_path])
+    assert [row["name"] for row in results["arms"]] == ["x/runs/foreign_0", "y/runs/foreign_0"]
 
 
 def test_arms_stand_as_their_study_has_them_and_others_by_name(study: Path, tmp_path: Path) -> None:
@@ -500,15 +502,15 @@ def test_runs_of_another_program(study: Path, tmp_path: Path) -> None:
         write_curves(tmp_path / "theirs" / f"run_{seed}", theirs)
     names = tmp_path / "names.yaml"
     names.write_text("val/f1: critic/val_f1\nstability/entropy: actor/entropy\n")
-    figures, arms = compare_runs([study, tmp_path / "theirs"], names=names)
-    row = arm(figures, "run")
+    results, arms = compare_runs([study, tmp_path / "theirs"], names=names)
+    row = arm(results, "run")
     assert row["final_f1"]["by_run"] == pytest.approx([1.4 / 2, 1.5 / 2], abs=1e-6)  # steps 5 and 10
     assert row["over"] == "seeds"
     assert "final_em" not in row
     assert "is of another program" in row["difference"]["verdict"]
-    assert any(warning.startswith("run: format validity is not known") for warning in figures["warnings"])
+    assert any(warning.startswith("run: format validity is not known") for warning in results["warnings"])
     assert arms[-1].runs[0].curves["stability/entropy"] == pytest.approx({1: 0.3, 2: 0.2})
-    write_report(tmp_path / "report", figures, arms)
+    write_report(tmp_path / "report", results, arms)
     assert "0.725 [0.700, 0.750]" in (tmp_path / "report" / "report.md").read_text()
 
 
@@ -516,7 +518,7 @@ def test_a_name_map_that_does_not_fit(study: Path, tmp_path: Path) -> None:
     write_curves(tmp_path / "theirs", {"critic/val_f1": {0: 0.2}})
     names = tmp_path / "names.yaml"
     for text, message in [
-        ("val/f2: critic/val_f1", "'val/f2' is none of our curves"),
+        ("val/f2: critic/val_f1", "'val/f2' is not one of our curves"),
         ("val/f1: critic/f1", "has none of our tags of the name map. It has: critic/val_f1"),
         ("- val/f1", "is no map of tags"),
         ("val/f1: [", "cannot be read"),
@@ -556,8 +558,8 @@ def test_bad_input_leaves_the_report_as_it_was(study: Path, tmp_path: Path) -> N
 
 def test_a_run_without_events_has_its_validations(study: Path, tmp_path: Path) -> None:
     shutil.copytree(study, tmp_path / "runs", ignore=shutil.ignore_patterns("events*"))
-    figures, arms = compare_runs([tmp_path / "runs"])
-    assert sum("no TensorBoard curves" in warning for warning in figures["warnings"]) == 4
+    results, arms = compare_runs([tmp_path / "runs"])
+    assert sum("no TensorBoard curves" in warning for warning in results["warnings"]) == 4
     assert arms[0].runs[0].curves["val/f1"] == {0: 0.5, 10: 1, 20: 1, 30: 1}
 
 
@@ -567,8 +569,8 @@ def test_a_damaged_event_file_is_named_and_a_cut_one_is_read(tmp_path: Path) -> 
     content = path.read_bytes()
     path.write_bytes(content[:-5])  # as a killed run leaves it
     assert list(read_curves(tmp_path)["val/f1"]) == list(range(9))
-    for place in (len(content) // 2, len(content) - 7):
-        path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+    for index in (len(content) // 2, len(content) - 7):
+        path.write_bytes(content[:index] + bytes([content[index] ^ 0xFF]) + content[index + 1 :])
         with pytest.raises(ValueError, match=rf"event file '{path}' is damaged after \d+ records"):
             read_curves(tmp_path)
     path.write_bytes(b"this is no event file, but it is called like one")
@@ -585,42 +587,57 @@ def test_what_a_resumed_run_did_again_counts_once(tmp_path: Path) -> None:
 def test_values_that_are_not_finite_are_left_out_and_named(study: Path, tmp_path: Path) -> None:
     shutil.copytree(study, tmp_path / "runs")
     write_curves(tmp_path / "runs" / "grpo" / "seed0", {"update/loss": {1: 0.5, 2: float("nan"), 3: float("inf")}})
-    figures, arms = compare_runs([tmp_path / "runs"])
-    assert figures["warnings"] == ["grpo/seed0: not finite, and so not drawn: update/loss (2 steps)"]
-    write_report(tmp_path / "report", figures, arms)
+    results, arms = compare_runs([tmp_path / "runs"])
+    assert results["warnings"] == ["grpo/seed0: not finite, and so not drawn: update/loss (2 steps)"]
+    write_report(tmp_path / "report", results, arms)
 
 
 def test_mean_and_band_over_seeds() -> None:
-    found = band([{0: 0.0, 1: 1.0}, {0: 0.0, 1: 2.0}, {1: 6.0}], [[0], [1]])
+    found = seed_band([{0: 0.0, 1: 1.0}, {0: 0.0, 1: 2.0}, {1: 6.0}], [[0], [1]])
     # At 1: mean 3, standard deviation sqrt((4 + 1 + 9) / 2) = 2.646; 3 - 2.646 = 0.354 is below the lowest seed, 1.
     assert found.mean.tolist() == [0, 3]
     assert found.low.tolist() == [0, 1]
     assert found.high.tolist() == pytest.approx([0, 5.6458], abs=1e-4)
     assert found.seeds.shape == (3, 2)
-    averaged = band([{0: 0.0, 1: 1.0, 2: 5.0}], [[0, 1], [2]])
+    averaged = seed_band([{0: 0.0, 1: 1.0, 2: 5.0}], [[0, 1], [2]])
     assert (averaged.steps.tolist(), averaged.mean.tolist()) == ([0.5, 2], [0.5, 5])
-    assert len(band([{0: 1.0}] * 6, [[0]]).seeds) == 0
+    assert len(seed_band([{0: 1.0}] * 6, [[0]]).seeds) == 0
 
 
 def test_long_curves_of_many_seeds_make_a_small_chart() -> None:
     steps = range(1, 1001)
     seeds = np.random.default_rng(0).random((10, 1000))
     curves = [dict(zip(steps, seed.tolist(), strict=True)) for seed in seeds]
-    grid = windows(curves)
+    grid = step_windows(curves)
     assert sorted(step for window in grid for step in window) == list(steps)
     assert len(grid) <= 60
-    names = [f"arm {place}" for place in range(8)]
+    names = [f"arm {index}" for index in range(8)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        svg = chart_svg(Chart("val/f1", {place: band(curves, grid) for place in range(8)}), names, "c0-")
+        svg = chart_svg(Chart("val/f1", {index: seed_band(curves, grid) for index in range(8)}), names, "c0-")
     assert len(svg) < 60_000  # 60 charts are below 4 MB
-    assert all(f"var(--arm-{place})" in svg and f">arm {place}<" in svg for place in range(8))
+    assert all(f"var(--arm-{index})" in svg and f">arm {index}<" in svg for index in range(8))
     assert "#0a0b" not in svg
     assert "#0102" not in svg
 
 
 def test_meanings_come_from_the_documentation() -> None:
-    assert meaning("stability/entropy").endswith("in nats")
-    assert meaning("advantage/calibrated/answer/ratio").startswith("positive / negative mass")
-    assert meaning("rollout/invalid") == "share of rollouts with that status"  # without the link
-    assert meaning("no/such_curve") == ""
+    assert curve_description("stability/entropy").endswith("in nats")
+    assert curve_description("advantage/calibrated/answer/ratio").startswith("positive / negative mass")
+    assert curve_description("rollout/invalid") == "share of rollouts with that status"  # without the link
+    assert curve_description("no/such_curve") == ""
+
+
+def test_packed_runs_give_the_same_tables(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    from tools.run_archive import pack, unpack
+
+    pack(study, tmp_path / "runs.parquet")
+    unpack(tmp_path / "runs.parquet", tmp_path / "again")
+    for name, runs in (("first", study), ("second", tmp_path / "again")):
+        compare([runs], baseline="grpo", out=tmp_path / name)
+    first, second = ((tmp_path / name / "report.md").read_text() for name in ("first", "second"))
+    assert "| calibadv |" in first
+    assert first == second
+    curves = read_curves(tmp_path / "again" / "grpo" / "seed1")
+    assert curves == read_curves(study / "grpo" / "seed1")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.records import answer, rollout, search
 
-from calibadv.analysis.replay import Comparison, Method, Recorded, ReplayArm, load_arms, replay
+from calibadv.analysis.replay import Comparison, Method, RecordedRollouts, ReplayArm, load_arms, replay
 from calibadv.calibrators import AnswerRebalance, SoftPenalty
 from calibadv.cli.main import main
 from calibadv.estimators import GRPO
@@ -37,7 +37,7 @@ def write(path: Path, rollouts: list[Rollout]) -> Path:
     return path
 
 
-def figures(
+def results(
     capsys: pytest.CaptureFixture[str], files: list[Path], *arms: str, config: list[Path | str] | None = None
 ) -> dict[str, Any]:
     replay(files, arm=list(arms), config=config, json=True)
@@ -62,7 +62,7 @@ def three(tmp_path: Path) -> Path:
 
 
 def test_masses_and_softened_turns(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = figures(capsys, [three], "grpo", "calibadv=calibrators/calibadv")
+    content = results(capsys, [three], "grpo", "calibadv=calibrators/calibadv")
     grpo, calibadv = content["arms"]
     # Per rollout of three. Searches: 3 tokens x 2 H; (6 + 3) x H. Answers: 2 x 2 H; (4 + 2) x H.
     assert masses(grpo) == near(2 * H, 3 * H, 4 / 3 * H, 2 * H)
@@ -76,12 +76,12 @@ def test_masses_and_softened_turns(three: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_side_without_mass_has_no_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (arm,) = figures(capsys, [write(tmp_path / "tied.jsonl", TIED)], "grpo")["arms"]
+    (arm,) = results(capsys, [write(tmp_path / "tied.jsonl", TIED)], "grpo")["arms"]
     assert arm["calibrated"]["answer"] == {"positive_mass": 0.0, "negative_mass": 0.0, "ratio": None}
 
 
 def test_tied_and_zeroed_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = figures(capsys, [write(tmp_path / "in.jsonl", GROUP + TIED)], "grpo", "mt=estimators/mt_grpo")
+    content = results(capsys, [write(tmp_path / "in.jsonl", GROUP + TIED)], "grpo", "mt=estimators/mt_grpo")
     assert content["groups"] == 2
     assert [(arm["tied_groups"], arm["zeroed_groups"]) for arm in content["arms"]] == [(1, 1), (1, 0)]
 
@@ -91,14 +91,14 @@ def test_rollouts_that_are_not_trained_are_in_no_group(tmp_path: Path, capsys: p
         rollout(search("a"), [search("b")[0]], question_id="failed", sample=n, status=RolloutStatus.SEARCH_FAILED)
         for n in range(2)
     ]
-    content = figures(capsys, [write(tmp_path / "in.jsonl", GROUP + failed)], "grpo", "rloo=estimators/rloo")
+    content = results(capsys, [write(tmp_path / "in.jsonl", GROUP + failed)], "grpo", "rloo=estimators/rloo")
     assert (content["rollouts"], content["trained_rollouts"], content["groups"]) == (5, 3, 1)
     # Masses are per rollout of the batch, as the curves are.
     assert masses(content["arms"][0]) == near(*(3 / 5 * H * x for x in (2, 3, 4 / 3, 2)))
 
 
 def test_figures_of_the_published_vectors(capsys: pytest.CaptureFixture[str]) -> None:
-    content = figures(capsys, [VECTORS], "grpo", "calibadv=calibrators/calibadv")
+    content = results(capsys, [VECTORS], "grpo", "calibadv=calibrators/calibadv")
     sums: dict[str, float] = dict.fromkeys(("search+", "search-", "answer+", "answer-", "difference", "softened"), 0.0)
     lines = [json.loads(line) for line in VECTORS.read_text("utf-8").splitlines()]
     for line in lines:
@@ -124,11 +124,11 @@ def test_the_order_of_rollouts_does_not_matter(rollouts: list[Rollout]) -> None:
     ]
     found = []
     for episodes in (GROUP + TIED, rollouts):
-        recorded = Recorded([Path("f")] * len(episodes), [{}] * len(episodes), list(episodes))
+        recorded = RecordedRollouts([Path("f")] * len(episodes), [{}] * len(episodes), list(episodes))
         comparison = Comparison(["grpo", "calibadv"], recorded)
         (rows,) = recorded.batches()
         comparison.add(rows, {arm.name: arm.apply([recorded.rollouts[row] for row in rows]) for arm in arms})
-        found.append(comparison.figures(top=2))
+        found.append(comparison.results(top=2))
     assert found[0].arms[1].softened_turns == found[1].arms[1].softened_turns
     assert [(turn.sample, turn.turn) for turn in found[0].disagreements[0].turns] == [
         (turn.sample, turn.turn) for turn in found[1].disagreements[0].turns
@@ -140,7 +140,7 @@ def test_the_order_of_rollouts_does_not_matter(rollouts: list[Rollout]) -> None:
 
 
 def test_the_turns_that_differ_most(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (found,) = figures(capsys, [three], "grpo", "calibadv=calibrators/calibadv")["disagreements"]
+    (found,) = results(capsys, [three], "grpo", "calibadv=calibrators/calibadv")["disagreements"]
     assert (found["arms"], found["scale"]) == (["grpo", "calibadv"], 1.0)
     # GOOD's answer: 2 tokens x |2 H - 3 H|; BAD's first search: 3 tokens x |-H + H / 2|; the other turns are the same.
     first, second = found["turns"]
@@ -156,14 +156,14 @@ def test_the_turns_that_differ_most(three: Path, capsys: pytest.CaptureFixture[s
 def test_an_estimator_with_larger_numbers_is_not_another_method(
     three: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (found,) = figures(capsys, [three], "grpo", "rloo=estimators/rloo")["disagreements"]
+    (found,) = results(capsys, [three], "grpo", "rloo=estimators/rloo")["disagreements"]
     # RLOO: 1 - 0 and 0 - 1/2, against 2 H and -H: the same up to a factor of 2 H.
     assert found["scale"] == pytest.approx(2 * H, abs=1e-4)
     assert (found["mass"], found["turns"]) == (0.0, [])
 
 
 def test_estimators_are_compared_at_one_scale(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (found,) = figures(capsys, [three], "grpo", "mt=estimators/mt_grpo")["disagreements"]
+    (found,) = results(capsys, [three], "grpo", "mt=estimators/mt_grpo")["disagreements"]
     # MT-GRPO adds 1, 0 and -1 to the first searches (correctness 1, 1/2, 0), and 0 to BAD's second, which has no peer.
     grpo = 3 * 2 * H + (6 + 3) * H + 2 * 2 * H + (4 + 2) * H
     scale = grpo / (3 * (2 * H + 1) + 6 * H + 3 * (H + 1) + 10 * H)
@@ -202,7 +202,7 @@ def test_config_holds_for_all_arms_and_comes_before_their_overlays(tmp_path: Pat
 
 def test_settings_that_decide_no_advantages_are_named(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arms = ["grpo", "llds=regularizers/llds", "dr=estimators/dr_grpo+losses/dr_grpo", "soft=calibrators/soft_penalty"]
-    content = figures(capsys, [three], *arms)
+    content = results(capsys, [three], *arms)
     assert [arm["without_effect"] for arm in content["arms"]] == [[], ["model.regularizers"], ["model.loss"], []]
     replay([three], arm=arms)
     out = " ".join(capsys.readouterr().out.split())
@@ -218,7 +218,7 @@ def test_settings_that_decide_no_advantages_are_named(three: Path, capsys: pytes
         ("two=calibrators/calibadv+calibrators/soft_penalty", r"arm 'two': .* each install an AdvantageCalibration"),
         ("none=calibrators/none", r"arm 'none': config 'calibrators/none' is neither a file nor a packaged config"),
         ("a b", r"arm 'a b': a name has letters, digits"),
-        ("GRPO", r"arm 'GRPO' is there twice"),
+        ("GRPO", r"duplicate arm 'GRPO'; arm names must be unique"),
     ],
 )
 def test_arms_that_cannot_be_replayed(three: Path, tmp_path: Path, arm: str, problem: str) -> None:
@@ -233,7 +233,7 @@ def test_arms_that_cannot_be_replayed(three: Path, tmp_path: Path, arm: str, pro
 
 def test_each_arm_writes_a_file_of_its_name(three: Path, tmp_path: Path) -> None:
     replay([three], tmp_path / "out", arm=["grpo", "calibadv=calibrators/calibadv"])
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"grpo.jsonl", "calibadv.io.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"grpo.jsonl", "calibadv.jsonl"}
     for name, config in (("grpo", []), ("calibadv", ["calibrators/calibadv"])):
         replay([three], tmp_path / "alone.jsonl", config)
         assert (tmp_path / "out" / f"{name}.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
@@ -241,7 +241,7 @@ def test_each_arm_writes_a_file_of_its_name(three: Path, tmp_path: Path) -> None
 
 def test_a_step_of_each_file_is_a_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [write(tmp_path / "one.jsonl", GROUP), write(tmp_path / "other.jsonl", GROUP)]
-    content = figures(capsys, [*files, files[0]], "grpo")  # a file that is given twice is read once
+    content = results(capsys, [*files, files[0]], "grpo")  # a file that is given twice is read once
     assert (content["files"], content["batches"], content["groups"]) == ([str(file) for file in files], 2, 2)
     assert masses(content["arms"][0]) == near(2 * H, 3 * H, 4 / 3 * H, 2 * H)
     with pytest.raises(ValueError, match=r"one.jsonl' and '.*other.jsonl' both hold step 0, .*; replay them one at a"):
@@ -254,7 +254,7 @@ def test_a_run_folder_stands_for_its_training_rollouts(tmp_path: Path, capsys: p
         later = [rollout(search("a"), answer(text), step=step, sample=n) for n, text in enumerate(("gold", "no"))]
         write(tmp_path / "rollouts" / f"train-step-{step:06d}.jsonl", later)
     write(tmp_path / "rollouts" / "val-step-000001.jsonl", GROUP)
-    assert figures(capsys, [tmp_path], "grpo")["batches"] == 2
+    assert results(capsys, [tmp_path], "grpo")["batches"] == 2
     replay([tmp_path], tmp_path / "out", arm=["grpo"])
     lines = (tmp_path / "out" / "grpo.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 1, 2, 2]
@@ -267,12 +267,12 @@ def test_the_folder_of_a_study_stands_for_those_of_all_its_runs(
 ) -> None:
     for seed in (0, 1):
         write(tmp_path / "grpo" / f"seed{seed}" / "rollouts" / "train-step-000001.jsonl", GROUP)
-    assert figures(capsys, [tmp_path], "grpo")["groups"] == 2
+    assert results(capsys, [tmp_path], "grpo")["groups"] == 2
 
 
 def test_groups_of_a_single_rollout_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "val.jsonl", [*GROUP, rollout(search("a"), answer("gold"), step=1)])
-    assert figures(capsys, [file], "grpo")["lone_groups"] == 1
+    assert results(capsys, [file], "grpo")["lone_groups"] == 1
     replay([file], arm=["grpo"])
     assert "warning: 1 group of a single rollout, as in files of validation" in capsys.readouterr().out
 

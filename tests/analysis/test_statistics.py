@@ -7,9 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.stats import permutation_test
+from scipy.stats import binomtest, permutation_test
 
-from calibadv.analysis.statistics import bootstrap_interval, holm, sign_flip_test, smallest_p
+from calibadv.analysis.statistics import (
+    bootstrap_interval,
+    holm_correction,
+    sign_flip_test,
+    smallest_p,
+    wilson_interval,
+)
 
 tables = arrays(float, (1, 3, 4), elements=st.floats(0, 1, width=16))
 
@@ -104,7 +110,7 @@ def test_seeds_that_all_agree_give_the_smallest_p(differences: np.ndarray) -> No
     ],
 )
 def test_holms_correction_by_hand(p_values: list[float], corrected: list[float]) -> None:
-    assert holm(p_values) == pytest.approx(corrected)
+    assert holm_correction(p_values) == pytest.approx(corrected)
 
 
 @given(st.lists(st.floats(0, 1)))
@@ -114,7 +120,14 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p_values: list[float]
         if p_values[place] * (len(p_values) - rank) > 0.05:
             break
         rejected.add(place)
-    assert {place for place, p in enumerate(holm(p_values)) if p <= 0.05} == rejected
+    assert {place for place, p in enumerate(holm_correction(p_values)) if p <= 0.05} == rejected
+
+
+@pytest.mark.parametrize("total", [1, 2, 10, 37])
+def test_the_interval_of_a_proportion_is_scipys(total: int) -> None:
+    for count in range(total + 1):
+        expected = binomtest(count, total).proportion_ci(method="wilson")
+        assert wilson_interval(count, total) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 def test_more_seeds_than_can_be_enumerated() -> None:

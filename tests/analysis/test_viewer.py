@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.records import answer, rollout, search
 
 from calibadv.analysis.viewer.command import render, script_safe, view
-from calibadv.analysis.viewer.data import ViewerData, status_meanings
+from calibadv.analysis.viewer.data import ViewerData, status_descriptions
 from calibadv.runs.rollouts import rollout_to_json, write_records
 from calibadv.types import Rollout, RolloutStatus
 
@@ -109,7 +109,7 @@ def test_numbers_that_are_not_finite_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", RolloutStatus)
 def test_every_status_is_explained(status: RolloutStatus) -> None:
-    assert re.fullmatch(r"[A-Z][^`]+\.", status_meanings()[status])
+    assert re.fullmatch(r"[A-Z][^`]+\.", status_descriptions()[status])
 
 
 # --- texts of strangers
@@ -137,7 +137,7 @@ def test_the_page_loads_nothing() -> None:
         ("", r"train\.jsonl' is empty; it needs at least one rollout"),
         ("[1]\n", "is not a JSON object but list"),
         ('{"question_id": "q"}\n', "line 1: prepend_think is missing"),
-        (json.dumps(GROUP[0] | {"advantages": [1]}), "question 'q', sample 0, step 0: advantages is no object"),
+        (json.dumps(GROUP[0] | {"advantages": [1]}), "question 'q', sample 0, step 0: advantages is not an object"),
         (json.dumps(rollout_to_json(GOOD, [1.0])), "estimated must be one number for each of the 2 policy segments"),
         (json.dumps(GROUP[0] | {"advantages": {"calibrated": [1, "2"]}}), "calibrated must be one number for each"),
         (json.dumps(GROUP[0] | {"step_correctness": [0, 0]}), "has 2 values and the rollout 1 search turns"),
@@ -419,7 +419,7 @@ def test_rollouts_without_advantages(browse: Browse, shared: Path) -> None:
     assert page.all("advantage") == []
     assert "disabled" in page.by_id("show").attributes
     assert "calibration.jsonl holds no advantages: calibadv replay computes them." in page.by_id("legend").text
-    for meaning in status_meanings().values():
+    for meaning in status_descriptions().values():
         assert meaning in page.by_id("legend").text
 
 

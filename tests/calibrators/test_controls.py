@@ -24,7 +24,7 @@ from calibadv.calibrators import (
     SoftPenalty,
     check_combination,
 )
-from calibadv.calibrators._penalty import find_punished
+from calibadv.calibrators._penalty import find_negative_turns
 from calibadv.estimators import GRPO, IGPO, MTGRPO, GiGPO
 from calibadv.interfaces import AdvantageEstimator, Calibrator
 from calibadv.numerics.credit import sign_masses
@@ -174,10 +174,10 @@ def batches(draw: st.DrawFn) -> list[Rollout]:
 @given(batches(), st.integers(0, 5))
 def test_shuffling_keeps_the_values_and_how_many_there_are(rollouts: list[Rollout], seed: int) -> None:
     batch = batch_of(*rollouts)
-    punished = find_punished(batch, GRPO().estimate(batch))
-    before, after = batch.step_correctness, ShuffledPenalty(seed).shuffled_correctness(batch, punished)
-    assert sorted(after[punished.searches].tolist()) == sorted(before[punished.searches].tolist())
-    assert torch.equal(after[~punished.searches], before[~punished.searches])
+    negative = find_negative_turns(batch, GRPO().estimate(batch))
+    before, after = batch.step_correctness, ShuffledPenalty(seed).shuffled_correctness(batch, negative)
+    assert sorted(after[negative.searches].tolist()) == sorted(before[negative.searches].tolist())
+    assert torch.equal(after[~negative.searches], before[~negative.searches])
 
 
 @settings(max_examples=40)
@@ -293,22 +293,26 @@ def test_values_that_make_no_sense(build: Callable[[], Calibrator], message: str
     [
         (GRPO(), [SoftPenalty(), SoftPenalty()], "SoftPenalty is installed 2 times; keep one"),
         (GRPO(), [AnswerRebalance(), AnswerRebalance(1.5)], "AnswerRebalance is installed 2 times"),
-        (GRPO(), [SoftPenalty(), ShuffledPenalty()], "SoftPenalty and ShuffledPenalty soften the same searches"),
-        (GRPO(), [ConstantPenalty(0.5), AnswerRebalance(), SoftPenalty()], "ConstantPenalty and SoftPenalty soften"),
+        (GRPO(), [SoftPenalty(), ShuffledPenalty()], "SoftPenalty and ShuffledPenalty share a role"),
+        (
+            GRPO(),
+            [ConstantPenalty(0.5), AnswerRebalance(), SoftPenalty()],
+            "ConstantPenalty and SoftPenalty share a role",
+        ),
         (
             GRPO(),
             [NegativeScale(match="calibadv"), AnswerRebalance()],
-            "AnswerRebalance beside it would",
+            r"NegativeScale and AnswerRebalance share .* \(answer balance\)",
         ),
         (
             GRPO(),
             [SoftPenalty(), NegativeScale(match="calibadv")],
-            "SoftPenalty beside it would count",
+            r"SoftPenalty and NegativeScale share a role \(search penalty\)",
         ),
         (
             GRPO(),
             [NegativeScale(match="calibadv"), NegativeClip()],
-            "NegativeClip beside it would count",
+            r"NegativeScale and NegativeClip share a role \(negative clip\)",
         ),
         (MTGRPO(), [SoftPenalty()], "MTGRPO already gives credit by step correctness, and SoftPenalty would count it"),
         (MTGRPO(), [ShuffledPenalty()], "ShuffledPenalty would count it twice"),

@@ -224,14 +224,14 @@ class Breaks(Callback):
         self.rate = rate
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if pl_module.rollout_step + 1 == self.step and pl_module.learner.learning_rate.peak > self.rate:
+        if pl_module.rollout_step + 1 == self.step and pl_module.lr_factor * pl_module.learning_rate > self.rate:
             with torch.no_grad():
                 for parameter in pl_module.model.parameters():
                     parameter.zero_()
             pl_module.agent.engine.sync(pl_module.policy)
 
 
-BREAKS = ("--trainer.callbacks+=test_guard.Breaks", "--trainer.callbacks.step=4")
+BREAKS = (f"--trainer.callbacks+={__name__}.Breaks", "--trainer.callbacks.step=4")
 ROLLBACK = (*BREAKS, "--trainer.callbacks.rate=2e-4", *GUARD, "--trainer.callbacks.action=rollback", *EVERY)
 
 

@@ -224,7 +224,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "no config": (
         "fit",
-        r"--model.policy VALUE and --model.retriever VALUE are missing; give them, or a --config that does$",
+        r"--model.policy VALUE is missing; give it, or a --config that does$",
     ),
     "no corpus": (
         "fit --config local --model.policy embedded",
@@ -332,7 +332,7 @@ def test_a_tokenizer_that_does_not_return_the_tags(
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("<", "")])
     tokenizer.save(str(folder / "tokenizer.json"))
-    line = r"the tokenizer \(\w+\) does not return <think> as it was written.*; add the eight tags to its vocabulary"
+    line = r"the tokenizer \(\w+\) does not return <think> as it was written.*; add the 8 tags to its vocabulary"
     check([*QUICKSTART, "--model.policy", str(folder)], line, here, capsys)
 
 

@@ -118,8 +118,8 @@ def test_a_recipe_is_built_with_its_callbacks_and_no_others(name: str, data: lis
 
 @pytest.mark.parametrize("name", [*LOSSES, *REGULARIZERS])
 def test_a_loss_takes_the_place_of_the_recipes_own(name: str) -> None:
-    objective = build("--config", "quickstart", "--config", name).model.learner.objective
-    settings = {name: value for name, value in vars(objective.loss).items() if name != "acts_on_change"}
+    objective = build("--config", "quickstart", "--config", name).model.objective
+    settings = {name: value for name, value in vars(objective.loss).items() if name != "requires_multiple_updates"}
     aggregation = settings.pop("aggregation")
     default = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}
     assert (type(objective.loss).__name__, settings) == LOSSES.get(name, ("PPOClip", default))
@@ -130,7 +130,7 @@ def test_a_loss_takes_the_place_of_the_recipes_own(name: str) -> None:
 
 def test_a_kl_comes_with_its_reference() -> None:
     model = build("--config", "quickstart", "--config", "regularizers/kl").model
-    assert (model.learner.objective.kl_coef, model.learner.objective.kl_estimator) == (0.001, "k3")
+    assert (model.objective.kl_coef, model.objective.kl_estimator) == (0.001, "k3")
     assert model.reference is not None
 
 
@@ -145,7 +145,7 @@ def test_a_kl_comes_with_its_reference() -> None:
 )
 def test_losses_are_combined_as_they_are_named(names: Sequence[str], expected: tuple[object, ...]) -> None:
     words = [word for name in names for word in ("--config", f"losses/{name}")]
-    loss = build("--config", "quickstart", *words).model.learner.objective.loss
+    loss = build("--config", "quickstart", *words).model.objective.loss
     assert (type(loss).__name__, loss.clip_low, loss.clip_high, type(loss.aggregation).__name__) == expected
 
 
@@ -174,7 +174,7 @@ def test_a_retriever_takes_the_place_of_the_recipes_own(name: str, parts: Path) 
     kind, needs = RETRIEVERS[name]
     options = [f"--model.retriever.{option}={parts / file}" for option, file in needs.items()]
     cli = build("--config", "quickstart", "--config", name, *options)
-    retriever = cli.model.agent.retriever
+    retriever = cli.model.agent.environment.tools[0].retriever
     assert type(retriever).__name__ == kind
     assert retriever.top_k == (3 if "search_r1" in name else 2)  # that of the recipe, unless the overlay says another
 

@@ -215,13 +215,13 @@ def test_an_overlay_builds_its_part(overlay: str, tmp_path: Path) -> None:
     (tmp_path / "overlay.yaml").write_text(overlay, encoding="utf-8")
     quiet_environment()
     cli = CalibadvCLI("fit", read_words(["--config", "quickstart", "--config", str(tmp_path / "overlay.yaml")]))
-    model, learner = cli.model, cli.model.learner
+    model = cli.model
     parts = [
-        model.agent.retriever,
-        model.reward,
+        model.agent.environment.tools[0].retriever,
+        model.sampler.reward,
         model.estimator,
-        learner.objective.loss,
-        *learner.objective.regularizers,
+        model.objective.loss,
+        *model.objective.regularizers,
     ]
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
         parts += [callback, *getattr(callback, "calibrators", [])]

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from support.agents import ANSWER, SEARCH, agent_of, play, protocol, scripted_agent, teach
 from transformers import AutoModelForCausalLM
 
+from calibadv.agent.environment import Environment
 from calibadv.agent.episode import Agent
 from calibadv.agent.rollout import Draws, run_rollouts
+from calibadv.agent.tools import SearchTool
 from calibadv.engines import ScriptedEngine, TransformersEngine
-from calibadv.numerics.rng import draw_tokens, uniforms
+from calibadv.numerics.rng import draw_tokens, keyed_uniforms
 from calibadv.policy.loading import load_policy
 from calibadv.policy.policy import Policy
 from calibadv.retrieval import BM25
@@ -76,7 +78,7 @@ def test_logprobs_and_draws_equal_a_plain_forward_pass(
         expected = logprobs.gather(1, ids[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
         # The first token whose cumulative probability is above the uniform, in the order of the vocabulary.
-        uniform = uniforms(key, len(ids))
+        uniform = keyed_uniforms(key, len(ids))
         assert completion.token_ids == tuple(inverse_cdf(logprobs.double().exp().numpy(), uniform))
 
 
@@ -116,7 +118,7 @@ def test_greedy_takes_the_most_likely_token(
 
 
 def test_sampling_ends_at_the_tag_at_the_end_of_sequence_or_at_the_limit(taught: Policy) -> None:
-    prompt = taught.tokenizer.encode_prompt("what is a?", protocol())
+    prompt = protocol().prompt_ids("what is a?", taught.tokenizer)
     done = engine_of(taught).generate([prompt] * 60, Sampling(1.0, max_tokens=15), keys(*range(60)))
     texts = {
         reason: [taught.tokenizer.decode(c.token_ids) for c in done if c.stop_reason is reason] for reason in StopReason
@@ -136,7 +138,7 @@ def test_sampling_ends_at_the_tag_at_the_end_of_sequence_or_at_the_limit(taught:
 @pytest.mark.parametrize("fixture", ["newline_folder", "wordpiece"])
 def test_other_ways_to_cut_a_tag(fixture: str, request: pytest.FixtureRequest) -> None:
     policy = teach(request.getfixturevalue(fixture), SEARCH + "\n\n", ANSWER + "\n\n", steps=50)
-    prompt = policy.tokenizer.encode_prompt("what is a?", protocol())
+    prompt = protocol().prompt_ids("what is a?", policy.tokenizer)
     done = engine_of(policy).generate([prompt] * 20, Sampling(1.0, max_tokens=40), keys(*range(20)))
     tagged = [policy.tokenizer.decode(c.token_ids) for c in done if c.stop_reason is StopReason.TAG]
     assert len(tagged) > 10
@@ -154,7 +156,7 @@ def same(left: Sequence[Completion], right: Sequence[Completion]) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_draws_do_not_depend_on_the_batch(taught: Policy, batch_size: int) -> None:
-    prompts = [taught.tokenizer.encode_prompt(f"what is {'a ' * n}a?", protocol()) for n in range(12)]
+    prompts = [protocol().prompt_ids(f"what is {'a ' * n}a?", taught.tokenizer) for n in range(12)]
     sampling, draws = Sampling(1.0, max_tokens=30), keys(*range(12))
     together = engine_of(taught).generate(prompts, sampling, draws)
     # Rows end at different times, so that most of the batch is dropped from the cache while others go on.
@@ -182,7 +184,7 @@ def test_rollouts_of_the_embedded_policy_do_not_depend_on_the_batch() -> None:
     policy = load_policy("embedded")
     agent = Agent(
         TransformersEngine(),
-        BM25("embedded", top_k=2),
+        Environment([SearchTool(BM25("embedded", top_k=2))]),
         protocol(prepend_think=True, max_searches=3, max_turn_tokens=36),
         policy.tokenizer,
     )
@@ -196,7 +198,7 @@ def test_rollouts_of_the_embedded_policy_do_not_depend_on_the_batch() -> None:
 
 
 def test_a_longer_limit_draws_the_same_beginning(taught: Policy) -> None:
-    prompt = taught.tokenizer.encode_prompt("what is a?", protocol())
+    prompt = protocol().prompt_ids("what is a?", taught.tokenizer)
     short, long = (engine_of(taught).generate([prompt], Sampling(1.3, n), keys(5))[0].token_ids for n in (4, 9))
     assert len(long) > 4
     assert long[:4] == short

@@ -11,11 +11,13 @@ import torch
 from support.agents import ANSWER, KINDS, SEARCH, agent_of, play, protocol, teach, tokenizers_of_all_kinds
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from calibadv.agent.environment import Environment
 from calibadv.agent.episode import Agent
 from calibadv.agent.rollout import Draws, run_rollouts
+from calibadv.agent.tools import SearchTool
 from calibadv.engines import TransformersEngine
-from calibadv.engines._stop import may_stop, stop_reason
-from calibadv.engines.transformers import whole_copy
+from calibadv.engines._stop import stop_candidates, stop_reason
+from calibadv.engines.transformers import unsharded_copy
 from calibadv.policy.loading import load_policy
 from calibadv.policy.lora import Lora
 from calibadv.policy.policy import Policy
@@ -30,7 +32,7 @@ class PrefillingEngine(TransformersEngine):
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]
     ) -> list[Completion]:
-        self.rest()
+        self.release()
         return super().generate(prompts, sampling, keys)
 
 
@@ -68,7 +70,9 @@ def test_the_embedded_policy_goes_on_as_if_it_read_everything_again(
     def sample(engine: TransformersEngine) -> list[Rollout]:
         engine.sync(embedded_policy)
         rules = protocol(prepend_think=True, max_searches=3, max_turn_tokens=36)
-        agent = Agent(engine, BM25(corpus="embedded", top_k=2), rules, embedded_policy.tokenizer)
+        agent = Agent(
+            engine, Environment([SearchTool(BM25(corpus="embedded", top_k=2))]), rules, embedded_policy.tokenizer
+        )
         questions = embedded_world().questions["validation"][:12]
         return run_rollouts(questions, agent, Draws(seed=0, step=1, samples=4, temperature=temperature))
 
@@ -90,7 +94,7 @@ def test_other_policies_do_so_too(folder: str, request: pytest.FixtureRequest) -
 
 def first_turn(policy: Policy, engine: TransformersEngine) -> tuple[list[list[int]], list[DrawKey]]:
     """Sample a turn of 24 rollouts, and prepare the next one of those that searched."""
-    prompts = [policy.tokenizer.encode_prompt(f"what is {'abc'[n % 3]}?", protocol()) for n in range(24)]
+    prompts = [protocol().prompt_ids(f"what is {'abc'[n % 3]}?", policy.tokenizer) for n in range(24)]
     turns = [DrawKey(0, 1, "q", n, 0) for n in range(24)]
     done = engine.generate(prompts, Sampling(1.0, 24), turns)
     back = [
@@ -115,7 +119,7 @@ def test_rows_that_come_back_mix_with_new_ones(taught: Policy, temperature: floa
     engine, sampling = synced(taught), Sampling(temperature, 24)
     prompts, turns = first_turn(taught, engine)
     # One is new; one has a key that is known and a prompt that is not; one that comes back stays away.
-    new = taught.tokenizer.encode_prompt("what is b?", protocol())
+    new = protocol().prompt_ids("what is b?", taught.tokenizer)
     prompts = [prompts[0], new, *prompts[2:], new]
     turns = [turns[0], replace(turns[1], question_id="r"), *turns[2:], turns[1]]
     together = engine.generate(prompts, sampling, turns)
@@ -144,7 +148,7 @@ def test_the_cache_is_dropped(taught: Policy, read: list[tuple[int, int]], forge
     if forget == "sync":
         engine.sync(taught)
     elif forget == "rest":
-        engine.rest()
+        engine.release()
     elif forget == "a turn of others":
         engine.generate([prompts[0]], Sampling(1.0, 1), [replace(turns[0], question_id="r")])
     read.clear()
@@ -166,7 +170,7 @@ def test_an_update_between_two_turns_is_seen(llama_folder: Path) -> None:
 
 
 def test_equal_prompts_are_read_once(taught: Policy, read: list[tuple[int, int]]) -> None:
-    one, two = (taught.tokenizer.encode_prompt(f"what is {name}?", protocol()) for name in ("a", "b b"))
+    one, two = (protocol().prompt_ids(f"what is {name}?", taught.tokenizer) for name in ("a", "b b"))
     prompts, turns = [one, two, one, one], [DrawKey(0, 1, "q", n, 0) for n in range(4)]
     together = synced(taught).generate(prompts, Sampling(1.0, 24), turns)
     assert read[0] == (2, max(len(one), len(two)))
@@ -203,7 +207,7 @@ def test_any_attention_samples_the_same(taught: Policy, llama_folder: Path) -> N
     eager = load_policy(str(llama_folder))
     eager.model.load_state_dict(taught.model.state_dict())
     eager.model.set_attn_implementation("eager")
-    prompts = [taught.tokenizer.encode_prompt(f"what is {'a ' * n}a?", protocol()) for n in range(6)]
+    prompts = [protocol().prompt_ids(f"what is {'a ' * n}a?", taught.tokenizer) for n in range(6)]
     turns = [DrawKey(0, 1, "q", n, 0) for n in range(6)]
     ours, theirs = (synced(policy).generate(prompts, Sampling(1.0, 80), turns) for policy in (taught, eager))
     assert [completion.token_ids for completion in ours] == [completion.token_ids for completion in theirs]
@@ -211,7 +215,7 @@ def test_any_attention_samples_the_same(taught: Policy, llama_folder: Path) -> N
 
 
 def test_mixed_precision_leaves_the_gradient_of_the_update_alone(taught: Policy) -> None:
-    prompt = taught.tokenizer.encode_prompt("what is a?", protocol())
+    prompt = protocol().prompt_ids("what is a?", taught.tokenizer)
     with torch.autocast("cpu", torch.bfloat16):
         (completion,) = synced(taught).generate([prompt], Sampling(1.0, 8), [DrawKey(0, 1, "q", 0, 0)])
         logits = taught.model(torch.tensor([[*prompt, *completion.token_ids]])).logits[0]
@@ -225,10 +229,10 @@ def test_mixed_precision_leaves_the_gradient_of_the_update_alone(taught: Policy)
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=2)])
-def test_a_whole_copy_follows_the_policy(llama_folder: Path, lora: Lora | None) -> None:
+def test_an_unsharded_copy_follows_the_policy(llama_folder: Path, lora: Lora | None) -> None:
     policy = load_policy(str(llama_folder), lora)
     ids = torch.tensor([policy.tokenizer.encode("the director of the film")])
-    copy = whole_copy(policy)
+    copy = unsharded_copy(policy)
     for _ in range(2):
         with torch.no_grad():
             assert torch.allclose(copy(ids).logits, policy.model(ids).logits, atol=1e-5)
@@ -236,14 +240,14 @@ def test_a_whole_copy_follows_the_policy(llama_folder: Path, lora: Lora | None) 
                 if parameter.requires_grad:
                     parameter.add_(0.02)
             assert not torch.allclose(copy(ids).logits, policy.model(ids).logits, atol=1e-3)
-        assert whole_copy(policy, copy) is copy
+        assert unsharded_copy(policy, copy) is copy
     assert not copy.training
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_end_is_overlooked(kind: str, llama_folder: Path, newline_folder: Path, wordpiece: Path) -> None:
     tokenizer = tokenizers_of_all_kinds(llama_folder, newline_folder, wordpiece)[kind]
-    table = may_stop(tokenizer, len(tokenizer.backend))
+    table = stop_candidates(tokenizer, len(tokenizer.backend))
     assert 0 < int(table.sum()) < len(table) // 4
     for message in (SEARCH + "\n\n", ANSWER + "\n", "so</search>.", "I do not know."):
         token_ids = [*tokenizer.encode(message), *tokenizer.end_ids]

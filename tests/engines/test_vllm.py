@@ -22,14 +22,16 @@ from support.samplers import change, greedy_as_transformers, keys, own, prompts_
 from torch import Tensor
 from transformers import AutoConfig
 
+from calibadv.agent.environment import Environment
 from calibadv.agent.episode import Agent
 from calibadv.agent.rollout import Draws, run_rollouts
+from calibadv.agent.tools import SearchTool
 from calibadv.engines import TransformersEngine, VLLMEngine
 from calibadv.engines._stop import stop_reason
 from calibadv.policy.loading import load_policy
 from calibadv.policy.lora import Lora
 from calibadv.policy.policy import Policy
-from calibadv.protocol.search import Protocol
+from calibadv.protocol.search import SearchProtocol
 from calibadv.retrieval import BM25
 from calibadv.types import Completion, RolloutStatus, Sampling, StopReason
 from calibadv.world import embedded_world
@@ -119,7 +121,7 @@ def test_draws_follow_the_softmax_over_the_whole_vocabulary(qwen2: Policy, vllm_
 
 def test_a_message_ends_with_the_token_that_ends_it(pair: tuple[Policy, VLLMEngine]) -> None:
     policy, engine = pair
-    prompt = policy.tokenizer.encode_prompt("what is a?", protocol())
+    prompt = protocol().prompt_ids("what is a?", policy.tokenizer)
     done = engine.generate([prompt] * 80, Sampling(1.5, max_tokens=20), keys(*range(80)))
     for completion in done:
         reasons = [stop_reason(policy.tokenizer, completion.token_ids[: n + 1]) for n in range(20)]
@@ -130,7 +132,7 @@ def test_a_message_ends_with_the_token_that_ends_it(pair: tuple[Policy, VLLMEngi
 
 
 def test_the_token_that_runs_past_a_tag_is_kept_and_its_successor_is_not(qwen2: Policy, vllm_qwen2: VLLMEngine) -> None:
-    prompt = qwen2.tokenizer.encode_prompt("what is a?", protocol())
+    prompt = protocol().prompt_ids("what is a?", qwen2.tokenizer)
     done = vllm_qwen2.generate([prompt] * 60, Sampling(1.0, max_tokens=40), keys(*range(60)))
     tagged = [qwen2.tokenizer.decode(c.token_ids) for c in done if c.stop_reason is StopReason.TAG]
     assert SEARCH + "\n" in tagged
@@ -152,13 +154,15 @@ def test_equal_keys_draw_equal_tokens_and_others_do_not(pair: tuple[Policy, VLLM
 def test_rollouts_are_those_of_the_loop_that_goes_in_step(embedded_policy: Policy, vllm_embedded: VLLMEngine) -> None:
     """Greedily, in the embedded world: its policy searches once to three times before it answers."""
     asked = embedded_world().questions["validation"][:60]
-    protocol = Protocol(template="short", max_searches=3, max_turn_tokens=36, max_rollout_tokens=512)
+    protocol = SearchProtocol(template="short", max_searches=3, max_turn_tokens=36, max_rollout_tokens=512)
     reference = TransformersEngine()
     reference.sync(embedded_policy)
     expected, rollouts = (
         run_rollouts(
             asked,
-            Agent(engine, BM25(corpus="embedded", top_k=2), protocol, embedded_policy.tokenizer),
+            Agent(
+                engine, Environment([SearchTool(BM25(corpus="embedded", top_k=2))]), protocol, embedded_policy.tokenizer
+            ),
             Draws(seed=0, step=0, samples=1, temperature=0.0),
         )
         for engine in (reference, vllm_embedded)
@@ -179,8 +183,8 @@ def test_more_prompts_than_are_computed_at_once(qwen2: Policy, vllm_qwen2: VLLME
 
 
 def test_a_message_may_fill_the_budget(qwen2: Policy, vllm_qwen2: VLLMEngine) -> None:
-    room = 768 - len(qwen2.tokenizer.encode_prompt("what is a?", protocol()))
-    prompt = [*qwen2.tokenizer.encode_prompt("what is a?", protocol()), *[300] * (room - 5)]
+    room = 768 - len(protocol().prompt_ids("what is a?", qwen2.tokenizer))
+    prompt = [*protocol().prompt_ids("what is a?", qwen2.tokenizer), *[300] * (room - 5)]
     (completion,) = vllm_qwen2.generate([prompt], Sampling(1.0, max_tokens=40), keys(0))
     assert len(completion.token_ids) == 5 or completion.stop_reason is not StopReason.LENGTH
 
@@ -188,7 +192,7 @@ def test_a_message_may_fill_the_budget(qwen2: Policy, vllm_qwen2: VLLMEngine) ->
 def test_what_is_under_way_is_dropped(qwen2: Policy, vllm_qwen2: VLLMEngine) -> None:
     vllm_qwen2.submit(prompts_of(qwen2), Sampling(1.0, max_tokens=100), keys(*range(16)))
     vllm_qwen2.collect()
-    vllm_qwen2.rest()
+    vllm_qwen2.release()
     assert vllm_qwen2.collect() == {}
     vllm_qwen2.sync(qwen2)  # which needs an idle vLLM
     assert greedy_as_transformers(qwen2, vllm_qwen2)

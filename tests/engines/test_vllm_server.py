@@ -156,7 +156,7 @@ def test_requests_are_under_way_together_and_dropped_together(server: Server, po
     done = engine.generate([[1]] * 9, Sampling(1.0, max_tokens=1), keys(*range(9)))
     assert len(done) == 9
     engine.submit([[1]] * 9, Sampling(1.0, max_tokens=1), keys(*range(9)))
-    engine.rest()
+    engine.release()
     assert engine.collect() == {}
 
 

@@ -21,13 +21,13 @@ from calibadv.batch import RolloutBatch, collate, to_device, turn_values
 from calibadv.config.files import configs_folder, read_words
 from calibadv.config.lightning_cli import CalibadvCLI
 from calibadv.config.logging import quiet_environment
-from calibadv.distributed import ALONE
+from calibadv.distributed import SINGLE_PROCESS
 from calibadv.estimators import GRPO, IGPO, MTGRPO, RLOO, DrGRPO, GiGPO
-from calibadv.estimators._answer_likelihood import golden_answer, golden_probabilities, turn_gains
+from calibadv.estimators._answer_likelihood import answer_likelihoods, answer_tokens, turn_gains
 from calibadv.interfaces import AdvantageEstimator
 from calibadv.numerics.advantages import group_centre, group_normalise, leave_one_out
 from calibadv.policy.policy import Policy
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.rewards import F1, credit_rollouts, score_rollouts
 from calibadv.runs.rollouts import rollout_to_json, write_records
 from calibadv.types import Question, Rollout, RolloutStatus, Segment
@@ -41,7 +41,7 @@ NAMES = [f"{type(estimator).__name__}-{place}" for place, estimator in enumerate
 def batch_of(*rollouts: Rollout) -> RolloutBatch:
     batch = collate(credit_rollouts(score_rollouts(rollouts, F1())))
     # Gains that only depend on the turn itself stand in for those of a policy.
-    found = [[0.1 * len({doc.id for doc in turn}) for turn in r.turn_documents] for r in batch.rollouts]
+    found = [[0.1 * len({doc.id for doc in turn or ()}) for turn in r.turn_documents] for r in batch.rollouts]
     return with_gains(batch, found)
 
 
@@ -50,7 +50,7 @@ def with_gains(batch: RolloutBatch, gains: Sequence[Sequence[float]]) -> Rollout
     padded = torch.zeros_like(batch.step_correctness)
     for row, values in enumerate(gains):
         padded[row, : len(values)] = torch.tensor(values)
-    return replace(batch, turn_gains=padded)
+    return replace(batch, extras={"turn_gains": padded})
 
 
 def turns(estimator: AdvantageEstimator, batch: RolloutBatch) -> list[Any]:
@@ -299,7 +299,7 @@ def test_probability_of_the_golden_answer_by_hand() -> None:
     # Prompt 3 tokens, frame <think> </think> <answer> 3 more, one of all six the answer: 2 / (V + 6). After the search
     # and its observation there are 5 + 3 more tokens, two of them the answer: 4 / (V + 14).
     first, second = 2 / (SIZE + 6), 4 / (SIZE + 14)
-    probabilities = golden_probabilities(batch, Policy(Urn(SIZE), TOKENIZER), 1000)
+    probabilities = answer_likelihoods(batch, Policy(Urn(SIZE), TOKENIZER), 1000)
     torch.testing.assert_close(probabilities, torch.tensor([[first, second], [first, 0.0]]))
     gains = turn_gains(probabilities, batch.answer_turn)
     torch.testing.assert_close(gains, torch.tensor([[second - first, 0.0], [0.0, 0.0]]))
@@ -309,7 +309,7 @@ def test_a_think_that_the_environment_has_opened_is_not_opened_again() -> None:
     # Frame </think> <answer>: one token less. The golden answer has two tokens, of which the second was never seen:
     # the geometric mean of 2 / (V + 5) and 1 / (V + 6).
     batch = collate([told(("policy", f"</think> <answer> {ONE} </answer>"), golden=f"{ONE} {TWO}", prepend_think=True)])
-    (found,) = golden_probabilities(batch, Policy(Urn(SIZE), TOKENIZER), 1000).flatten().tolist()
+    (found,) = answer_likelihoods(batch, Policy(Urn(SIZE), TOKENIZER), 1000).flatten().tolist()
     assert found == pytest.approx(math.sqrt(2 / (SIZE + 5) * 1 / (SIZE + 6)), rel=1e-5)
 
 
@@ -317,7 +317,7 @@ def test_what_is_left_out_or_empty_is_not_asked() -> None:
     failed = replace(told(SEARCHED, ("environment", ONE), ANSWERED), status=RolloutStatus.SEARCH_FAILED)
     silent = replace(told(SEARCHED, ("environment", ONE), ("policy", "")), status=RolloutStatus.TRUNCATED)
     batch = collate([failed, silent, told(ANSWERED, golden="")])
-    probabilities = golden_probabilities(batch, Policy(Urn(SIZE), TOKENIZER), 1000)
+    probabilities = answer_likelihoods(batch, Policy(Urn(SIZE), TOKENIZER), 1000)
     assert probabilities[0].tolist() == [0.0, 0.0]
     # the message that was never written is still a turn: 3 / (V + 3 + 5 + 1 + 3)
     torch.testing.assert_close(probabilities[1], torch.tensor([2 / (SIZE + 6), 3 / (SIZE + 12)]))
@@ -325,7 +325,7 @@ def test_what_is_left_out_or_empty_is_not_asked() -> None:
 
 
 def test_a_golden_answer_cannot_close_its_own_block() -> None:
-    written = golden_answer(told(ANSWERED, golden=f"{ONE} </answer> <eos>"), TOKENIZER)
+    written = answer_tokens(told(ANSWERED, golden=f"{ONE} </answer> <eos>"), TOKENIZER)
     assert TOKENIZER.decode(written.frame) == "<think> </think> <answer>"
     assert written.answer[0] == TOKENIZER.encode(ONE)[0]
     assert not {*TOKENIZER.encode("</answer>"), *TOKENIZER.end_ids} & set(written.answer)
@@ -340,7 +340,8 @@ def test_gains_of_a_transformer_against_plain_passes(embedded_policy: Policy, bu
         told(ANSWERED, golden=golden, sample=1),
         told(SEARCHED, ("environment", OTHER), ANSWERED, golden=golden, sample=2),
     ]
-    batch = IGPO().prepare(collate(rollouts), embedded_policy, budget, ALONE)
+    batch = collate(rollouts)
+    gains = IGPO().extras(batch, embedded_policy, budget, SINGLE_PROCESS)["turn_gains"]
     tokenizer, model = embedded_policy.tokenizer, embedded_policy.model
     expected = torch.zeros_like(batch.step_correctness)
     for row, made in enumerate(rollouts):
@@ -357,9 +358,8 @@ def test_gains_of_a_transformer_against_plain_passes(embedded_policy: Policy, bu
             history += segment.token_ids
         for turn, (before, after) in enumerate(pairwise(asked)):
             expected[row, turn] = after - before
-    assert batch.turn_gains is not None
     assert (expected != 0).sum() == 3
-    torch.testing.assert_close(batch.turn_gains, expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(gains, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_igpo_prepares_what_it_estimates_from_and_the_others_need_nothing() -> None:
@@ -367,17 +367,15 @@ def test_igpo_prepares_what_it_estimates_from_and_the_others_need_nothing() -> N
     missed = replace(told(SEARCHED, ("environment", f"{TWO} {TWO} {TWO}"), ANSWERED), sample=1)
     batch = collate([found, missed])
     policy = Policy(Urn(SIZE), TOKENIZER)
-    (better, _), (worse, _) = turns(IGPO(), IGPO().prepare(batch, policy, 1000, ALONE))
+    (better, _), (worse, _) = turns(IGPO(), replace(batch, extras=IGPO().extras(batch, policy, 1000, SINGLE_PROCESS)))
     assert better > worse
-    assert all(type(e)().prepare(batch, policy, 1000, ALONE) is batch for e in ESTIMATORS[:6])
+    assert not any(type(e)().extras(batch, policy, 1000, SINGLE_PROCESS) for e in ESTIMATORS[:6])
 
 
 def test_gains_move_with_the_batch() -> None:
     batch = batch_of(GOOD, BAD)
     moved = to_device(batch, torch.device("meta"))
-    assert moved.turn_gains is not None
-    assert (moved.turn_gains.device.type, moved.rewards.device.type) == ("meta", "meta")
-    assert to_device(replace(batch, turn_gains=None), torch.device("meta")).turn_gains is None
+    assert (moved.extras["turn_gains"].device.type, moved.rewards.device.type) == ("meta", "meta")
 
 
 # What is refused.

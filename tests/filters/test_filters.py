@@ -11,8 +11,9 @@ from support.fits import curves, fit
 from support.records import answer, rollout, search
 
 from calibadv.data.datamodule import QuestionData
-from calibadv.filters import DynamicSampling, Group, refill
-from calibadv.types import Question, RolloutStatus
+from calibadv.filters import DynamicSampling
+from calibadv.training.sampling import refill
+from calibadv.types import Group, Question, RolloutStatus
 
 FAILED = RolloutStatus.SEARCH_FAILED
 

@@ -12,11 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.agents import Bigram, episode
+from support.training import HandFed, accumulate, module_of, update
 from torch import Tensor
 from torch.testing import assert_close
 
-from calibadv.batch import collate
-from calibadv.interfaces import LossInputs, PolicyLoss, Regularizer
+from calibadv.batch import LossInputs, collate
+from calibadv.distributed import SINGLE_PROCESS
+from calibadv.interfaces import PolicyLoss, Regularizer
 from calibadv.losses import CISPO, GSPO, Aggregation, FixedLength, PPOClip, SequenceMean, TokenMean
 from calibadv.losses.aggregation import check_length
 from calibadv.numerics.kl import k1, k2, k3
@@ -24,10 +26,7 @@ from calibadv.numerics.losses import sequence_ratio
 from calibadv.numerics.ratio import bounded_exponent
 from calibadv.regularizers import LLDS
 from calibadv.training.importance_sampling import truncated_weights
-from calibadv.training.logprobs import BatchLogprobs, ReadyBatch, compute_logprobs
-from calibadv.training.objective import Objective
-from calibadv.training.optimization import Learner, Trainee
-from calibadv.training.schedule import LearningRate
+from calibadv.training.logprobs import BatchLogprobs, UpdateBatch, compute_logprobs
 from calibadv.types import Metrics, Rollout
 
 LN2 = math.log(2)
@@ -405,37 +404,23 @@ def test_no_part_depends_on_how_a_mini_batch_is_cut(
         assert metrics == pytest.approx(whole[2], abs=1e-6)
 
 
-def learner(loss: PolicyLoss, *regularizers: Regularizer, **fields: Any) -> Learner:
-    objective = Objective(loss, fields.pop("kl_coef", 0.0), regularizers, fields.pop("kl_estimator", "k3"))
-    settings = {
-        "learning_rate": LearningRate(0.1, "constant", 0, 100),
-        "betas": (0.9, 0.999),
-        "weight_decay": 0.0,
-        "clip_norm": 0.0,
-        "mini_batches": 2,
-        "micro_batch_tokens": 10_000,
-        "temperature": 1.0,
-        "old_logprobs": "trainer",
-        "sampler_correction": None,
-        "skip_tied": False,
-        "seed": 0,
-    }
-    return Learner(objective, **{**settings, **fields})
+def module(loss: PolicyLoss, *regularizers: Regularizer, model: Bigram | None = None, **settings: Any) -> HandFed:
+    """Two mini-batches per rollout step."""
+    model = Bigram(torch.zeros(2, 2)) if model is None else model
+    return module_of(model, *regularizers, **{"loss": loss, "weight_decay": 0.0, "mini_batches": 2, **settings})
 
 
-def accumulate(rule: Learner, ready: ReadyBatch) -> tuple[Metrics, Tensor]:
-    model = Bigram(torch.zeros(2, 2))
-    trainee = Trainee(model, rule.make_optimizer(model), lambda loss, last: loss.backward())
-    metrics = rule.accumulate(trainee, ready, range(len(ready.batch.rollouts)))
-    assert model.table.grad is not None
-    return metrics, model.table.grad
+def gradient_of(trained: HandFed, given: UpdateBatch) -> tuple[Metrics, Tensor]:
+    metrics, gradient = accumulate(trained, given, range(len(given.batch.rollouts)))
+    return metrics, gradient.view(2, 2)
 
 
-def two_rollouts(advantages: list[list[float]], old: list[list[float]] | None = None) -> ReadyBatch:
+def two_rollouts(advantages: list[list[float]], old: list[list[float]] | None = None) -> UpdateBatch:
     """Prompt 0 and messages 1 0 and 0, of a policy that has all tokens at 1/2."""
     batch = collate([episode((0,), (1, 0)), episode((0,), (0,))])
     before = torch.full((2, 3), -LN2) * batch.loss_mask if old is None else torch.tensor(old)
-    return ReadyBatch(batch, torch.tensor(advantages), BatchLogprobs(before, torch.zeros(2, 3)))
+    given = torch.tensor(advantages)
+    return UpdateBatch(batch, given, given, BatchLogprobs(before, torch.zeros(2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -447,9 +432,10 @@ def two_rollouts(advantages: list[list[float]], old: list[list[float]] | None = 
 @pytest.mark.parametrize("budget", [10_000, 1])
 def test_rollouts_without_advantage_count(aggregation: Aggregation, expected: float, budget: int) -> None:
     ready = two_rollouts([[0, 1.0, 2.0], [0, 0, 0]])
-    rule = learner(PPOClip(aggregation=aggregation), micro_batch_tokens=budget)
-    assert rule.objective.split(ready, [0, 1]) == ([0], [1])
-    metrics, gradient = accumulate(rule, ready)
+    rule = module(PPOClip(aggregation=aggregation), micro_batch_tokens=budget)
+    (mini_batch,) = rule.batching.cut(ready.batch, ready.advantages, 1, False, SINGLE_PROCESS)
+    assert [(micro.rows, micro.needs_grad) for micro in mini_batch.micro_batches] == [([0], True), ([1], False)]
+    metrics, gradient = gradient_of(rule, ready)
     assert metrics["loss"] == pytest.approx(-expected)
     # Token 1 after 0 with weight 1/3 of the sum, token 0 after 1 with 2/3; a probability of 1/2 halves them.
     assert_close(gradient, expected / 2 * torch.tensor([[1, -1], [-2, 2]]) / 3)
@@ -458,7 +444,7 @@ def test_rollouts_without_advantage_count(aggregation: Aggregation, expected: fl
 def test_a_rollout_without_advantage_is_pulled_on_by_llds() -> None:
     # The only token of the second rollout was at 1 and has fallen to 1/2.
     ready = two_rollouts([[0, 1.0, 2.0], [0, 0, 0]], old=[[0, -LN2, -LN2], [0, 0, 0]])
-    plain, regularized = (accumulate(learner(PPOClip(), *terms), ready) for terms in ((), (LLDS(coef=0.3),)))
+    plain, regularized = (gradient_of(module(PPOClip(), *terms), ready) for terms in ((), (LLDS(coef=0.3),)))
     assert regularized[0]["llds"] == pytest.approx(0.3 * LN2 / 3)
     assert regularized[0]["llds_gated"] == pytest.approx(1 / 3)
     assert regularized[0]["loss"] == pytest.approx(plain[0]["loss"] + 0.3 * LN2 / 3)
@@ -544,9 +530,8 @@ def test_llds_acts_from_the_second_mini_batch_on() -> None:
         before = compute_logprobs(model, batch, 10_000, 1.0)
         # In both groups token 1 is rewarded and token 0 has no advantage; after one update token 0 is rarer.
         advantages = batch.rewards[:, None] * batch.loss_mask
-        rule = learner(PPOClip(), *terms)
-        trainee = Trainee(model, rule.make_optimizer(model), lambda loss, last: loss.backward())
-        updates.append((rule.update(trainee, ReadyBatch(batch, advantages, before), step=1), model.table.detach()))
+        given = UpdateBatch(batch, advantages, advantages, before)
+        updates.append((update(module(PPOClip(), *terms, model=model), given), model.table.detach()))
     (plain, without), (regularized, with_llds) = updates
     assert regularized["stability/llds"] > 0
     assert regularized["stability/grad_norm_max"] > 2 * plain["stability/grad_norm_max"]
@@ -585,8 +570,8 @@ def test_what_the_kl_estimators_pull_towards() -> None:
 def test_the_objective_takes_the_estimator_that_is_named(estimator: Any, value: float, slope: float) -> None:
     ready = two_rollouts([[0, 0, 0], [0, 0, 0]])
     reference = torch.tensor([[0, -2 * LN2, -LN2], [0, -LN2, 0]])
-    ready = replace(ready, before=replace(ready.before, reference=reference))
-    metrics, gradient = accumulate(learner(PPOClip(), kl_coef=0.5, kl_estimator=estimator), ready)
+    ready = replace(ready, old=replace(ready.old, reference=reference))
+    metrics, gradient = gradient_of(module(PPOClip(), kl_coef=0.5, kl_estimator=estimator), ready)
     assert metrics["kl_reference"] == pytest.approx(value / 3)
     assert metrics["loss"] == pytest.approx(0.5 * value / 3)
     if estimator != "k1":  # only the token that differs is pulled down; k1 pulls down all
@@ -608,10 +593,10 @@ def test_the_objective_takes_the_estimator_that_is_named(estimator: Any, value: 
         (lambda: FixedLength(0), "length of FixedLength is 0; it must be at least 1"),
         (lambda: LLDS(coef=0.0), r"coef of LLDS is 0\.0; it must be above 0"),
         (lambda: LLDS(tolerance=-1e-4), r"tolerance of LLDS is -0\.0001; it must be at least 0"),
-        (lambda: learner(PPOClip(), LLDS(), old_logprobs="engine"), "old_logprobs is engine and LLDS .* to trainer"),
-        (lambda: learner(PPOClip(), LLDS(), mini_batches=1), "mini_batches is 1 and LLDS .* at least 2"),
-        (lambda: learner(PPOClip(), LLDS(), LLDS(0.3)), "model.regularizers names LLDS 2 times; keep one"),
-        (lambda: learner(PPOClip(), kl_estimator="k2"), "kl_estimator is k2 and model.kl_coef is 0.* set kl_coef"),
+        (lambda: module(PPOClip(), LLDS(), old_logprobs="engine"), "old_logprobs is engine and LLDS .* to trainer"),
+        (lambda: module(PPOClip(), LLDS(), mini_batches=1), "mini_batches is 1 and LLDS .* at least 2"),
+        (lambda: module(PPOClip(), LLDS(), LLDS(0.3)), "model.regularizers names LLDS 2 times; keep one"),
+        (lambda: module(PPOClip(), kl_estimator="k2"), "kl_estimator is k2 and model.kl_coef is 0.* set kl_coef"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(make: Callable[[], object], message: str) -> None:
@@ -624,15 +609,27 @@ def test_what_cannot_work_is_refused_with_the_reason(make: Callable[[], object],
     [
         (lambda: GSPO(clip_high=0.2), ["the clips of GSPO are 0.0003 and 0.2: .* 3e-4 and 4e-4"]),
         (GSPO, []),
-        (lambda: learner(PPOClip(), kl_coef=0.1, kl_estimator="k1"), ["model.kl_estimator is k1: .*; k2 and k3 do"]),
-        (lambda: learner(PPOClip(), kl_coef=0.1, kl_estimator="k2"), []),
-        (lambda: learner(PPOClip(clip_high=0.28), mini_batches=1), ["model.mini_batches is 1, .* tells this PPOClip"]),
-        (lambda: learner(PPOClip(dual_clip=3.0), mini_batches=1), ["model.mini_batches is 1, .* tells this PPOClip"]),
-        (lambda: learner(CISPO(), mini_batches=1), ["model.mini_batches is 1, .* tells this CISPO from PPOClip's"]),
-        (lambda: learner(GSPO(), mini_batches=1), ["model.mini_batches is 1, .* tells this GSPO from PPOClip's"]),
-        (lambda: learner(GSPO(), mini_batches=2), []),
-        (lambda: learner(GSPO(), mini_batches=1, old_logprobs="engine"), []),
-        (lambda: learner(PPOClip(aggregation=SequenceMean()), mini_batches=1), []),
+        (lambda: module(PPOClip(), kl_coef=0.1, kl_estimator="k1"), ["model.kl_estimator is k1: .*; k2 and k3 do"]),
+        (lambda: module(PPOClip(), kl_coef=0.1, kl_estimator="k2"), []),
+        (
+            lambda: module(PPOClip(clip_high=0.28), mini_batches=1),
+            ["model.mini_batches is 1, .* this PPOClip behaves"],
+        ),
+        (
+            lambda: module(PPOClip(dual_clip=3.0), mini_batches=1),
+            ["model.mini_batches is 1, .* this PPOClip behaves"],
+        ),
+        (
+            lambda: module(CISPO(), mini_batches=1),
+            ["model.mini_batches is 1, .* this CISPO behaves"],
+        ),
+        (
+            lambda: module(GSPO(), mini_batches=1),
+            ["model.mini_batches is 1, .* this GSPO behaves"],
+        ),
+        (lambda: module(GSPO(), mini_batches=2), []),
+        (lambda: module(GSPO(), mini_batches=1, old_logprobs="engine"), []),
+        (lambda: module(PPOClip(aggregation=SequenceMean()), mini_batches=1), []),
         (lambda: check_length(PPOClip(aggregation=FixedLength(144)), 2500), ["the length of FixedLength is 144, and"]),
         (lambda: check_length(PPOClip(aggregation=FixedLength(144)), 144), []),
         (lambda: check_length(PPOClip(), 2500), []),

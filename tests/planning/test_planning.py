@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from calibadv.cli.main import main
 from calibadv.planning.command import PlanCLI, read_job
 from calibadv.planning.job import GIB, PRECISIONS, Assumptions, Gpu, Job, Precision, Sampler
-from calibadv.planning.memory import Part, fits, kv_bytes, layer_bytes, memory, peak, remedies, rows_at_once
-from calibadv.planning.model_shape import ModelShape, empty_model, shape_of
-from calibadv.planning.time import decode_seconds, pass_flops, read_seconds, seconds, validation_seconds
+from calibadv.planning.memory import MemoryItem, fits, kv_bytes, layer_bytes, memory_items, peak, remedies, rows_at_once
+from calibadv.planning.model_shape import ModelShape, empty_model, read_shape
+from calibadv.planning.time import decode_seconds, pass_flops, read_seconds, step_times, validation_seconds
 
 
 def config(hidden: int, layers: int, heads: int, kv_heads: int, wide: int, vocabulary: int, *, tied: bool) -> Any:
@@ -49,10 +49,10 @@ JOB = Job(
     sampler=Sampler("transformers", batch_size=4),
     questions=2,
     group_size=3,
-    limit=100,
-    tokens=50,
-    policy_tokens=20,
-    turns=2,
+    max_rollout_tokens=100,
+    mean_rollout_tokens=50,
+    mean_policy_tokens=20,
+    max_turns=2,
     micro_batch_tokens=200,
     assumed=NOTHING,
 )
@@ -62,15 +62,15 @@ LARGE = replace(
     shape=ModelShape(3_085_938_688, 77_076_992, 36, 2048, 2048, 256, 11008, 151936),
     trained=3_085_938_688,
     questions=512,
-    limit=4096,
-    tokens=2600,
-    policy_tokens=900,
+    max_rollout_tokens=4096,
+    mean_rollout_tokens=2600,
+    mean_policy_tokens=900,
     micro_batch_tokens=16384,
 )
 
 
-def part(job: Job, name: str) -> Part:
-    return next(part for part in memory(job) if part.name.startswith(name))
+def part(job: Job, name: str) -> MemoryItem:
+    return next(part for part in memory_items(job) if part.name.startswith(name))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def part(job: Job, name: str) -> Part:
     ],
 )
 def test_parameters_are_counted_without_weights(published: Any, parameters: int, layer: int) -> None:
-    shape = shape_of(empty_model(published))
+    shape = read_shape(empty_model(published))
     assert (shape.parameters, shape.layer_parameters, shape.layers) == (parameters, layer, published.num_hidden_layers)
     assert shape.head_parameters == published.vocab_size * published.hidden_size
     assert shape.body_parameters + shape.outer_parameters == parameters
@@ -96,7 +96,7 @@ def test_parameters_are_counted_without_weights(published: Any, parameters: int,
 def test_other_kinds_of_models_are_read(kind: str) -> None:
     names = {"n_embd": 64, "n_layer": 3, "n_head": 4} if kind == "gpt2" else {"hidden_size": 64, "num_hidden_layers": 3}
     model = empty_model(AutoConfig.for_model(kind, vocab_size=100, **names))
-    shape = shape_of(model)
+    shape = read_shape(model)
     assert (shape.layers, shape.hidden) == (3, 64)
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
 
@@ -113,27 +113,27 @@ def test_what_processes_share_and_what_they_repeat() -> None:
     ddp = replace(JOB, processes=2, questions=4)
     assert part(ddp, "weights").update == 36000
     assert part(ddp, "gradient buckets").update == 36000
-    assert all(not one.name.startswith("gradient buckets") for one in memory(replace(ddp, bucket_view=True)))
+    assert all(not one.name.startswith("gradient buckets") for one in memory_items(replace(ddp, bucket_view=True)))
     fsdp = replace(ddp, sharded=True)
     assert part(fsdp, "weights").update == 18000
     assert part(fsdp, "optimizer (").update == 36000
     # Whole at a time: the 8,000 outside of layers and two layers, and on the way back gradients of 8,000 and a layer.
     assert part(fsdp, "gathered").phases == (0, 4 * 8200, 4 * (8200 + 8100), 0)
     assert part(fsdp, "whole copy").rollout == 36000  # the engine runs the model alone
-    assert all(not one.name.startswith("whole copy") for one in memory(replace(fsdp, sampler=Sampler("vllm"))))
+    assert all(not one.name.startswith("whole copy") for one in memory_items(replace(fsdp, sampler=Sampler("vllm"))))
 
 
 def test_adapters_leave_the_base_without_gradients() -> None:
-    lora = replace(JOB, trained=500, lora=True, compared=True)
+    lora = replace(JOB, trained=500, lora=True, runs_reference=True)
     assert part(lora, "weights").update == 4 * 9500
     assert part(lora, "gradients").update == 2000
-    names = [one.name for one in memory(lora)]
+    names = [one.name for one in memory_items(lora)]
     assert "reference" not in names  # the policy with its adapters off
-    assert part(replace(JOB, reference=True, compared=True), "reference").update == 36000
-    half = replace(JOB, precision=PRECISIONS["bf16-true"], reference=True, compared=True)
+    assert part(replace(JOB, holds_reference=True, runs_reference=True), "reference").update == 36000
+    half = replace(JOB, precision=PRECISIONS["bf16-true"], holds_reference=True, runs_reference=True)
     assert part(half, "reference").update == 18000
     # 9,000 weights of two bytes, 500 adapters and their gradients of four.
-    half = replace(half, trained=500, lora=True, reference=False)
+    half = replace(half, trained=500, lora=True, holds_reference=False)
     assert (part(half, "weights").update, part(half, "gradients").update) == (20000, 2000)
 
 
@@ -154,7 +154,7 @@ def test_a_layer_keeps_what_is_counted(precision: str) -> None:
     """What autograd saves in a layer of a model twice as deep, beside the formula; 1024 tokens, GQA 2 : 1."""
     tokens = 1024
     found = saved_bytes(precision, 2, tokens) - saved_bytes(precision, 1, tokens)
-    sized = shape_of(empty_model(small(2)))
+    sized = read_shape(empty_model(small(2)))
     job = replace(JOB, shape=sized, precision=PRECISIONS[precision])
     copies = PRECISIONS[precision].compute * sized.layer_parameters if precision == "bf16-mixed" else 0
     assert found == pytest.approx(tokens * layer_bytes(job) + copies, rel=0.02)
@@ -231,11 +231,13 @@ def test_operations_of_the_passes_by_hand() -> None:
 
 
 def test_processes_divide_the_passes() -> None:
-    one, four = ({span.name: span.seconds for span in seconds(replace(JOB, processes=n, questions=4))} for n in (1, 4))
+    one, four = (
+        {item.name: item.seconds for item in step_times(replace(JOB, processes=n, questions=4))} for n in (1, 4)
+    )
     assert four["gradients"] == pytest.approx(one["gradients"] / 4)
-    assert "talk between processes" not in one
+    assert "communication between processes" not in one
     # DDP sends the gradients of 9,000 parameters twice, 3/4 of them, at 70 % of 1,000 bytes a second.
-    assert four["talk between processes"] == pytest.approx(4 * 0.75 * 2 * 9000 / 700)
+    assert four["communication between processes"] == pytest.approx(4 * 0.75 * 2 * 9000 / 700)
 
 
 def test_a_validation_asks_64_questions_at_a_time() -> None:
@@ -298,10 +300,10 @@ RECIPE = (
 
 def test_a_recipe_is_read_as_fit_reads_it(qwen_folder: Path) -> None:
     cli = PlanCLI([*RECIPE, "--model.policy", str(qwen_folder), "--model.group_size", "4", "--gpu_memory", "100"])
-    job = read_job(cli.settings_of_fit, cli.sizing)
+    job = read_job(cli.settings_of_fit, cli.options)
     assert (job.shape.parameters, job.processes, job.sharded) == (3_085_938_688, 8, True)
     assert (job.questions, job.group_size, job.rollouts, job.own_rollouts) == (512, 4, 2048, 256)
-    assert (job.limit, job.turns, job.policy_tokens, job.mini_batches) == (4096, 5, 2500, 10)
+    assert (job.max_rollout_tokens, job.max_turns, job.mean_policy_tokens, job.mini_batches) == (4096, 5, 2500, 10)
     assert (job.sampler.kind, job.precision, job.checkpointing) == ("vllm", PRECISIONS["bf16-mixed"], True)
     assert job.gpu.memory == 100 * GIB
     assert (job.rollout_steps, job.validations, job.validation_questions) == (410, 42, 500)
@@ -310,10 +312,10 @@ def test_a_recipe_is_read_as_fit_reads_it(qwen_folder: Path) -> None:
 def test_devices_are_counted_over_machines(qwen_folder: Path) -> None:
     more = ("--trainer.num_nodes", "2", "--trainer.strategy.data_parallel_size", "16")
     cli = PlanCLI([*RECIPE, "--model.policy", str(qwen_folder), *more])
-    job = read_job(cli.settings_of_fit, cli.sizing)
+    job = read_job(cli.settings_of_fit, cli.options)
     assert (job.processes, job.nodes, job.link) == (16, 2, 50e9)
     ddp = PlanCLI(["--config", "quickstart", "--config", "cluster/ddp"])
-    job = read_job(ddp.settings_of_fit, ddp.sizing)
+    job = read_job(ddp.settings_of_fit, ddp.options)
     assert (job.processes, job.sharded, job.bucket_view) == (8, False, True)
 
 
@@ -340,7 +342,7 @@ def test_a_plan_says_what_to_change(qwen_folder: Path, capsys: pytest.CaptureFix
 def test_adapters_are_counted(qwen_folder: Path) -> None:
     """Rank 4 on every linear layer but the last: 4 x (in + out), for q, k, v, o, gate, up and down of 36 layers."""
     cli = PlanCLI([*RECIPE, "--model.policy", str(qwen_folder), "--model.lora", '{"rank": 4}'])
-    job = read_job(cli.settings_of_fit, cli.sizing)
+    job = read_job(cli.settings_of_fit, cli.options)
     q_and_o, k_and_v, wide = 2 * (2048 + 2048), 2 * (2048 + 256), 3 * (2048 + 11008)
     assert (job.trained, job.lora) == (36 * 4 * (q_and_o + k_and_v + wide), True)
 

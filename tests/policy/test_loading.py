@@ -22,7 +22,7 @@ from calibadv.policy.loading import load_policy
 from calibadv.policy.lora import Lora
 from calibadv.policy.policy import Policy
 from calibadv.policy.reference import Reference, make_reference
-from calibadv.protocol.search import TAGS
+from calibadv.policy.tokenizer import TAGS
 from calibadv.training.logprobs import compute_logprobs
 
 LORA = Lora(rank=2, alpha=4)
@@ -34,7 +34,7 @@ def batch_of(policy: Policy) -> RolloutBatch:
 
 
 def logprobs(model: torch.nn.Module, batch: RolloutBatch) -> torch.Tensor:
-    return compute_logprobs(model, batch, token_budget=10_000, temperature=1.0).policy
+    return compute_logprobs(model, batch, token_budget=10_000, temperature=1.0).logprobs
 
 
 def take_steps(policy: Policy, batch: RolloutBatch, steps: int = 3) -> None:
@@ -77,7 +77,7 @@ def test_ordinary_folders_are_loaded_as_they_are(
 
 
 def test_the_embedded_policy_is_loaded(embedded_policy: Policy) -> None:
-    prompt = embedded_policy.tokenizer.encode_prompt("what is the capital of the country ?", protocol())
+    prompt = protocol().prompt_ids("what is the capital of the country ?", embedded_policy.tokenizer)
     assert embedded_policy.tokenizer.decode(embedded_policy.tokenizer.encode(SEARCH)).split()[0] == "<think>"
     assert max(prompt) < embedded_policy.model.get_input_embeddings().num_embeddings
 

@@ -1,28 +1,38 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibadv.protocol.search import (
-    TAGS,
-    Protocol,
-    disarm,
-    is_valid,
-    parse_message,
-    render_observation,
-)
-from calibadv.types import Document
+from calibadv.policy.tokenizer import TAGS
+from calibadv.protocol.search import SearchProtocol, escape_tags
+from calibadv.types import Document, Message, ToolResult
 
 SEARCH = "<think>a</think><search>q</search>"
 ANSWER = "<think>b</think><answer>x</answer>"
 
 
+def parse_message(text: str, prepend_think: bool) -> Message:
+    return SearchProtocol(prepend_think=prepend_think).parse(text)
+
+
 def valid(*texts: str, prepend_think: bool = False) -> bool:
-    return is_valid([parse_message(text, prepend_think) for text in texts])
+    return SearchProtocol().is_valid([parse_message(text, prepend_think) for text in texts])
+
+
+def action(message: Message) -> tuple[str | None, str]:
+    """The kind of a message's action, and its text."""
+    if message.answer is not None:
+        return "answer", message.answer
+    return ("search", message.calls[0].arguments["query"]) if message.calls else (None, "")
+
+
+def render_observation(documents: list[Document], prepend_think: bool, special_strings: Iterable[str] = ()) -> str:
+    return SearchProtocol(prepend_think=prepend_think).render([ToolResult(tuple(documents))], special_strings)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +113,12 @@ def test_prepended_think_is_the_environments() -> None:
     assert not valid(search, answer, prepend_think=False)
     # Written again, it is a think inside a think; the action still counts.
     again = parse_message(SEARCH, prepend_think=True)
-    assert (again.action, again.content, again.well_formed) == ("search", "q", False)
+    assert (*action(again), again.well_formed) == ("search", "q", False)
     assert not valid(SEARCH, answer, prepend_think=True)
 
 
 @pytest.mark.parametrize(
-    ("text", "action", "content", "think"),
+    ("text", "kind", "content", "think"),
     [
         ("<think> a </think> <search> who ? </search>", "search", "who ?", " a "),
         ("<think>a</think><answer> \n42\t</answer>", "answer", "42", "a"),
@@ -127,10 +137,10 @@ def test_prepended_think_is_the_environments() -> None:
     ],
 )
 def test_the_first_complete_action_counts_whatever_the_format(
-    text: str, action: str | None, content: str, think: str
+    text: str, kind: str | None, content: str, think: str
 ) -> None:
     message = parse_message(text, prepend_think=False)
-    assert (message.action, message.content, message.think) == (action, content, think)
+    assert (*action(message), message.think) == (kind, content, think)
 
 
 pieces = st.lists(st.sampled_from([*TAGS, "a", " ", "\n", "<", "/think>", "<Search>"]), max_size=9).map("".join)
@@ -138,9 +148,9 @@ pieces = st.lists(st.sampled_from([*TAGS, "a", " ", "\n", "<", "/think>", "<Sear
 
 @given(pieces | st.text(), st.booleans())
 def test_any_text_can_be_parsed(text: str, prepend_think: bool) -> None:
-    message = parse_message(text, prepend_think)
-    assert message.content == message.content.strip()
-    assert (message.action is not None) or not message.well_formed
+    kind, content = action(parse_message(text, prepend_think))
+    assert content == content.strip()
+    assert (kind is None) <= (content == "")
 
 
 well_formed = st.builds(
@@ -184,20 +194,20 @@ def test_validity_equals_an_independent_reading(texts: list[str]) -> None:
         ("<<think>>", ("<<", ">>"), "\u2039\u2039think\uff1e>"),
     ],
 )
-def test_disarm_by_hand(text: str, specials: tuple[str, ...], expected: str) -> None:
-    assert disarm(text, specials) == expected
+def test_escaped_by_hand(text: str, specials: tuple[str, ...], expected: str) -> None:
+    assert escape_tags(text, specials) == expected
 
 
 SPECIALS = ("<|end|>", ">>TITLE<<", "a<", "[SEP]", "  ", "</s>")
 
 
 @given(st.lists(st.sampled_from([*TAGS, *SPECIALS, "<THINK>", "<", ">", "a", " "]), max_size=8).map("".join))
-def test_disarmed_text_holds_neither_tags_nor_special_tokens(text: str) -> None:
-    safe = disarm(text, SPECIALS)
+def test_escaped_text_holds_neither_tags_nor_special_tokens(text: str) -> None:
+    safe = escape_tags(text, SPECIALS)
     assert not any(tag in safe.lower() for tag in TAGS)
     assert not any(special in safe for special in SPECIALS if special.strip())
     assert len(safe) == len(text)
-    assert disarm(safe, SPECIALS) == safe
+    assert escape_tags(safe, SPECIALS) == safe
 
 
 def test_observation_is_written_exactly_so() -> None:
@@ -213,21 +223,21 @@ def test_no_document_is_an_ordinary_observation() -> None:
 
 @pytest.mark.parametrize("name", ["instruct", "short"])
 def test_packaged_templates_hold_the_question(name: str) -> None:
-    assert "{question}" in Protocol(template=name).read_template()
+    assert "{question}" in SearchProtocol(template=name).read_template()
 
 
 def test_template_can_be_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("Frage: {question} \u00fc", encoding="utf-8")
-    assert Protocol(template=str(file)).read_template() == "Frage: {question} \u00fc"
+    assert SearchProtocol(template=str(file)).read_template() == "Frage: {question} \u00fc"
     file.write_text("no place for it")
     with pytest.raises(ValueError, match=r"mine.txt' does not contain \{question\}"):
-        Protocol(template=str(file)).read_template()
+        SearchProtocol(template=str(file)).read_template()
     with pytest.raises(ValueError, match="'instrct' is neither 'instruct', 'short' nor a text file"):
-        Protocol(template="instrct").read_template()
+        SearchProtocol(template="instrct").read_template()
 
 
 @pytest.mark.parametrize("name", ["max_searches", "max_turn_tokens", "max_rollout_tokens"])
 def test_limits_below_one_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"protocol.{name} is 0; it must be at least 1"):
-        Protocol(**{name: 0})
+        SearchProtocol(**{name: 0})

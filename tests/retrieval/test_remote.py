@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from support.serving import Reply, Script, Scripted, closed_port, good, serving
 
-from calibadv.interfaces import OutageError, PartialRetrievalError, RetrievalError, Retriever
+from calibadv.errors import OutageError, PartialRetrievalError, RetrievalError
+from calibadv.interfaces import Retriever
 from calibadv.retrieval.bm25 import BM25
 from calibadv.retrieval.memory import MemoryRetriever
 from calibadv.retrieval.remote import Remote
@@ -106,10 +107,10 @@ DOCUMENT = {"id": "1", "contents": "text"}
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"<html>\n<body>hello", "answered what is not JSON"),
-        (b"\xff\xfe\x00", "answered what is not JSON"),
-        (b"[" * 100_000, "answered what is not JSON"),
-        (b"", "answered what is not JSON"),
+        (b"<html>\n<body>hello", "answered text that is not JSON"),
+        (b"\xff\xfe\x00", "answered text that is not JSON"),
+        (b"[" * 100_000, "answered text that is not JSON"),
+        (b"", "answered text that is not JSON"),
         (b"[]", "answered [], which is not an object with a list of lists as 'result'"),
         (b'{"results": [[]]}', "answered {'results': [[]]}, which is not an object with a list"),
         (b'{"result": {"0": []}}', "which is not an object with a list of lists as 'result'"),
@@ -258,7 +259,7 @@ def test_a_compressed_answer_is_not_unpacked() -> None:
     def script(number: int, body: dict[str, Any]) -> Reply:
         return Reply(200, gzip.compress(good(body).body), Content_Encoding="gzip")
 
-    with Scripted(script) as server, pytest.raises(RetrievalError, match="answered what is not JSON"):
+    with Scripted(script) as server, pytest.raises(RetrievalError, match="answered text that is not JSON"):
         Remote(server.url, retries=0).search(["a"], 3)
     assert [headers["Accept-Encoding"] for headers in server.headers] == ["identity"]
 
@@ -496,7 +497,7 @@ def test_malformed_addresses_are_refused(url: str) -> None:
         ({"timeout": float("inf")}, "timeout is inf"),
         ({"timeout": float("nan")}, "timeout is nan"),
         ({"retries": -1}, "retries is -1; it must be a number of at least 0"),
-        ({"batch_size": 0}, "batch_size is 0; it must be a number of at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"patience": -1}, "patience is -1; it must be a number of at least 0"),
         ({"backoff": -0.5}, "backoff is -0.5; it must be a number of at least 0"),
     ],

@@ -26,11 +26,11 @@ from calibadv.cli.main import main as calibadv
 from calibadv.config.logging import quiet_environment
 from calibadv.runs.versions import versions
 from calibadv.study import study
-from calibadv.study.command import plan, read_study
-from calibadv.study.fingerprints import digests
-from calibadv.study.manifest import Record
-from calibadv.study.runner import State
-from calibadv.study.runs import StudyRun, runs_of
+from calibadv.study.command import plan_study, read_study
+from calibadv.study.fingerprints import source_fingerprints
+from calibadv.study.manifest import StudyManifest
+from calibadv.study.runner import StudyState
+from calibadv.study.runs import StudyRun, study_runs
 from calibadv.study.table import arm_table
 
 FIT = ("--config", "quickstart", *SMALL, "--model.rollout_steps", "2")
@@ -60,8 +60,8 @@ def refusal(function: Callable[[], object]) -> str:
     [
         (["--arm", "no name=calibrators/calibadv"], "arm 'no name': a name has letters, digits"),
         (["--arm", "../up"], "arm '../up': a name has letters, digits"),
-        (["--arm", "GRPO=calibrators/soft_penalty"], "arm 'GRPO' is there twice"),
-        (["--arm", "report"], "arm 'report': the folder of this name is that of the report"),
+        (["--arm", "GRPO=calibrators/soft_penalty"], "duplicate arm 'GRPO'; arm names must be unique"),
+        (["--arm", "report"], "arm 'report': the folder of this name is for the report"),
         (["--arm", "again"], "arms 'grpo' and 'again' have the same settings; leave one of them out"),
         (["--arm", "x=nothing"], "arm 'x': config 'nothing' is neither a file nor a packaged config"),
         (["--arm", "x=calibrators/soft_penalty+calibrators/calibadv"], "arm 'x': 'calibrators/soft_penalty' and 'cal"),
@@ -71,10 +71,10 @@ def refusal(function: Callable[[], object]) -> str:
         (["--model.learningrate", "1"], "option --model.learningrate is not accepted; did you mean"),
         (["--model.learning_rate", "fast"], "model.learning_rate: 'fast' is not accepted; it must be a number"),
         (["--trainer.max_steps", "5"], "trainer.max_steps is 5; it must stay -1"),
-        (["--trainer.max_time", "00:01:00:00"], "trainer.max_time would end the runs of a study after rollout steps"),
+        (["--trainer.max_time", "00:01:00:00"], "trainer.max_time would end the runs of a study after a random number"),
         (
             ["--arm", "x=protocols/no_prepend", "--model.protocol.prepend_think", "true"],
-            "arm 'x': --model.protocol.prepend_think sets in every arm what 'protocols/no_prepend' sets in this one",
+            "arm 'x': --model.protocol.prepend_think would override 'protocols/no_prepend' of this arm; leave one",
         ),
         (["--seeds", "1", "one"], "seeds: 'one' is not accepted; it must be a whole number"),
         (["--seeds", "0"], "--seeds has 0 twice; give each seed once"),
@@ -124,7 +124,7 @@ def test_what_is_missing_is_named() -> None:
 def test_two_studies_in_one_folder(tmp_path: Path) -> None:
     with FileLock(tmp_path / ".study.lock"):
         message = refusal(lambda: study(words(out=tmp_path)))
-    assert message == f"another study is at work in {tmp_path}; wait for it, or choose another --out"
+    assert message == f"another study is running in {tmp_path}; wait for it, or choose another --out"
     assert [path.name for path in tmp_path.iterdir()] == [".study.lock"]
 
 
@@ -138,13 +138,13 @@ def test_a_folder_that_is_not_of_the_study_is_left_alone(tmp_path: Path) -> None
     precious = tmp_path / "grpo" / "seed0" / "precious"
     precious.parent.mkdir(parents=True)
     precious.write_text("mine")
-    assert "is there, and not of this study" in refusal(lambda: study(words(out=tmp_path)))
+    assert "exists and is not part of this study" in refusal(lambda: study(words(out=tmp_path)))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [precious]
 
 
 def test_a_file_in_the_place_of_an_arm_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "grpo").write_text("mine")
-    assert f"{tmp_path / 'grpo'} is there, and not of this study" in refusal(lambda: study(words(out=tmp_path)))
+    assert f"{tmp_path / 'grpo'} exists and is not part of this study" in refusal(lambda: study(words(out=tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["grpo"]
 
 
@@ -162,50 +162,52 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def second(begun: Path, *more: str) -> Record:
+def second(begun: Path, *more: str) -> StudyManifest:
     _, given = read_study([*words(*more, out=begun), "--arm", f"slower={begun / 'slower.yaml'}"])
-    return plan(given, begun)
+    return plan_study(given, begun)
 
 
 def test_the_same_call_continues(begun: Path) -> None:
-    assert second(begun) == Record.read(begun)
+    assert second(begun) == StudyManifest.read(begun)
 
 
 def test_further_seeds_and_arms_extend(begun: Path) -> None:
-    record = second(begun, "--seeds", "7", "--arm", "soft=calibrators/soft_penalty")
-    assert record.seeds == [0, 7]
-    assert list(record.arms) == ["grpo", "slower", "soft"]
+    manifest = second(begun, "--seeds", "7", "--arm", "soft=calibrators/soft_penalty")
+    assert manifest.seeds == [0, 7]
+    assert list(manifest.arms) == ["grpo", "slower", "soft"]
 
 
 def test_an_arm_of_an_earlier_call_under_another_name_is_refused(begun: Path) -> None:
     _, given = read_study([*FIT, "--arm", "again", "--seeds", "0", "--out", str(begun)])
-    assert refusal(lambda: plan(given, begun)).startswith("arms 'grpo' and 'again' have the same settings")
+    assert refusal(lambda: plan_study(given, begun)).startswith("arms 'grpo' and 'again' have the same settings")
 
 
 def test_what_an_earlier_call_named_stays(begun: Path) -> None:
     _, given = read_study([*FIT, "--arm", "grpo", "--seeds", "5", "--out", str(begun)])
-    record = plan(given, begun)
-    assert (list(record.arms), record.seeds) == (["grpo", "slower"], [0, 5])
+    manifest = plan_study(given, begun)
+    assert (list(manifest.arms), manifest.seeds) == (["grpo", "slower"], [0, 5])
 
 
 def test_another_setting_is_refused_and_named(begun: Path) -> None:
     message = refusal(lambda: second(begun, "--model.group_size", "3"))
-    assert message.startswith(f"the study in {begun} was begun otherwise: model.group_size 2 (now 3); give")
+    assert message.startswith(f"the study in {begun} was begun with other settings: model.group_size 2 (now 3); give")
 
 
 def test_another_content_of_an_overlay_is_refused_and_named(begun: Path, tmp_path: Path) -> None:
     (tmp_path / "slower.yaml").write_text("model: {learning_rate: 2.0e-4}")
     _, given = read_study(words("--arm", f"slower={tmp_path / 'slower.yaml'}", out=begun))
-    assert "otherwise: arm 'slower': model.learning_rate 0.0001 (now 0.0002);" in refusal(lambda: plan(given, begun))
+    assert "other settings: arm 'slower': model.learning_rate 0.0001 (now 0.0002);" in refusal(
+        lambda: plan_study(given, begun)
+    )
 
 
 def test_other_threads_and_other_versions_are_refused_and_named(begun: Path) -> None:
-    assert "otherwise: --threads 1 (now 2);" in refusal(lambda: second(begun, "--threads", "2"))
-    record = Record.read(begun)
-    assert record is not None
-    older = replace(record, versions={**record.versions, "torch": "2.0.0"})
-    newer = record.versions["torch"]
-    assert f'torch "2.0.0" (now "{newer}")' in refusal(lambda: older.extended(record, begun))
+    assert "other settings: --threads 1 (now 2);" in refusal(lambda: second(begun, "--threads", "2"))
+    manifest = StudyManifest.read(begun)
+    assert manifest is not None
+    older = replace(manifest, versions={**manifest.versions, "torch": "2.0.0"})
+    newer = manifest.versions["torch"]
+    assert f'torch "2.0.0" (now "{newer}")' in refusal(lambda: older.extended(manifest, begun))
 
 
 def test_files_and_parts_that_have_changed_are_refused_and_named(
@@ -221,10 +223,10 @@ def test_files_and_parts_that_have_changed_are_refused_and_named(
         "data": {"train": [str(questions)], "validation": "embedded"},
         "model": {"rollout_steps": 6, "policy": str(policy), "reward": {"class_path": "calibadv.rewards.F1"}},
     }
-    sources = digests([settings])
+    sources = source_fingerprints([settings])
     assert list(sources) == ["calibadv", "my_part.Mine", str(questions), str(policy)]
-    record = replace(small_record(["grpo"], [0]), arms={"grpo": settings}, sources=sources)
-    record.check_unchanged()
+    manifest = replace(small_manifest(["grpo"], [0]), arms={"grpo": settings}, sources=sources)
+    manifest.check_unchanged()
     for path, name in (
         (part, "my_part.Mine"),
         (questions, str(questions)),
@@ -232,11 +234,13 @@ def test_files_and_parts_that_have_changed_are_refused_and_named(
     ):
         path.write_text("two")
         message = f"{name} has changed since the study began"
-        assert refusal(record.check_unchanged).startswith(message)
-        assert message in refusal(lambda: record.extended(replace(record, sources=digests([settings])), tmp_path))
+        assert refusal(manifest.check_unchanged).startswith(message)
+        assert message in refusal(
+            lambda: manifest.extended(replace(manifest, sources=source_fingerprints([settings])), tmp_path)
+        )
         path.write_text("one")
-    record.check_unchanged()
-    other = replace(record, sources={**sources, "calibadv": "other"})
+    manifest.check_unchanged()
+    other = replace(manifest, sources={**sources, "calibadv": "other"})
     assert refusal(other.check_unchanged).startswith(
         "the code of calibadv has changed since the study began: put it back"
     )
@@ -250,7 +254,7 @@ def test_both_ends_of_a_large_file_count(tmp_path: Path) -> None:
             file.truncate(70 << 20)
             file.seek(place)
             file.write(byte)
-        return digests([{"model": {"policy": str(weights)}}])[str(weights)]
+        return source_fingerprints([{"model": {"policy": str(weights)}}])[str(weights)]
 
     same = digest(0, b"\0")
     assert digest(0, b"1") != same
@@ -259,16 +263,16 @@ def test_both_ends_of_a_large_file_count(tmp_path: Path) -> None:
 
 def test_a_damaged_record_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text('{"arms":')
-    assert "is not the record of a study" in refusal(lambda: study(words(out=tmp_path)))
+    assert "is not the manifest of a study" in refusal(lambda: study(words(out=tmp_path)))
     assert (tmp_path / "study.json").read_text() == '{"arms":'
 
 
 # --- runs
 
 
-def small_record(arms: Sequence[str], seeds: Sequence[int], steps: int = 6) -> Record:
+def small_manifest(arms: Sequence[str], seeds: Sequence[int], steps: int = 6) -> StudyManifest:
     settings: dict[str, Any] = {"model": {"rollout_steps": steps}}
-    return Record(dict.fromkeys(arms, settings), list(seeds), 1, versions(), {})
+    return StudyManifest(dict.fromkeys(arms, settings), list(seeds), 1, versions(), {})
 
 
 @given(
@@ -276,14 +280,22 @@ def small_record(arms: Sequence[str], seeds: Sequence[int], steps: int = 6) -> R
     st.lists(st.integers(0, 9), min_size=1, unique=True),
 )
 def test_every_arm_has_a_seed_before_any_has_the_next(arms: list[str], seeds: list[int]) -> None:
-    order = [(run.seed, run.arm) for run in runs_of(small_record(arms, seeds), Path("x"))]
+    order = [(run.seed, run.arm) for run in study_runs(small_manifest(arms, seeds), Path("x"))]
     assert order == list(product(seeds, arms))
 
 
 def test_one_command_starts_continues_or_finishes_a_run(tmp_path: Path) -> None:
     run = StudyRun(tmp_path, "grpo", 3, steps=6)
     expected = ["fit", "--config", f"{tmp_path}/grpo/arm.yaml", "--seed_everything", "3"]
-    assert run.words == [*expected, "--run.root", f"{tmp_path}/grpo", "--run.name", "seed3", "--ckpt_path", "auto"]
+    assert run.fit_arguments == [
+        *expected,
+        "--run.root",
+        f"{tmp_path}/grpo",
+        "--run.name",
+        "seed3",
+        "--ckpt_path",
+        "auto",
+    ]
 
 
 def test_progress_is_read_from_what_lies_in_the_folder(tmp_path: Path) -> None:
@@ -300,9 +312,9 @@ def test_progress_is_read_from_what_lies_in_the_folder(tmp_path: Path) -> None:
 
 
 def test_the_table_has_a_line_for_each_arm() -> None:
-    runs = list(runs_of(small_record(["grpo", "soft"], [0, 1, 2], steps=60), Path("x")))
+    runs = list(study_runs(small_manifest(["grpo", "soft"], [0, 1, 2], steps=60), Path("x")))
     done, failed, running, *_ = runs  # grpo/seed0, soft/seed0, grpo/seed1
-    state = State(waiting=runs[3:], finished=[done], running={running: None}, failed={failed: "it"})  # type: ignore[dict-item]
+    state = StudyState(waiting=runs[3:], finished=[done], running={running: None}, failed={failed: "it"})  # type: ignore[dict-item]
     progress = {**dict.fromkeys(runs, (0, None)), done: (60, 0.9), running: (20, 0.625)}
     console = Console(width=120, file=open(os.devnull, "w"), record=True)  # noqa: PTH123, SIM115
     console.print(arm_table(runs, state, progress))
@@ -498,11 +510,11 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     out, _ = process.communicate()
     assert process.returncode == 1
     assert re.search(r"broken/seed0 failed: calibadv: error: .*8.*\n  x/broken/seed0\.log\n", out)
-    assert "1 of 2 runs are finished; to try the others again:" in out
+    assert "1 of 2 runs are finished; to repeat the others:" in out
     figures = json.loads((tmp_path / "x" / "report" / "results.json").read_text())
     assert figures["warnings"] == [
         "broken/seed0 failed, and is not in this report",
-        "no run of broken is finished, so grpo stands in as the baseline",
+        "no run of broken is finished, so grpo is the baseline instead",
     ]
     assert [row["name"] for row in figures["arms"]] == ["grpo"]
 
@@ -516,7 +528,7 @@ def test_a_run_that_is_killed_is_named_with_the_signal_and_changes_no_baseline(t
     os.kill(run, signal.SIGKILL)
     out, _ = process.communicate()
     assert process.returncode == 1
-    assert "b/seed0 failed: killed by SIGKILL, as systems do when memory is short\n  x/b/seed0.log" in out
+    assert "b/seed0 failed: killed by SIGKILL, as the system does when it is out of memory\n  x/b/seed0.log" in out
     figures = json.loads((tmp_path / "x" / "report" / "results.json").read_text())
     assert [row["name"] for row in figures["arms"]] == ["b", "a"]
     assert figures["baseline"] == "b"

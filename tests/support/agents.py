@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
+from calibadv.agent.environment import Environment
 from calibadv.agent.episode import Agent
+from calibadv.agent.patience import Waiting
 from calibadv.agent.rollout import Draws, run_rollouts
-from calibadv.agent.searching import Waiting
+from calibadv.agent.tools import SearchTool
 from calibadv.engines import ScriptedEngine
 from calibadv.interfaces import Engine, Retriever
 from calibadv.policy.loading import load_policy
 from calibadv.policy.policy import Policy
-from calibadv.protocol.search import TAGS, Protocol, render_observation
-from calibadv.protocol.tokenizer import AgentTokenizer, prepare_tags
+from calibadv.policy.tokenizer import TAGS, AgentTokenizer, prepare_tags
+from calibadv.protocol.search import SearchProtocol
 from calibadv.retrieval import MemoryRetriever
-from calibadv.types import Document, Question, Rollout, RolloutStatus, Segment
+from calibadv.types import Document, Question, Rollout, RolloutStatus, Segment, ToolResult
 from calibadv.world.tokenizer import build_tokenizer
 
 DOCUMENTS = [
@@ -54,8 +56,8 @@ def retriever(**arguments: Any) -> MemoryRetriever:
     return MemoryRetriever(DOCUMENTS, RESULTS, **{"top_k": 2, **arguments})
 
 
-def protocol(**arguments: Any) -> Protocol:
-    return Protocol(**{"prepend_think": False, "template": "short", "chat_template": "never", **arguments})
+def protocol(**arguments: Any) -> SearchProtocol:
+    return SearchProtocol(**{"prepend_think": False, "template": "short", "chat_template": "never", **arguments})
 
 
 def scripted_agent(
@@ -66,12 +68,12 @@ def scripted_agent(
 ) -> Agent:
     engine = ScriptedEngine(replies)
     engine.sync(Policy(nn.Identity(), tokenizer))
-    return Agent(engine, search or retriever(), protocol(**limits), tokenizer)
+    return Agent(engine, Environment([SearchTool(search or retriever())]), protocol(**limits), tokenizer)
 
 
 def agent_of(policy: Policy, engine: Engine, **limits: Any) -> Agent:
     engine.sync(policy)
-    return Agent(engine, retriever(), protocol(**limits), policy.tokenizer)
+    return Agent(engine, Environment([SearchTool(retriever())]), protocol(**limits), policy.tokenizer)
 
 
 def questions(*ids: str) -> list[Question]:
@@ -132,10 +134,10 @@ def teach(folder: Path, *messages: str, steps: int = 60) -> Policy:
     """A policy that has learned to write these messages, first after the prompt and then after an observation."""
     policy = load_policy(str(folder))
     tokenizer = policy.tokenizer
-    observation = tokenizer.encode(render_observation(DOCUMENTS[:2], prepend_think=False))
+    observation = tokenizer.encode(protocol().render([ToolResult(tuple(DOCUMENTS[:2]))]))
     texts = []
     for name in ("a", "b", "c"):
-        prompt = tokenizer.encode_prompt(f"what is {name}?", protocol())
+        prompt = protocol().prompt_ids(f"what is {name}?", tokenizer)
         for message in messages:
             texts.append([*prompt, *tokenizer.encode(message), min(tokenizer.end_ids)])
             texts.append([*prompt, *tokenizer.encode(SEARCH), *observation, *texts[-1][len(prompt) :]])

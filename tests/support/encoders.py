@@ -15,6 +15,16 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, B
 
 UNKNOWN = "[UNK]"
 
+# Three words a unit apart, the marks of a title, and the words of E5's prompts, which point elsewhere.
+VECTORS = {
+    "north": [4.0, 0.0, 0.0],
+    "east": [0.0, 4.0, 0.0],
+    "up": [0.0, 0.0, 4.0],
+    '"': [0.0, 0.0, 0.0],
+    "query": [0.0, 8.0, 0.0],
+    "passage": [0.0, 0.0, 8.0],
+}
+
 
 def word_folder(
     path: Path,

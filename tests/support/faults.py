@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from calibadv.errors import UserError
-from calibadv.interfaces import RetrievalError
+from calibadv.errors import RetrievalError, UserError
 
 ERRORS: dict[str, Callable[[], Exception]] = {
     "user": lambda: UserError("a mistake; mend it"),
@@ -51,10 +50,10 @@ class Fault(Callback):
         if pl_module.rollout_step + 1 != self.step or self.rank not in (None, trainer.global_rank):
             return
         targets = {
-            "search": (pl_module.agent.retriever, "search"),
-            "score": (pl_module.reward, "score"),
+            "search": (pl_module.agent.environment.tools[0].retriever, "search"),
+            "score": (pl_module.sampler.reward, "score"),
             "estimate": (pl_module.estimator, "estimate"),
-            "logprobs": (pl_module, "logprobs_before"),
+            "logprobs": (pl_module, "correct"),
             "backward": (pl_module, "manual_backward"),
             "curves": (trainer.logger, "log_metrics"),
             "validation": (pl_module, "validation_step"),

@@ -12,9 +12,10 @@ from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from calibadv.batch import LossInputs
 from calibadv.cli.main import main
-from calibadv.distributed import Processes
-from calibadv.interfaces import LossInputs, Regularizer, Reward
+from calibadv.distributed import ProcessGroup
+from calibadv.interfaces import Regularizer, Reward
 from calibadv.types import Metrics, Question
 
 # Two questions of two rollouts a step, in two mini-batches; four questions of validation.
@@ -107,7 +108,7 @@ class Poison(Regularizer):
 
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
         self.seen += 1
-        strikes = self.seen in self.calls and Processes.current().rank == self.rank
+        strikes = self.seen in self.calls and ProcessGroup.current().rank == self.rank
         return inputs.logprobs[0] * (self.value if strikes else 0.0), {}
 
 

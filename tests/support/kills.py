@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -72,3 +74,19 @@ def tree(folder: Path) -> dict[str, bytes]:
         Contents by relative path.
     """
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def index_files(folder: Path) -> dict[str, bytes]:
+    """The files of an index, without the record of their inodes and times."""
+    return {name: content for name, content in tree(folder).items() if name != "verified.json"}
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Make every write beyond a file size fail, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

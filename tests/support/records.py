@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from calibadv.protocol.search import is_valid, parse_message
+from calibadv.protocol.search import SearchProtocol
 from calibadv.types import Document, Question, Rollout, RolloutStatus, Segment
 
 
@@ -38,14 +38,16 @@ def rollout(*turns: Sequence[Segment], status: RolloutStatus | None = None, **fi
         metadata=fields.pop("metadata", {}),
     )
     prepend_think = fields.pop("prepend_think", False)
-    messages = [parse_message(segment.text, prepend_think) for segment in segments if segment.source == "policy"]
-    derived = RolloutStatus.ANSWERED if is_valid(messages) else RolloutStatus.INVALID
+    protocol = SearchProtocol(prepend_think=prepend_think)
+    messages = protocol.messages(segments)
+    derived = RolloutStatus.ANSWERED if protocol.is_valid(messages) else RolloutStatus.INVALID
     return Rollout(
         question=question,
         sample=fields.pop("sample", 0),
         step=fields.pop("step", 0),
         prepend_think=prepend_think,
         segments=segments,
+        messages=messages,
         status=status or derived,
         **fields,
     )

@@ -53,7 +53,7 @@ def keys(*samples: int) -> list[DrawKey]:
 
 
 def prompts_of(policy: Policy) -> list[list[int]]:
-    return [policy.tokenizer.encode_prompt(f"what is {'a ' * n}a?", protocol()) for n in range(16)]
+    return [protocol().prompt_ids(f"what is {'a ' * n}a?", policy.tokenizer) for n in range(16)]
 
 
 def same(left: Sequence[Completion], right: Sequence[Completion]) -> bool:

@@ -161,7 +161,8 @@ def test_other_settings_are_named(copy: Path, caplog: pytest.LogCaptureFixture) 
     assert warnings_of("--model.rollout_steps", "7") == []
     changed = ("--config", "calibrators/soft_penalty", "--model.clip_norm", "0.5")
     assert warnings_of("--model.rollout_steps", "8", *changed) == [
-        "this run goes on with other settings than before: trainer.callbacks, model.clip_norm"
+        "this run goes on with other settings than before: trainer.callbacks [] (now "
+        "[AdvantageCalibration(calibrators=[SoftPenalty])]), model.clip_norm 1.0 (now 0.5)"
     ]
 
 

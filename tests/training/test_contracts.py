@@ -14,16 +14,16 @@ from support.records import answer, rollout, search
 from torch import Tensor
 
 from calibadv.analysis.replay.method import Method, apply_method
-from calibadv.batch import RolloutBatch, collate
+from calibadv.batch import LossInputs, RolloutBatch, collate
 from calibadv.calibrators import SoftPenalty
 from calibadv.errors import UserError
 from calibadv.estimators import GRPO
-from calibadv.filters import refill
-from calibadv.interfaces import AdvantageEstimator, Calibrator, GroupFilter, LossInputs, PolicyLoss, Regularizer
+from calibadv.interfaces import AdvantageEstimator, Calibrator, GroupFilter, PolicyLoss, Regularizer
 from calibadv.losses import PPOClip
 from calibadv.rewards import F1
 from calibadv.training.advantages import compute_advantages
 from calibadv.training.objective import Objective
+from calibadv.training.sampling import refill
 from calibadv.types import Metrics, Rollout
 
 Make = Callable[[RolloutBatch], Any]

@@ -7,9 +7,9 @@ import torch
 from support.records import answer, rollout, search
 
 from calibadv.batch import collate
-from calibadv.estimators import GRPO
+from calibadv.estimators import GRPO, IGPO
 from calibadv.rewards import F1, credit_rollouts, score_rollouts
-from calibadv.training.metrics import credit_metrics, evaluation_metrics, rollout_metrics, without_result
+from calibadv.training.metrics import evaluation_metrics, rollout_metrics, without_result
 from calibadv.types import Metrics, Rollout, RolloutStatus, Segment
 
 
@@ -78,11 +78,9 @@ def test_credit_curves() -> None:
 
 def test_the_gain_of_turns_is_averaged_over_searches_where_it_is_known() -> None:
     batch = collate(credit_rollouts(score_rollouts([GOOD, BAD], F1())))
-    estimated = GRPO().estimate(batch)
-    assert "credit/turn_gain" not in credit_metrics(batch, estimated)
     # GOOD searches once and BAD twice; what stands at other turns is none of a search
     gains = torch.tensor([[0.5, 9.0, 9.0], [0.25, -0.15, 9.0]])
-    metrics = credit_metrics(replace(batch, turn_gains=gains), estimated)
+    metrics = IGPO().metrics(replace(batch, extras={"turn_gains": gains}))
     assert metrics["credit/turn_gain"] == pytest.approx(0.2)
 
 

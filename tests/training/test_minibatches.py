@@ -11,7 +11,7 @@ from support.agents import Bigram, episode
 
 from calibadv.batch import RolloutBatch, collate
 from calibadv.numerics.logprobs import message_perplexities
-from calibadv.training.logprobs import BatchLogprobs, MiniBatchSize, ReadyBatch, compute_logprobs, loss_inputs
+from calibadv.training.logprobs import BatchLogprobs, LossNormalizer, UpdateBatch, compute_logprobs, loss_inputs
 from calibadv.training.metrics import stability_metrics
 from calibadv.training.minibatches import micro_batches, mini_batches
 from calibadv.types import RolloutStatus
@@ -102,28 +102,29 @@ def test_compute_logprobs_by_hand(budget: int) -> None:
     before = compute_logprobs(Bigram(TABLE), two_rollouts(), budget, temperature=1.0)
     three_to_one = LN4 - 0.75 * LN3  # entropy of 3/4, 1/4: 3/4 (ln 4 - ln 3) + 1/4 ln 4
     torch.testing.assert_close(
-        before.policy, torch.tensor([[0, -LN4, -LN2, 0, -LN2], [0, 0, LN3 - LN4, 0, 0]], dtype=torch.float32)
+        before.logprobs, torch.tensor([[0, -LN4, -LN2, 0, -LN2], [0, 0, LN3 - LN4, 0, 0]], dtype=torch.float32)
     )
     torch.testing.assert_close(
         before.entropy, torch.tensor([[0, three_to_one, LN2, 0, LN2], [0, 0, three_to_one, 0, 0]])
     )
     assert before.reference is None
-    assert not before.policy.requires_grad
+    assert not before.logprobs.requires_grad
 
 
 def test_temperature_divides_the_logits() -> None:
     # At 1/2 the odds 3 : 1 become 9 : 1.
     before = compute_logprobs(Bigram(TABLE), two_rollouts(), 100, temperature=0.5)
-    assert before.policy[0, 1].exp().item() == pytest.approx(0.1)
-    assert before.policy[1, 2].exp().item() == pytest.approx(0.9)
+    assert before.logprobs[0, 1].exp().item() == pytest.approx(0.1)
+    assert before.logprobs[1, 2].exp().item() == pytest.approx(0.9)
 
 
 def test_loss_inputs_belong_together() -> None:
     batch = two_rollouts()
     numbers = torch.arange(10.0).reshape(2, 5)
     before = BatchLogprobs(numbers + 10, numbers, reference=numbers + 20)
-    size = MiniBatchSize(tokens=7.0, rollouts=3)
-    inputs = loss_inputs(Bigram(TABLE), ReadyBatch(batch, numbers, before), [1, 0], temperature=1.0, size=size)
+    size = LossNormalizer(tokens=7.0, rollouts=3)
+    update = UpdateBatch(batch, numbers, numbers, before)
+    inputs = loss_inputs(Bigram(TABLE), update, [1, 0], temperature=1.0, normalizer=size)
     torch.testing.assert_close(inputs.logprobs, torch.tensor([LN3 - LN4, -LN4, -LN2, -LN2]))
     assert inputs.logprobs.requires_grad
     assert inputs.advantages.tolist() == [7, 1, 2, 4]
@@ -137,8 +138,8 @@ def test_loss_inputs_belong_together() -> None:
 
 def test_the_size_of_a_mini_batch_counts_what_is_trained() -> None:
     batch = failed(batch_of_lengths([2, 4, 5]), 2)  # 1 and 3 trained tokens; the third rollout is not trained
-    assert MiniBatchSize.of(batch, [2, 0, 1]) == MiniBatchSize(tokens=4.0, rollouts=2)
-    assert MiniBatchSize.of(batch, [1]) == MiniBatchSize(tokens=3.0, rollouts=1)
+    assert LossNormalizer.from_rows(batch, [2, 0, 1]) == LossNormalizer(tokens=4.0, rollouts=2)
+    assert LossNormalizer.from_rows(batch, [1]) == LossNormalizer(tokens=3.0, rollouts=1)
 
 
 # Curves.
@@ -167,7 +168,7 @@ def test_stability_metrics_by_hand() -> None:
 def test_stability_metrics_leave_out_failed_rollouts() -> None:
     batch = batch_of_lengths([6, 6])
     before = BatchLogprobs(torch.full((2, 6), -9.0), torch.zeros(2, 6))
-    before.policy[0] = -1.0
+    before.logprobs[0] = -1.0
     metrics = stability_metrics(failed(batch, 1), before, garbled_perplexity=50.0)
     assert metrics["stability/perplexity"] == pytest.approx(math.e)
     assert metrics["stability/perplexity_max"] == pytest.approx(math.e)
@@ -180,7 +181,7 @@ def test_stability_metrics_leave_out_failed_rollouts() -> None:
 def test_garbled_rollouts_are_counted_once() -> None:
     batch = collate([episode((0,), (1,) * 4, (0,), (1,) * 4), episode((0,), (1,) * 4)])
     before = BatchLogprobs(torch.where(batch.turn_ids >= 0, -5.0, 0.0), torch.zeros_like(batch.sampled_logprobs))
-    before.policy[1] = 0
+    before.logprobs[1] = 0
     assert stability_metrics(batch, before, garbled_perplexity=50.0)["stability/garbled"] == 1 / 2
 
 

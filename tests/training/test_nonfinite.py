@@ -12,55 +12,36 @@ import pytest
 import torch
 from support.agents import Bigram, episode
 from support.fits import Poison, curves, fit
+from support.training import HandFed, accumulate, module_of, update
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from calibadv.batch import collate
-from calibadv.distributed import shard
+from calibadv.distributed import apply_fsdp
+from calibadv.errors import UserError
 from calibadv.estimators import GRPO
 from calibadv.interfaces import Regularizer
-from calibadv.losses import PPOClip
 from calibadv.runs.folder import RunFolder
-from calibadv.training.logprobs import ReadyBatch, compute_logprobs
+from calibadv.training.logprobs import UpdateBatch, compute_logprobs
 from calibadv.training.minibatches import mini_batches
-from calibadv.training.nonfinite import NonFiniteStepError, SkippedSteps, non_finite
-from calibadv.training.objective import Objective
-from calibadv.training.optimization import Learner, Trainee
-from calibadv.training.schedule import LearningRate
+from calibadv.training.optimization import find_non_finite
 from calibadv.types import Rollout
 
 
-def learner(*regularizers: Regularizer) -> Learner:
-    """Three mini-batches."""
-    return Learner(
-        objective=Objective(PPOClip(), 0.0, regularizers),
-        learning_rate=LearningRate(0.1, "constant", 0, 100),
-        betas=(0.9, 0.999),
-        weight_decay=0.01,
-        clip_norm=1.0,
-        mini_batches=3,
-        micro_batch_tokens=10_000,
-        temperature=1.0,
-        old_logprobs="trainer",
-        sampler_correction=None,
-        skip_tied=False,
-        seed=0,
-    )
-
-
-def three_questions(model: nn.Module) -> ReadyBatch:
+def three_questions(model: nn.Module) -> UpdateBatch:
     """Two rollouts each: the second, which says 1, is rewarded. The prompt is 0."""
     rollouts: list[Rollout] = [
         episode((0,), (place, 1), question=name, score=float(place)) for name in "abc" for place in range(2)
     ]
     batch = collate(rollouts)
-    return ReadyBatch(batch, GRPO().estimate(batch), compute_logprobs(model, batch, 10_000, 1.0))
+    advantages = GRPO().estimate(batch)
+    return UpdateBatch(batch, advantages, advantages, compute_logprobs(model, batch, 10_000, 1.0))
 
 
-def trainee_of(model: nn.Module, rule: Learner) -> Trainee:
-    return Trainee(model, rule.make_optimizer(model), lambda loss, last: loss.backward())
+def three_mini_batches(*terms: Regularizer, root: Path | None = None) -> HandFed:
+    return module_of(Bigram(torch.zeros(2, 2)), *terms, root=root, mini_batches=3, clip_norm=1.0)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -69,23 +50,23 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_is_left_out(value: float, caplog: pytest.LogCaptureFixture) -> None:
-    rule, model = learner(Poison([2], value)), Bigram(torch.zeros(2, 2))
-    trainee = trainee_of(model, rule)
+    module = three_mini_batches(Poison([2], value))
     with caplog.at_level(logging.WARNING):
-        metrics = rule.update(trainee, three_questions(model), step=7)
+        metrics = update(module, three_questions(module.model), step=7)
     # Weights, moments and curves are those of the first and the third mini-batch alone.
-    plain, other = learner(Poison([])), Bigram(torch.zeros(2, 2))
-    left = trainee_of(other, plain)
-    ready = three_questions(other)
-    first, _, third = mini_batches(ready.batch, 3, plain.seed, step=7)
+    other = three_mini_batches(Poison([]))
+    ready = three_questions(other.model)
+    first, _, third = mini_batches(ready.batch, 3, other.seed, step=7)
+    optimizers = [m.trainer.optimizers[0] for m in (module, other)]
     expected = []
     for rows in (first, third):
-        expected.append(plain.accumulate(left, ready, rows))
-        left.optimizer.step()
-    assert torch.equal(model.table, other.table)
-    assert non_finite(model, trainee.optimizer) is None
-    for name, moment in left.optimizer.state[other.table].items():
-        assert torch.equal(trainee.optimizer.state[model.table][name], moment), name
+        expected.append(accumulate(other, ready, rows)[0])
+        optimizers[1].step()
+    tables = [m.model.table for m in (module, other)]
+    assert torch.equal(*tables)
+    assert find_non_finite(module.model, optimizers[0]) is None
+    for name, moment in optimizers[1].state[tables[1]].items():
+        assert torch.equal(optimizers[0].state[tables[0]][name], moment), name
     assert metrics["stability/skipped_updates"] == 1
     norms = [update["grad_norm"] for update in expected]
     assert metrics["stability/grad_norm"] == pytest.approx(sum(norms) / 2)
@@ -94,12 +75,12 @@ def test_a_gradient_that_is_not_finite_is_left_out(value: float, caplog: pytest.
     assert all(math.isfinite(number) for number in metrics.values())
     (warning,) = warnings(caplog)
     assert warning.startswith("rollout step 7, mini-batch 2 of 3: the norm of the gradient is ")
-    assert trainee.skipped.in_a_row == 0  # the third was made
+    assert module.finite_steps.skipped_in_a_row == 0  # the third was made
 
 
 def test_a_step_without_any_is_as_ever(caplog: pytest.LogCaptureFixture) -> None:
-    rule, model = learner(), Bigram(torch.zeros(2, 2))
-    assert "stability/skipped_updates" not in rule.update(trainee_of(model, rule), three_questions(model), step=1)
+    module = three_mini_batches()
+    assert "stability/skipped_updates" not in update(module, three_questions(module.model))
     assert warnings(caplog) == []
 
 
@@ -110,13 +91,13 @@ def test_one_element_of_many_is_enough() -> None:
         optimizer.zero_grad()
         model(torch.ones(1, 100)).sum().backward()
         optimizer.step()
-    assert non_finite(model, optimizer) is None
+    assert find_non_finite(model, optimizer) is None
     optimizer.state[model.bias]["exp_avg_sq"][17] = math.inf
-    assert non_finite(model, optimizer) == "exp_avg_sq of bias"
+    assert find_non_finite(model, optimizer) == "exp_avg_sq of bias"
     with torch.no_grad():
         model.weight[3, 4] = math.nan
-    assert non_finite(model, optimizer) == "weight"
-    assert non_finite(model, torch.optim.AdamW(model.parameters())) == "weight"  # without any moment yet
+    assert find_non_finite(model, optimizer) == "weight"
+    assert find_non_finite(model, torch.optim.AdamW(model.parameters())) == "weight"  # without any moment yet
 
 
 @pytest.fixture
@@ -129,36 +110,35 @@ def mesh() -> Iterator[DeviceMesh]:
 
 def test_of_a_sharded_model_the_own_shard_is_looked_at(mesh: DeviceMesh) -> None:
     model = nn.Linear(4, 4)
-    shard(model, mesh)
+    apply_fsdp(model, mesh)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     assert isinstance(model.weight, DTensor)
-    assert non_finite(model, optimizer) is None
+    assert find_non_finite(model, optimizer) is None
     optimizer.state[model.bias]["exp_avg"].to_local()[2] = math.nan
-    assert non_finite(model, optimizer) == "exp_avg of bias"
+    assert find_non_finite(model, optimizer) == "exp_avg of bias"
     with torch.no_grad():
         model.weight.to_local()[1, 2] = math.inf
-    assert non_finite(model, optimizer) == "weight"
+    assert find_non_finite(model, optimizer) == "weight"
 
 
-def run_steps(calls: Sequence[int], steps: int, in_a_row: int = 0) -> SkippedSteps:
-    rule, model = learner(Poison(list(calls))), Bigram(torch.zeros(2, 2))
-    skipped = SkippedSteps(in_a_row)
-    trainee = Trainee(model, rule.make_optimizer(model), lambda loss, last: loss.backward(), skipped=skipped)
+def run_steps(root: Path, calls: Sequence[int], steps: int, in_a_row: int = 0) -> int:
+    module = three_mini_batches(Poison(list(calls)), root=root)
+    module.finite_steps.skipped_in_a_row = in_a_row
     for step in range(1, steps + 1):
-        rule.update(trainee, three_questions(model), step)
-    return skipped
+        update(module, three_questions(module.model), step)
+    return module.finite_steps.skipped_in_a_row
 
 
-def test_three_in_a_row_stop_the_run_wherever_rollout_steps_begin() -> None:
-    assert run_steps([1, 2, 4, 5], steps=2).in_a_row == 0  # the third of each was made
-    assert run_steps([2, 3], steps=1).in_a_row == 2
-    with pytest.raises(NonFiniteStepError):
-        run_steps([2, 3, 4], steps=2)
-    with pytest.raises(NonFiniteStepError):
-        run_steps([1], steps=1, in_a_row=2)  # after a resume
-    assert run_steps([2], steps=1, in_a_row=2).in_a_row == 0
+def test_three_in_a_row_stop_the_run_wherever_rollout_steps_begin(tmp_path: Path) -> None:
+    assert run_steps(tmp_path, [1, 2, 4, 5], steps=2) == 0  # the third of each was made
+    assert run_steps(tmp_path, [2, 3], steps=1) == 2
+    with pytest.raises(UserError, match="the gradient of 3 mini-batches in a row was not finite"):
+        run_steps(tmp_path, [2, 3, 4], steps=2)
+    with pytest.raises(UserError, match="the gradient of 3 mini-batches in a row was not finite"):
+        run_steps(tmp_path, [1], steps=1, in_a_row=2)  # after a resume
+    assert run_steps(tmp_path, [2], steps=1, in_a_row=2) == 0
 
 
 # Through the command line: two mini-batches per rollout step, of one question with two rollouts each.
@@ -202,7 +182,10 @@ def test_after_three_in_a_row_the_run_stops_and_leaves_the_mini_batch(
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     folder = RunFolder(tmp_path / "run")
     dump = folder.path / "nonfinite-step-000002.pt"
-    assert "rollout step 2: the gradient of 3 mini-batches in a row was not finite (the last norm is nan)" in error
+    assert (
+        "rollout step 2, mini-batch 2 of 2: the gradient of 3 mini-batches in a row was not finite (the last norm"
+        in error
+    )
     assert f"the last of them lies in '{dump}': look at it, and resume with a lower model.learning_rate" in error
     assert [path.name for path in folder.step_checkpoints()] == ["rollout-step=000001.ckpt"]
     assert finite(folder.last)
@@ -233,7 +216,7 @@ def test_the_count_survives_a_resume(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert content["skipped_in_a_row"] == 1
     words = (*EVERY, *poison(1, 2), "--model.rollout_steps", "2")
     assert fit(tmp_path, "run", *words, "--ckpt_path", "last") == 2
-    assert "rollout step 2: the gradient of 3 mini-batches in a row" in capsys.readouterr().err
+    assert "mini-batch 2 of 2: the gradient of 3 mini-batches in a row" in capsys.readouterr().err
     del content["skipped_in_a_row"]  # as older versions wrote it
     torch.save(content, tmp_path / "older.ckpt")
     assert fit(tmp_path, "other", *words, "--ckpt_path", tmp_path / "older.ckpt") == 0

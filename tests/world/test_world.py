@@ -14,21 +14,24 @@ from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from calibadv.agent.environment import Environment
 from calibadv.agent.episode import Agent
 from calibadv.agent.rollout import Draws, run_rollouts
+from calibadv.agent.tools import SearchTool
 from calibadv.engines.transformers import TransformersEngine
 from calibadv.policy.loading import load_policy
-from calibadv.protocol.search import TAGS, Protocol, is_valid, parse_message, render_observation
-from calibadv.protocol.tokenizer import AgentTokenizer
+from calibadv.policy.tokenizer import TAGS, AgentTokenizer
+from calibadv.protocol.search import SearchProtocol
 from calibadv.retrieval import BM25
 from calibadv.rewards.answer import f1
-from calibadv.types import Question
+from calibadv.types import Question, ToolResult
 from calibadv.world import build_world, command, embedded_world, policy_folder
 from calibadv.world.demonstrations import CLEAN, Noise, WorldSearch, demonstrate
 from calibadv.world.tokenizer import build_tokenizer
 from calibadv.world.vocabulary import KINDS
 from calibadv.world.warm_start import make_policy, rate_factor
 
+BARE = SearchProtocol(prepend_think=False)
 ALL_QUESTIONS = [question for split in embedded_world().questions.values() for question in split]
 
 
@@ -147,13 +150,15 @@ def test_tokenizer_knows_every_word(seed: int) -> None:
     tokenizer = AgentTokenizer(build_tokenizer())
     unknown = tokenizer.backend.unk_token_id
     world = build_world(seed)
-    protocol = Protocol(template="short")
+    protocol = SearchProtocol(template="short")
     for split in world.questions.values():
         for question in split:
-            assert unknown not in tokenizer.encode_prompt(question.question, protocol)
+            assert unknown not in protocol.prompt_ids(question.question, tokenizer)
             assert unknown not in tokenizer.encode(question.golden_answers[0])
     for start in range(0, 600, 10):
-        assert unknown not in tokenizer.encode(render_observation(world.documents[start : start + 10], True))
+        assert unknown not in tokenizer.encode(
+            protocol.render([ToolResult(tuple(world.documents[start : start + 10]))])
+        )
 
 
 @given(st.lists(st.sampled_from([*TAGS, "director", "of", "Bala", ".", "(", "10"])))
@@ -179,11 +184,11 @@ def test_clean_demonstrations_are_valid_and_right() -> None:
     tokenizer = AgentTokenizer(build_tokenizer())
     demonstrations = list(islice(demonstrate(tokenizer, 0, CLEAN), 256))
     for demonstration in demonstrations:
-        messages = [parse_message(text, prepend_think=False) for text in demonstration.messages]
-        assert is_valid(messages)
+        messages = [BARE.parse(text) for text in demonstration.messages]
+        assert BARE.is_valid(messages)
         # The answer stands in what the last search showed.
         text = tokenizer.decode(demonstration.token_ids)
-        assert messages[-1].content in text.rsplit("</information>", 1)[0].rsplit("<information>", 1)[1]
+        assert messages[-1].answer in text.rsplit("</information>", 1)[0].rsplit("<information>", 1)[1]
     assert {len(demonstration.messages) for demonstration in demonstrations} == {2, 3, 4}
 
 
@@ -200,7 +205,7 @@ def test_thinks_of_a_clean_demonstration_are_dissimilar() -> None:
     # Step correctness is 0 where two thinks of a rollout have word similarity above 0.5.
     tokenizer = AgentTokenizer(build_tokenizer())
     for demonstration in islice(demonstrate(tokenizer, 1, CLEAN), 256):
-        thinks = [parse_message(text, prepend_think=False).think.split() for text in demonstration.messages]
+        thinks = [BARE.parse(text).think.split() for text in demonstration.messages]
         for later, think in enumerate(thinks):
             assert all(Levenshtein.normalized_similarity(think, earlier) <= 0.5 for earlier in thinks[:later])
 
@@ -208,10 +213,10 @@ def test_thinks_of_a_clean_demonstration_are_dissimilar() -> None:
 def test_noisy_demonstrations_break_the_format_and_stop_early() -> None:
     tokenizer = AgentTokenizer(build_tokenizer())
     rollouts = [
-        [parse_message(text, prepend_think=False) for text in demonstration.messages]
+        [BARE.parse(text) for text in demonstration.messages]
         for demonstration in islice(demonstrate(tokenizer, 0, Noise()), 1024)
     ]
-    invalid = sum(not is_valid(messages) for messages in rollouts) / len(rollouts)
+    invalid = sum(not BARE.is_valid(messages) for messages in rollouts) / len(rollouts)
     # 3 % of 2 to 4 turns: between 1 - 0.97**2 = 0.06 and 1 - 0.97**4 = 0.11.
     assert 0.04 < invalid < 0.13
     clean = list(islice(demonstrate(tokenizer, 0, CLEAN), 1024))
@@ -238,12 +243,12 @@ def test_shipped_policy_leaves_room_to_improve() -> None:
     policy = load_policy("embedded")
     engine = TransformersEngine()
     engine.sync(policy)
-    protocol = Protocol(template="short", max_searches=3, max_turn_tokens=36)
-    agent = Agent(engine, BM25(corpus="embedded", top_k=2), protocol, policy.tokenizer)
+    protocol = SearchProtocol(template="short", max_searches=3, max_turn_tokens=36)
+    agent = Agent(engine, Environment([SearchTool(BM25(corpus="embedded", top_k=2))]), protocol, policy.tokenizer)
     questions = embedded_world().questions["validation"]
     rollouts = run_rollouts(questions, agent, Draws(seed=0, step=0, samples=1, temperature=0.0))
     assert sum(rollout.format_valid for rollout in rollouts) >= 0.9 * len(rollouts)
-    answers = [parse_message(rollout.policy_segments[-1].text, prepend_think=True).content for rollout in rollouts]
+    answers = [rollout.messages[-1].answer for rollout in rollouts]
     scores = [f1(answer, q.golden_answers) for answer, q in zip(answers, questions, strict=True)]
     assert 0.42 < sum(scores) / len(scores) < 0.62
 

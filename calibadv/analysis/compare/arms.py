@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from calibadv.analysis.compare.runs import Run
@@ -35,27 +34,22 @@ class Arm:
     runs: tuple[Run, ...]
 
     @property
-    def ours(self) -> bool:
-        """Whether this program made the runs."""
-        return self.runs[0].ours
+    def is_calibadv_run(self) -> bool:
+        """True if calibadv made the runs, and not another program."""
+        return self.runs[0].is_calibadv_run
 
     @property
     def finished(self) -> list[Run]:
-        """The runs that have figures: trained to the end, with validations."""
+        """The runs that have results: trained to the end, with validations."""
         return [run for run in self.runs if run.finished]
-
-    @property
-    def unfinished(self) -> list[Run]:
-        """The other ones."""
-        return [run for run in self.runs if not run.finished]
 
 
 def group_arms(runs: Sequence[Run]) -> list[Arm]:
-    """Put runs together that differ in nothing but the seed.
+    """Group runs that differ in nothing but the seed.
 
-    An arm is called as a study calls it, by the folder that holds ``seed0``, ``seed1``, ...; else by what is left of
-    its runs' names without the seed; else by a folder that holds its runs and no others. Where that is not one name, or
-    several arms have it, what differs between them is said, and at last the path of the first run.
+    The name of an arm is that of the folder that holds ``seed0``, ``seed1``, ..., as in a study; else the name of its
+    runs without the seed; else that of a folder that holds its runs and no others. If that is not one name, or several
+    arms have it, the settings that differ are added, or the path of the first run is taken.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -87,28 +81,34 @@ def _check_seeds(arm: Arm) -> None:
 
 
 def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
-    owners = Counter(parent for group in groups for parent in {run.path.parent for run in group})
     bases = [_base_name(group) for group in groups]
     names = [""] * len(groups)
-    for proposed in (bases, [_own_folder(group, owners) for group in groups]):
+    for proposed in (bases, _own_folders(groups)):
         unique = [name if proposed.count(name) == 1 and name not in names else "" for name in proposed]
         names = [name or other for name, other in zip(names, unique, strict=True)]
-    nameless = [place for place, name in enumerate(names) if not name]
-    for base in {bases[place] for place in nameless}:
-        alike = [place for place in nameless if bases[place] == base]
-        for place, given in zip(alike, _settings_names([groups[place][0] for place in alike]), strict=True):
-            names[place] = ", ".join(filter(None, [base, given]))
+    _name_by_settings(names, bases, groups)
     counts = Counter(names)
     return [name if counts[name] == 1 else group[0].label for name, group in zip(names, groups, strict=True)]
 
 
+def _name_by_settings(names: list[str], bases: Sequence[str], groups: Sequence[Sequence[Run]]) -> None:
+    """Name the arms that have no name yet by their base name and the settings in which they differ."""
+    same_base: dict[str, list[int]] = defaultdict(list)
+    for index, name in enumerate(names):
+        if not name:
+            same_base[bases[index]].append(index)
+    for base, indexes in same_base.items():
+        for index, given in zip(indexes, _settings_names([groups[index][0] for index in indexes]), strict=True):
+            names[index] = ", ".join(filter(None, [base, given]))
+
+
 def _like_seeds(group: Sequence[Run]) -> bool:
-    """Whether the runs lie as a study lays them: seed0, seed1, ..."""
+    """True for run folders as in a study: seed0, seed1, ..."""
     return all(_SEED_FOLDER.fullmatch(run.path.name) for run in group)
 
 
 def _base_name(group: Sequence[Run]) -> str:
-    """``grpo`` for grpo/seed0 and grpo/seed1; else what is left of the runs' names without the seed, if that is one."""
+    """``grpo`` for grpo/seed0 and grpo/seed1; else the runs' names without the seed, if they agree."""
     folders = {run.path.parent.name for run in group}
     if len(folders) == 1 and _like_seeds(group):
         return folders.pop()
@@ -118,17 +118,20 @@ def _base_name(group: Sequence[Run]) -> str:
 
 def _without_seed(run: Run) -> str:
     """``quickstart`` for the name that ``fit`` gives a run; whole where the number at its end is not the seed."""
-    name = _MOMENT.sub("", run.path.name) if run.ours else run.path.name
+    name = _MOMENT.sub("", run.path.name) if run.is_calibadv_run else run.path.name
     ending = _SEED_SUFFIX.search(name)
-    is_seed = ending is not None and (not run.ours or int(ending[1]) == run.seed)
+    is_seed = ending is not None and (not run.is_calibadv_run or int(ending[1]) == run.seed)
     return _SEED_SUFFIX.sub("", name) if is_seed else name
 
 
-def _own_folder(group: Sequence[Run], owners: Mapping[Path, int]) -> str:
-    """``grpo`` for grpo/monday and grpo/tuesday, where that folder holds no other arm's runs."""
-    folders = {run.path.parent for run in group}
-    alone = len(folders) == 1 and owners[group[0].path.parent] == 1 and not _like_seeds(group)
-    return folders.pop().name if alone else ""
+def _own_folders(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """``grpo`` for grpo/monday and grpo/tuesday, if that folder holds no other arm's runs; else empty."""
+    folders = [{run.path.parent for run in group} for group in groups]
+    owners = Counter(folder for parents in folders for folder in parents)
+    return [
+        next(iter(parents)).name if [owners[folder] for folder in parents] == [1] and not _like_seeds(group) else ""
+        for group, parents in zip(groups, folders, strict=True)
+    ]
 
 
 def _settings_names(runs: Sequence[Run]) -> list[str]:
@@ -137,7 +140,7 @@ def _settings_names(runs: Sequence[Run]) -> list[str]:
     names: list[str] = [""] * len(runs)
     for longest, count in product((_SHORT_VALUE, None), range(1, len(settings) + 1)):
         chosen = settings[:count]
-        names = [_joined([(key, texts[place]) for key, texts in chosen], longest) for place in range(len(runs))]
+        names = [_joined([(key, texts[index]) for key, texts in chosen], longest) for index in range(len(runs))]
         if len(set(names)) == len(names):
             break
     return names
@@ -151,12 +154,12 @@ def _joined(settings: Sequence[tuple[str, str]], longest: int | None) -> str:
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Compare the configs of runs."""
+    """The settings that differ between runs, one text per run."""
     return {key: texts for key, texts in _settings(runs).items() if len(_values(texts, runs)) > 1}
 
 
 def shared_settings(runs: Sequence[Run]) -> dict[str, str]:
-    """The rest of what ``differing_settings`` compares."""
+    """The settings that all runs share."""
     values = {key: _values(texts, runs) for key, texts in _settings(runs).items()}
     return {key: found.pop() for key, found in values.items() if len(found) == 1}
 
@@ -167,7 +170,7 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def _values(texts: Sequence[str], runs: Sequence[Run]) -> set[str]:
-    return {text for text, run in zip(texts, runs, strict=True) if run.ours}
+    return {text for text, run in zip(texts, runs, strict=True) if run.is_calibadv_run}
 
 
 def _value(settings: Mapping[str, Any], key: str) -> str:

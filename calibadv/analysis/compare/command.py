@@ -1,4 +1,4 @@
-"""The command ``calibadv compare``: from run folders to a report."""
+"""``calibadv compare``: read run folders, and write the report that compares them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rich.console import Console
 from calibadv.analysis.compare.arms import Arm, group_arms
 from calibadv.analysis.compare.charts import figure_png, figure_svg
 from calibadv.analysis.compare.curve_docs import known_tags
-from calibadv.analysis.compare.curves import read_names
+from calibadv.analysis.compare.curves import read_name_map
 from calibadv.analysis.compare.page import draw_charts, render_html, render_markdown
 from calibadv.analysis.compare.runs import find_runs, read_runs
 from calibadv.analysis.compare.scores import score_run
-from calibadv.analysis.compare.sections import chart, panel
-from calibadv.analysis.compare.summary import Figures, choose_baseline, summarise
+from calibadv.analysis.compare.sections import curve_sections, make_chart
+from calibadv.analysis.compare.summary import Results, choose_baseline, summarize
 from calibadv.errors import UserError
 from calibadv.io.files import replace_durably
 from calibadv.io.progress_bar import tracked
@@ -31,60 +31,69 @@ _HEADLINE, _HEADLINE_TITLE = "val/f1", "validation F1"
 
 
 def compare(runs: list[Path], out: Path, baseline: str | None = None, names: Path | None = None) -> None:
-    """Compare trained runs: curves, final figures with intervals, and paired tests against a baseline.
+    """Compare trained runs: curves, final results with intervals, and paired tests against a baseline.
 
     Runs that differ in the seed only form an arm. Written are report.html, report.md, figure.svg and figure.png;
     results.json, which is the same for the same runs; and timing.json, with seconds, commands and the machine.
+
+    Args:
+        runs: Run folders, or folders that hold such at any depth, as a study's does.
+        out: Folder to write the report into; its files of these names are replaced when all is done.
+        baseline: Name of the arm that the others are compared with; by default grpo, or else the first.
+        names: Name map for the TensorBoard curves of other programs, YAML: 'our tag: their tag' a line.
+
+    Raises:
+        UserError: there is nothing to compare, or a file cannot be used; ``out`` is then left as it was.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"out '{out}' is not a folder; give one, or a name that is free")
     if RunFolder(out).config(None).exists() or RunFolder(out).holds_study:
         raise UserError(f"out '{out}' is the folder of a run or a study, whose files it would mix with; give another")
-    figures, arms = compare_runs(runs, baseline, names)
-    write_report(out, figures, arms)
-    print_figures(figures)
+    results, arms = compare_runs(runs, baseline, names)
+    write_report(out, results, arms)
+    print_results(results)
 
 
 def compare_runs(
     runs: Sequence[Path], baseline: str | None = None, names: Path | None = None
-) -> tuple[Figures, list[Arm]]:
-    """Read runs and compute all figures of their comparison."""
+) -> tuple[Results, list[Arm]]:
+    """Read runs and compute all results of their comparison."""
     if not runs:
         raise UserError("runs names no folder; give run folders, or folders that hold such")
-    mapped = {} if names is None else read_names(names, known_tags())
+    mapped = {} if names is None else read_name_map(names, known_tags())
     paths = find_runs(runs)
     found = list(tracked(read_runs(paths, mapped), "Reading runs", len(paths)))
-    if mapped and all(run.ours for run in found):
+    if mapped and all(run.is_calibadv_run for run in found):
         raise UserError(f"name map '{names}' is for runs of other programs, and all of these are ours; leave it out")
     arms = group_arms(found)
     chosen = choose_baseline(arms, baseline)
     finished = [run for arm in arms for run in arm.finished]
     scored = iter(list(tracked(map(score_run, finished), "Scoring questions", len(finished))))
     scores = {arm.name: [next(scored) for _ in arm.finished] for arm in arms}
-    return summarise(arms, chosen, scores), arms
+    return summarize(arms, chosen, scores), arms
 
 
-def write_report(out: Path, figures: Figures, arms: Sequence[Arm], command: str | None = None) -> None:
+def write_report(out: Path, results: Results, arms: Sequence[Arm], command: str | None = None) -> None:
     """Write all files of a report, each whole or not at all."""
     timing = _timing(arms, command)
-    sections = panel(arms)
+    sections = curve_sections(arms)
     arm_names = [arm.name for arm in arms]
     total = sum(len(section.charts) for section in sections)
     pictures = dict(tracked(draw_charts(sections, arm_names), "Drawing", total))
     drawn = [(section, [pictures[entry.tag] for entry in section.charts]) for section in sections]
     contents: dict[str, str | bytes] = {
-        "report.html": render_html(figures, timing, arms, drawn),
+        "report.html": render_html(results, timing, arms, drawn),
         "timing.json": _json(timing),
-        "results.json": _json(figures),
+        "results.json": _json(results),
     }
-    headline = chart(_HEADLINE, arms)
-    contents["report.md"] = render_markdown(figures, timing, arms, has_figure=bool(headline.bands))
+    headline = make_chart(_HEADLINE, arms)
+    contents["report.md"] = render_markdown(results, timing, arms, has_figure=bool(headline.bands))
     if headline.bands:
         contents["figure.svg"] = figure_svg(headline, arm_names, _HEADLINE_TITLE)
         contents["figure.png"] = figure_png(headline, arm_names, _HEADLINE_TITLE)
     _write_together(out, contents)
     if not headline.bands:
-        for name in ("figure.svg", "figure.png"):  # of a report that stood here before
+        for name in ("figure.svg", "figure.png"):  # of an earlier report
             (out / name).unlink(missing_ok=True)
 
 
@@ -93,7 +102,7 @@ def _json(content: Any) -> str:
 
 
 def _write_together(out: Path, contents: dict[str, str | bytes]) -> None:
-    """Write files beside their places first, and put them there when all are written."""
+    """Write all files into a temporary folder, and move them to their places once all are written."""
     out.mkdir(parents=True, exist_ok=True)
     partial = out / f".report.{os.getpid()}.partial"
     partial.mkdir()
@@ -107,7 +116,7 @@ def _write_together(out: Path, contents: dict[str, str | bytes]) -> None:
 
 
 def _timing(arms: Sequence[Arm], command: str | None) -> dict[str, Any]:
-    """What depends on when and where the runs and the report were made."""
+    """The content of timing.json: everything that depends on when and where runs and report were made."""
     rows = {
         run.label: {
             "arm": arm.name,
@@ -125,11 +134,11 @@ def _timing(arms: Sequence[Arm], command: str | None) -> dict[str, Any]:
     return {"written": written, "command": command, "compared_on": machine(), "mean_wall_seconds": means, "runs": rows}
 
 
-def print_figures(figures: Figures) -> None:
-    """Print what a report says in words."""
+def print_results(results: Results) -> None:
+    """Print the warnings and verdicts of a report."""
     console = Console(soft_wrap=True)
-    for warning in figures["warnings"]:
+    for warning in results["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
-    for row in figures["arms"]:
+    for row in results["arms"]:
         if "difference" in row:
             console.print(row["difference"]["verdict"], highlight=False, markup=False)

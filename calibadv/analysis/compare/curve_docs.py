@@ -1,4 +1,4 @@
-"""What a curve means in one line: read from docs/curves.md, so that it is written down once."""
+"""Descriptions of the curves in one line each, read from docs/curves.md."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def _page() -> str:
 
 
 def _pattern(tag: str) -> re.Pattern[str]:
-    """A tag of the page as a pattern: ``<source>`` stands for one part of a name, ``...`` for the rest of one."""
+    """A tag of the page as a pattern: ``<source>`` matches one part of a name, ``...`` the rest of one."""
     return re.compile(re.sub(r"<[^>]*>", "[^/]+", re.escape(tag)).replace(re.escape("..."), ".+"))
 
 
 @cache
 def known_tags() -> tuple[re.Pattern[str], ...]:
-    """The names of our curves."""
+    """The names of all curves, as patterns."""
     return tuple(_pattern(tag) for tag in dict.fromkeys(_TAG.findall(_page())))
 
 
@@ -43,6 +43,6 @@ def _read_definitions() -> Iterator[tuple[re.Pattern[str], str]]:
             yield _pattern(tag), _LINK.sub(r"\1", text).replace("`", "")
 
 
-def meaning(tag: str) -> str:
-    """What a curve means."""
+def curve_description(tag: str) -> str:
+    """Return the description of a curve; empty if it has none."""
     return next((text for pattern, text in _definitions() if pattern.fullmatch(tag)), "")

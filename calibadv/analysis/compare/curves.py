@@ -20,9 +20,9 @@ Curves = dict[str, Curve]
 Floats = NDArray[np.float64]
 
 _EVENT_FILES = "*tfevents*"
-_MOST_POINTS = 60
-# Of at most so many seeds, each has a thin line of its own.
-_MOST_SEED_LINES = 5
+_MAX_POINTS = 60
+# With more seeds, single seeds have no lines of their own.
+_MAX_SEED_LINES = 5
 
 
 def event_files(folder: Path) -> list[Path]:
@@ -58,12 +58,12 @@ def _read_file(path: Path, curves: dict[str, Curve]) -> None:
             number = _scalar(value, tensors)
             if number is not None:
                 curves[value.tag][event.step] = number
-    if read < _count_records(path):  # the loader stops at damage without a word
+    if read < _count_records(path):  # the loader stops silently at damage
         raise UserError(f"event file '{path}' is damaged after {read} records; copy it again, or leave its run out")
 
 
 def _scalar(value: Any, tensors: set[str]) -> float | None:
-    """The number of a summary value that is a scalar. Newer writers say that a tag is one only at its first value."""
+    """The number of a scalar summary value; newer writers mark a tag as scalar only at its first value."""
     if value.HasField("simple_value"):
         return float(value.simple_value)
     if value.metadata.plugin_data.plugin_name == "scalars":
@@ -92,8 +92,8 @@ def _count_records(path: Path) -> int:
     return count
 
 
-def read_names(path: Path, known: Iterable[Any]) -> dict[str, str]:
-    """Read a name map: which curve of another program is which of ours."""
+def read_name_map(path: Path, known: Iterable[Any]) -> dict[str, str]:
+    """Read a name map: from names of our curves to those of another program."""
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -107,12 +107,12 @@ def read_names(path: Path, known: Iterable[Any]) -> dict[str, str]:
     patterns = list(known)
     for ours in content:
         if not any(pattern.fullmatch(ours) for pattern in patterns):
-            raise UserError(f"name map '{path}': '{ours}' is none of our curves, which docs/curves.md lists")
+            raise UserError(f"name map '{path}': '{ours}' is not one of our curves, which docs/curves.md lists")
     return dict(content)
 
 
-def rename(curves: Curves, names: Mapping[str, str]) -> Curves:
-    """Take the curves of another program by our names."""
+def rename_curves(curves: Curves, names: Mapping[str, str]) -> Curves:
+    """Return the curves of another program under our names."""
     return {ours: curves[theirs] for ours, theirs in names.items() if theirs in curves}
 
 
@@ -135,15 +135,15 @@ class Band:
     seeds: Floats
 
 
-def windows(curves: Iterable[Curve]) -> list[list[int]]:
-    """Divide the steps of several curves, so that a plot has few points."""
+def step_windows(curves: Iterable[Curve]) -> list[list[int]]:
+    """Divide the steps of several curves into windows, at most 60, so that a plot has few points."""
     steps = sorted({step for curve in curves for step in curve})
-    width = max(1, -(-len(steps) // _MOST_POINTS))
+    width = max(1, -(-len(steps) // _MAX_POINTS))
     return [steps[start : start + width] for start in range(0, len(steps), width)]
 
 
-def band(curves: Sequence[Curve], grid: Sequence[Sequence[int]]) -> Band:
-    """Sum up one metric over the seeds of an arm."""
+def seed_band(curves: Sequence[Curve], grid: Sequence[Sequence[int]]) -> Band:
+    """Return the band of one metric over the seeds of an arm."""
     rows = np.array([[_mean_within(curve, window) for window in grid] for curve in curves])
     steps = np.array([sum(window) / len(window) for window in grid])
     present = np.isfinite(rows)
@@ -156,7 +156,7 @@ def band(curves: Sequence[Curve], grid: Sequence[Sequence[int]]) -> Band:
     spread = np.sqrt(squares / np.maximum(counts - 1, 1))
     lowest = np.where(present, rows, np.inf).min(0)
     highest = np.where(present, rows, -np.inf).max(0)
-    shown = rows if 1 < len(rows) <= _MOST_SEED_LINES else rows[:0]
+    shown = rows if 1 < len(rows) <= _MAX_SEED_LINES else rows[:0]
     return Band(steps, mean, np.maximum(mean - spread, lowest), np.minimum(mean + spread, highest), shown)
 
 

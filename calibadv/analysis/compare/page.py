@@ -6,19 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from calibadv.analysis.compare.arms import Arm
-from calibadv.analysis.compare.charts import MOST_BANDS, chart_svg
-from calibadv.analysis.compare.curve_docs import meaning
+from calibadv.analysis.compare.charts import MAX_BANDS, chart_svg
+from calibadv.analysis.compare.curve_docs import curve_description
 from calibadv.analysis.compare.palette import styles
-from calibadv.analysis.compare.sections import Section, step_window
-from calibadv.analysis.compare.summary import Figures
+from calibadv.analysis.compare.sections import Section, window_width
+from calibadv.analysis.compare.summary import Results
 
 _NOTHING = "\u2013"
 
 
 def render_html(
-    figures: Figures, timing: Mapping[str, Any], arms: Sequence[Arm], drawn: Sequence[tuple[Section, Sequence[str]]]
+    results: Results, timing: Mapping[str, Any], arms: Sequence[Arm], drawn: Sequence[tuple[Section, Sequence[str]]]
 ) -> str:
-    """Fill in the page."""
+    """Render report.html."""
     from markupsafe import Markup
 
     sections = [
@@ -27,26 +27,26 @@ def render_html(
             "constant": section.constant,
             "single": section.single,
             "charts": [
-                {"tag": chart.tag, "meaning": meaning(chart.tag), "svg": Markup(svg)}
+                {"tag": chart.tag, "meaning": curve_description(chart.tag), "svg": Markup(svg)}
                 for chart, svg in zip(section.charts, pictures, strict=True)
             ],
         }
         for section, pictures in drawn
     ]
     legend = [
-        {"name": arm.name, "place": place, "style": style}
-        for place, (arm, style) in enumerate(zip(arms, styles(len(arms)), strict=True))
+        {"name": arm.name, "index": index, "style": style}
+        for index, (arm, style) in enumerate(zip(arms, styles(len(arms)), strict=True))
     ]
     template = _environment(escape=True).get_template("page.html")
-    page: str = template.render(**_shared(figures, timing, arms), sections=sections, legend=legend)
+    page: str = template.render(**_shared(results, timing, arms), sections=sections, legend=legend)
     return page
 
 
-def render_markdown(figures: Figures, timing: Mapping[str, Any], arms: Sequence[Arm], has_figure: bool) -> str:
-    """Fill in the page without the curves."""
+def render_markdown(results: Results, timing: Mapping[str, Any], arms: Sequence[Arm], has_figure: bool) -> str:
+    """Render report.md, which has no curves."""
     template = _environment(escape=False).get_template("report.md")
     page: str = template.render(
-        **_shared(figures, timing, arms), has_figure=has_figure, has_bands=len(arms) <= MOST_BANDS
+        **_shared(results, timing, arms), has_figure=has_figure, has_bands=len(arms) <= MAX_BANDS
     )
     return page
 
@@ -80,37 +80,37 @@ def _environment(escape: bool) -> Any:
     return environment
 
 
-def _shared(figures: Figures, timing: Mapping[str, Any], arms: Sequence[Arm]) -> dict[str, Any]:
-    seeds = sorted({run["seed"] for run in figures["runs"]}, key=lambda seed: (seed is None, seed or 0))
-    by_seed = {(run["arm"], run["seed"]): run for run in figures["runs"]}
+def _shared(results: Results, timing: Mapping[str, Any], arms: Sequence[Arm]) -> dict[str, Any]:
+    seeds = sorted({run["seed"] for run in results["runs"]}, key=lambda seed: (seed is None, seed or 0))
+    by_seed = {(run["arm"], run["seed"]): run for run in results["runs"]}
     return {
-        "figures": figures,
+        "results": results,
         "timing": timing,
         "seeds": seeds,
         "run_of": lambda arm, seed: by_seed.get((arm, seed)),
         "untrained_in": _untrained_in,
-        "some_collapsed": any(run.get("collapsed") for run in figures["runs"]),
-        "several_starts": len(figures["untrained"]) > 1,
-        "window": step_window(arms),
-        "made_with": _made_with(figures),
-        "validated": _validated(figures),
+        "some_collapsed": any(run.get("collapsed") for run in results["runs"]),
+        "several_starts": len(results["untrained"]) > 1,
+        "window": window_width(arms),
+        "made_with": _made_with(results),
+        "validated": _validated(results),
         "command": timing.get("command"),
-        "over": _over(figures),
+        "interval_scopes": _interval_scopes(results),
     }
 
 
 def _untrained_in(start: Mapping[str, Any], seed: int | None) -> str:
-    """F1 before training with a seed: one figure for all seeds that start alike, else each its own."""
+    """F1 before training with a seed: the common one, or that of the seed if they differ."""
     if start["seeds"] is None:
         return f"{start['f1']['mean']:.3f}"
     by_seed = dict(zip(start["seeds"], start["f1"]["by_run"], strict=True))
     return f"{by_seed[seed]:.3f}" if seed in by_seed else _NOTHING
 
 
-def _made_with(figures: Figures) -> dict[str, str]:
+def _made_with(results: Results) -> dict[str, str]:
     """Versions, threads, devices and machines of the runs, each with all values that occur."""
     found: dict[str, dict[str, None]] = {}
-    for run in figures["runs"]:
+    for run in results["runs"]:
         values = {
             "threads": run["threads"],
             "device": run["device"],
@@ -123,19 +123,19 @@ def _made_with(figures: Figures) -> dict[str, str]:
     return {name: " / ".join(values) for name, values in found.items()}
 
 
-def _validated(figures: Figures) -> str:
-    """On how many questions and at which steps, where all finished runs agree."""
-    counts = {arm["questions"] for arm in figures["arms"] if arm["finished"]}
-    steps = {tuple(row["step"] for row in run["validations"]) for run in figures["runs"] if run["finished"]}
+def _validated(results: Results) -> str:
+    """Number of questions and steps of the validations, if all finished runs agree; else empty."""
+    counts = {arm["questions"] for arm in results["arms"] if arm["finished"]}
+    steps = {tuple(row["step"] for row in run["validations"]) for run in results["runs"] if run["finished"]}
     if len(counts) != 1 or len(steps) != 1 or None in counts:
         return ""
     return f"on {counts.pop()} questions at the rollout steps {', '.join(map(str, steps.pop()))}"
 
 
-def _over(figures: Figures) -> str:
-    """What the intervals are over: once where it is the same for all arms."""
+def _interval_scopes(results: Results) -> str:
+    """The units that the intervals are over: once if they are the same for all arms."""
     by_kind: dict[str, list[str]] = {}
-    for arm in figures["arms"]:
+    for arm in results["arms"]:
         by_kind.setdefault(arm["over"], []).append(arm["name"])
     if len(by_kind) == 1:
         return next(iter(by_kind))
@@ -175,7 +175,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Text that can stand in a cell of a Markdown table."""
+    """Text escaped for a cell of a Markdown table."""
     text = " ".join(str(value).split())
     for character in "\\|<`*_[":
         text = text.replace(character, f"\\{character}" if character != "<" else "&lt;")
@@ -183,5 +183,5 @@ def _cell(value: Any) -> str:
 
 
 def _code(value: str) -> str:
-    """The same, as code."""
+    """Text as inline code in Markdown."""
     return "`" + value.replace("`", "'").replace("|", "\\|") + "`" if value else _NOTHING

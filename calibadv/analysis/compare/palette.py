@@ -1,11 +1,11 @@
-"""Colours and line styles of the arms, told apart by colour-blind readers, in print, and on light and dark pages."""
+"""Colors and line styles of the arms: distinct for color-blind readers, in print, and on light and dark pages."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-# Hues after Okabe and Ito, shifted until text of that colour can be read on white, and on near-black.
+# Hues after Okabe and Ito, shifted until text of that color can be read on white, and on near-black.
 _LIGHT = ("#0065b0", "#c44700", "#00805c", "#a23b82", "#866300", "#1d87bd", "#85204f", "#555555")
 _DARK = ("#58a9ff", "#ff8f52", "#35cda1", "#e796cb", "#e5c244", "#8edaff", "#ea7ba6", "#bdbdbd")
 _DASHES: tuple[Any, ...] = (
@@ -21,11 +21,11 @@ _DASHES: tuple[Any, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How an arm is drawn.
+    """Color and line style of an arm.
 
     Attributes:
-        light: colour on a light page.
-        dark: colour on a dark page.
+        light: color on a light page.
+        dark: color on a dark page.
         dash: line style, as matplotlib takes it.
     """
 
@@ -40,8 +40,8 @@ class Style:
 
 
 def styles(count: int) -> list[Style]:
-    """Styles for arms."""
+    """Return the styles of so many arms."""
     return [
-        Style(_LIGHT[place % len(_LIGHT)], _DARK[place % len(_DARK)], _DASHES[place % len(_DASHES)])
-        for place in range(count)
+        Style(_LIGHT[index % len(_LIGHT)], _DARK[index % len(_DARK)], _DASHES[index % len(_DASHES)])
+        for index in range(count)
     ]

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from calibadv.analysis.compare.curve_docs import known_tags
-from calibadv.analysis.compare.curves import Curves, event_files, read_curves, rename
+from calibadv.analysis.compare.curves import Curves, event_files, read_curves, rename_curves
 from calibadv.errors import UserError
 from calibadv.runs.folder import STUDY_FILE, RunFolder
 from calibadv.runs.settings import changed_settings, method_settings
@@ -25,17 +25,17 @@ _DIGITS = re.compile(r"(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one run folder holds.
+    """The content of one run folder.
 
     Attributes:
         path: the folder.
-        label: what it is called in the report: its path below what all runs have in common.
-        seed: None if it is not known.
+        label: its name in the report: the path below the common folder of all runs.
+        seed: None if unknown.
         settings: the resolved config, flat, without what may differ in an arm; None for a run of another program.
-        results: what results.json holds; empty without one.
+        results: content of results.json; empty without one.
         curves: by our names.
         planned: rollout steps that the config asks for; None for a run of another program.
-        notes: what a reader of the report should know of this run.
+        notes: remarks on this run for the warnings of the report.
     """
 
     path: Path
@@ -48,8 +48,8 @@ class Run:
     notes: Sequence[str] = field(default=())
 
     @property
-    def ours(self) -> bool:
-        """Whether this program made it."""
+    def is_calibadv_run(self) -> bool:
+        """True if calibadv made it, and not another program."""
         return self.settings is not None
 
     @property
@@ -60,7 +60,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it is trained to the end and validated, as far as can be known."""
+        """True if it is trained to the end and validated, as far as its files show."""
         if self.planned is None:
             return bool(self.validations)
         done = int(self.results.get("rollout_step", 0)) >= self.planned or self.stopped_by_guard
@@ -68,13 +68,13 @@ class Run:
 
     @property
     def stopped_by_guard(self) -> bool:
-        """Whether a CollapseGuard ended it: what is left out of a comparison then would be its failures."""
+        """True if a CollapseGuard ended it; it counts as finished, so that a comparison includes such failures."""
         return bool(self.results.get("stopped_by_guard"))
 
     @property
     def validations(self) -> list[dict[str, float]]:
-        """Each validation: ``step``, ``f1`` and whatever else is known of it; empty if F1 is not."""
-        if self.ours:
+        """Each validation: ``step``, ``f1`` and its other metrics; empty if F1 is unknown."""
+        if self.is_calibadv_run:
             return [dict(row) for row in self.results.get("validations", ()) if "f1" in row]
         names = [tag.removeprefix("val/") for tag in self.curves if tag.startswith("val/")]
         steps = self.curves.get("val/f1", {})
@@ -110,16 +110,16 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _below(folder: Path) -> Iterator[Path]:
     arms = _arms_of_study(folder)
 
-    def place(path: Path) -> tuple[int, list[tuple[int, str]]]:
+    def index(path: Path) -> tuple[int, list[tuple[int, str]]]:
         return (arms.index(path.name) if path.name in arms else len(arms), _natural(path))
 
-    for path in sorted(folder.iterdir(), key=place):
+    for path in sorted(folder.iterdir(), key=index):
         if path.is_dir() and not path.name.startswith("."):
             yield from _walk(path)
 
 
 def _arms_of_study(folder: Path) -> list[str]:
-    """In the order in which the study has named them; empty where there is no study of ours."""
+    """Arms in the order of the study; empty if the folder is not of a study."""
     record = folder / STUDY_FILE
     try:
         content = json.loads(record.read_text("utf-8")) if record.is_file() else None
@@ -160,9 +160,9 @@ def _read_ours(path: Path, label: str) -> Run:
         raise UserError(f"'{folder.results}' is no JSON ({error}); copy it again, or leave its run out") from error
     changed = changed_settings(first, last)
     curves = read_curves(path)
-    notes = [f"{label}: resumed with other settings ({', '.join(changed)})"] if changed else []
+    notes = [f"{label}: resumed with other settings: {', '.join(changed)}"] if changed else []
     if not curves:
-        notes.append(f"{label}: no TensorBoard curves; only the figures of its validations are shown")
+        notes.append(f"{label}: no TensorBoard curves; only the results of its validations are shown")
     notes += _not_finite(curves, label)
     inside = [found.relative_to(path).as_posix() for found in _below(path) if _is_ours(found)]
     if inside:
@@ -182,7 +182,7 @@ def _read_ours(path: Path, label: str) -> Run:
 
 
 def _validation_curves(validations: Sequence[Mapping[str, float]]) -> Curves:
-    """The same as TensorBoard has them, but not rounded to 32 bits."""
+    """Curves of the validations, not rounded to 32 bits as those of TensorBoard are."""
     curves: Curves = {}
     for row in validations:
         for name, value in row.items():
@@ -193,16 +193,20 @@ def _validation_curves(validations: Sequence[Mapping[str, float]]) -> Curves:
 
 def _read_foreign(path: Path, label: str, names: Mapping[str, str]) -> Run:
     read = read_curves(path)
-    curves = rename(read, names) if names else {tag: read[tag] for tag in read if _is_known(tag)}
+    curves = rename_curves(read, names) if names else {tag: read[tag] for tag in read if _is_known(tag)}
     if not curves:
-        tags = ", ".join(sorted(read)[:12]) + (", ..." if len(read) > 12 else "")
-        reason = "tags of the name map" if names else "curves; map its tags with --names"
-        raise UserError(f"run '{path}' is not ours, and has none of our {reason}. It has: {tags or 'no scalars'}")
+        raise _without_known_curves(path, sorted(read), bool(names))
     missing = [f"{ours} ({theirs})" for ours, theirs in names.items() if ours not in curves]
     notes = [f"{label}: without {', '.join(missing)}, which the name map names"] if missing else []
     notes += _not_finite(curves, label)
     found = _SEED.search(path.name)
     return Run(path, label, int(found[1]) if found else None, None, {}, curves, None, notes)
+
+
+def _without_known_curves(path: Path, tags: Sequence[str], mapped: bool) -> UserError:
+    shown = ", ".join(tags[:12]) + (", ..." if len(tags) > 12 else "")
+    reason = "tags of the name map" if mapped else "curves; map its tags with --names"
+    return UserError(f"run '{path}' is not of calibadv, and has none of our {reason}. It has: {shown or 'no scalars'}")
 
 
 def _not_finite(curves: Curves, label: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run achieved: from its validations, and question by question from its rollout files."""
+"""Scores of runs: means from their validations, and scores by question from their rollout files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ MEASURES = ("final_f1", "final_em", "best_f1", "best_em", "untrained_f1", "untra
 
 @dataclass(frozen=True)
 class RunScores:
-    """The figures of one run that is finished.
+    """The results of one run that is finished.
 
     Attributes:
-        run: what they are of.
-        questions: [Q] what was asked: identity of each question, in one order for all runs; empty if not known.
-        by_question: [Q] scores by measure, NaN where a search failed; empty if not known.
-        reason: why there are none by question; empty where there are.
+        run: the run.
+        questions: [Q] identity of each question, in one order for all runs; empty if unknown.
+        by_question: [Q] scores by measure, NaN where a search failed; empty if unknown.
+        reason: the reason that there are none by question; empty if there are.
     """
 
     run: Run
@@ -41,12 +42,12 @@ class RunScores:
 
     @cached_property
     def outcome(self) -> dict[str, Any]:
-        """As ``calibadv.runs.summary`` defines it; a run without format validity cannot collapse by that."""
+        """The outcome by ``calibadv.runs.summary``; without format validity a run cannot collapse by it."""
         return summarize_run([{"format_valid": 1.0, **row} for row in self.run.validations])
 
     @cached_property
     def measures(self) -> dict[str, float]:
-        """The measures that the run's validations give, by name."""
+        """The measures, by name, that the validations of the run hold."""
         rows = self.run.validations
         found: dict[str, float] = {}
         for measure, steps in _steps(rows).items():
@@ -58,7 +59,7 @@ class RunScores:
 
 
 def _steps(validations: Sequence[Mapping[str, float]]) -> dict[str, list[int]]:
-    """The validations that each measure is the mean of: final ones, the best by F1 (the first of equals), the first."""
+    """Steps of the validations that each measure averages: the final ones, the best by F1 (first of equals), or 0."""
     steps = [int(row["step"]) for row in validations]
     best = max(validations, key=lambda row: row["f1"])
     chosen = {
@@ -69,29 +70,45 @@ def _steps(validations: Sequence[Mapping[str, float]]) -> dict[str, list[int]]:
     return {measure: chosen[measure.partition("_")[0]] for measure in MEASURES}
 
 
+class _NoQuestionScoresError(Exception):
+    """The rollout files of a run do not give scores by question; the message is the reason."""
+
+
 def score_run(run: Run) -> RunScores:
-    """Read what a run achieved."""
-    if not run.ours:
-        return RunScores(run, (), {}, "the run of another program has no rollouts of ours")
+    """Return the scores of a run, by question if its rollout files hold them."""
+    if not run.is_calibadv_run:
+        return RunScores(run, (), {}, "the run of another program has no rollout files of calibadv")
     needed = _steps(run.validations)
-    read: dict[int, dict[str, tuple[float, float]]] = {}
-    for step in sorted({step for steps in needed.values() for step in steps}):
-        path = RunFolder(run.path).rollout_file("val", step)
-        if not path.exists():
-            return RunScores(run, (), {}, f"{run.label} has no {path.name}")
-        read[step] = _read_scores(path)
-        row = next(row for row in run.validations if row["step"] == step)
-        if not _agree(row, read[step]):
-            return RunScores(run, (), {}, f"{path.name} of {run.label} is not what its results.json is of")
-    questions = sorted(read[next(iter(read))])
-    if any(sorted(scores) != questions for scores in read.values()):
+    try:
+        read = {step: _scores_at(run, step) for step in sorted(set(chain.from_iterable(needed.values())))}
+    except _NoQuestionScoresError as error:
+        return RunScores(run, (), {}, str(error))
+    first, *others = (sorted(scores) for scores in read.values())
+    if any(questions != first for questions in others):
         return RunScores(run, (), {}, f"{run.label} was not validated on the same questions each time")
     by_question = {
-        measure: np.mean([[read[step][q][measure.endswith("em")] for q in questions] for step in steps], axis=0)
-        for measure, steps in needed.items()
-        if steps
+        measure: _means(measure, [read[step] for step in steps], first) for measure, steps in needed.items() if steps
     }
-    return RunScores(run, tuple(questions), by_question, "")
+    return RunScores(run, tuple(first), by_question, "")
+
+
+def _means(measure: str, validations: Sequence[Mapping[str, tuple[float, float]]], questions: Sequence[str]) -> Floats:
+    """[Q] mean over some validations."""
+    column = int(measure.endswith("em"))
+    means: Floats = np.mean([[scores[question][column] for question in questions] for scores in validations], axis=0)
+    return means
+
+
+def _scores_at(run: Run, step: int) -> dict[str, tuple[float, float]]:
+    """The scores of one validation, checked against results.json."""
+    path = RunFolder(run.path).rollout_file("val", step)
+    if not path.exists():
+        raise _NoQuestionScoresError(f"{run.label} has no {path.name}")
+    scores = _read_scores(path)
+    row = next(row for row in run.validations if row["step"] == step)
+    if not _agree(row, scores):
+        raise _NoQuestionScoresError(f"{path.name} of {run.label} does not match its results.json")
+    return scores
 
 
 def _read_scores(path: Path) -> dict[str, tuple[float, float]]:

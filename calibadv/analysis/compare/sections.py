@@ -1,4 +1,4 @@
-"""The stability panel: which curves stand where, and the bands of each."""
+"""Sections of the report: the curves of each, and their bands over seeds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from calibadv.analysis.compare.arms import Arm
 from calibadv.analysis.compare.charts import Chart
-from calibadv.analysis.compare.curves import band, windows
+from calibadv.analysis.compare.curves import Curve, seed_band, step_windows
 
-# In this order; each holds the curves of a prefix, the last one all that is left.
+# In this order, each with the curves of a prefix.
 _GROUPS = {
     "val": "Validation",
     "stability": "Stability",
@@ -21,7 +21,7 @@ _GROUPS = {
     "update": "Updates",
 }
 _BY_SOURCE, _OTHER = "Validation by data source", "Other"
-# What people look for first.
+# What people theme for first.
 _FIRST = ("val/f1", "val/em", "val/format_valid", "val/searches")
 
 
@@ -42,15 +42,18 @@ class Section:
     single: Sequence[str]
 
 
-def panel(arms: Sequence[Arm]) -> list[Section]:
+def curve_sections(arms: Sequence[Arm]) -> list[Section]:
     """Sort the curves of all arms into sections."""
-    tags = list(dict.fromkeys(tag for arm in arms for run in arm.runs for tag in run.curves))
-    ordered = [tag for tag in _FIRST if tag in tags] + [tag for tag in tags if tag not in _FIRST]
     titles: dict[str, list[str]] = {title: [] for title in (*_GROUPS.values(), _BY_SOURCE, _OTHER)}
-    for tag in ordered:
+    for tag in _ordered_tags(arms):
         titles[_title(tag)].append(tag)
     sections = (_section(title, members, arms) for title, members in titles.items())
     return [section for section in sections if section.charts or section.constant or section.single]
+
+
+def _ordered_tags(arms: Sequence[Arm]) -> list[str]:
+    tags = dict.fromkeys(tag for arm in arms for run in arm.runs for tag in run.curves)
+    return sorted(tags, key=lambda tag: _FIRST.index(tag) if tag in _FIRST else len(_FIRST))
 
 
 def _title(tag: str) -> str:
@@ -61,27 +64,31 @@ def _title(tag: str) -> str:
 def _section(title: str, tags: Sequence[str], arms: Sequence[Arm]) -> Section:
     charts, constant, single = [], [], []
     for tag in tags:
-        curves = [run.curves[tag] for arm in arms for run in arm.runs if tag in run.curves]
+        curves = _curves_of(tag, arms)
         values = {value for curve in curves for value in curve.values()}
         if len(values) == 1:
             constant.append((tag, values.pop()))
         elif len({step for curve in curves for step in curve}) == 1:
             single.append(tag)
         else:
-            found = chart(tag, arms)
+            found = make_chart(tag, arms)
             charts += [found] if found.bands else []
     return Section(title, charts, constant, single)
 
 
-def chart(tag: str, arms: Sequence[Arm]) -> Chart:
-    """Sum up one curve over the seeds of each arm."""
-    members = {place: [run.curves[tag] for run in arm.runs if tag in run.curves] for place, arm in enumerate(arms)}
-    grid = windows(curve for curves in members.values() for curve in curves)
-    bands = {place: band(curves, grid) for place, curves in members.items() if curves}
-    return Chart(tag, {place: found for place, found in bands.items() if len(found.steps)})
+def _curves_of(tag: str, arms: Sequence[Arm]) -> list[Curve]:
+    return [run.curves[tag] for arm in arms for run in arm.runs if tag in run.curves]
 
 
-def step_window(arms: Sequence[Arm]) -> int:
-    """Over how many neighbouring steps the longest curves are averaged."""
+def make_chart(tag: str, arms: Sequence[Arm]) -> Chart:
+    """The bands of one curve over the seeds of each arm."""
+    members = {index: [run.curves[tag] for run in arm.runs if tag in run.curves] for index, arm in enumerate(arms)}
+    grid = step_windows(curve for curves in members.values() for curve in curves)
+    bands = {index: seed_band(curves, grid) for index, curves in members.items() if curves}
+    return Chart(tag, {index: found for index, found in bands.items() if len(found.steps)})
+
+
+def window_width(arms: Sequence[Arm]) -> int:
+    """Number of neighbouring steps over which the longest curves are averaged."""
     curves = [curve for arm in arms for run in arm.runs for curve in run.curves.values()]
-    return max((len(window) for window in windows(curves)), default=1)
+    return max((len(window) for window in step_windows(curves)), default=1)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from calibadv.analysis.replay.method import Method, Outcome, apply_method, decides_advantages, load_method
+from calibadv.analysis.replay.method import Method, ReplayedBatch, apply_method, decides_advantages, load_method
 from calibadv.config.files import CALLBACKS, ConfigFile, configs_folder, read_config, resolve_config
 from calibadv.config.overlays import check_overlay_order, is_calibration_callback
 from calibadv.config.user_errors import user_message
@@ -16,37 +16,37 @@ from calibadv.types import Rollout
 
 @dataclass(frozen=True, slots=True)
 class ReplayArm:
-    """A method and what it is called.
+    """A named method.
 
     Attributes:
         name: unique among the arms of a call.
         method: reward, estimator and calibrators.
-        without_effect: what its own overlays set that does not decide the advantages of given rollouts.
+        ignored_settings: settings of its own overlays that do not affect the advantages of given rollouts.
     """
 
     name: str
     method: Method
-    without_effect: tuple[str, ...] = ()
+    ignored_settings: tuple[str, ...] = ()
 
-    def apply(self, rollouts: Sequence[Rollout]) -> Outcome:
-        """Apply the method."""
-        with _said_of(self.name):
+    def apply(self, rollouts: Sequence[Rollout]) -> ReplayedBatch:
+        """Score a batch of rollouts and compute its advantages."""
+        with _prefix_errors(self.name):
             return apply_method(rollouts, self.method)
 
 
 def load_arms(words: Sequence[str], common: Sequence[str]) -> list[ReplayArm]:
-    """Read and instantiate the methods."""
+    """Read and instantiate the methods of ``--arm``, each with the configs of ``--config`` before its own."""
     shared = [read_config(resolve_config(name)) for name in common]
     if not words:
         name = "+".join(config.name for config in shared) or "grpo"
         return [ReplayArm(name, _load(shared))]
-    from calibadv.study.arms import read_arms
+    from calibadv.config.arms import read_arms
 
     arms = []
     for arm in read_arms(words):
-        with _said_of(arm.name):
+        with _prefix_errors(arm.name):
             method = _load([*shared, *arm.overlays])
-        arms.append(ReplayArm(arm.name, method, tuple(_without_effect(arm.overlays))))
+        arms.append(ReplayArm(arm.name, method, tuple(_ignored_settings(arm.overlays))))
     return arms
 
 
@@ -55,8 +55,8 @@ def _load(configs: Sequence[ConfigFile]) -> Method:
     return load_method([configs_folder() / "base.yaml", *(config.path for config in configs)])
 
 
-def _without_effect(overlays: Iterable[ConfigFile]) -> list[str]:
-    """The settings that replay does not look at, such as ``model.loss``."""
+def _ignored_settings(overlays: Iterable[ConfigFile]) -> list[str]:
+    """Settings that do not affect advantages, such as ``model.loss``."""
     keys = [
         ".".join(key.removesuffix("+").split(".")[:2])
         for overlay in overlays
@@ -72,8 +72,8 @@ def _only_calibrates(key: str, value: object) -> bool:
 
 
 @contextmanager
-def _said_of(arm: str) -> Iterator[None]:
-    """Put the arm's name before what is wrong with it."""
+def _prefix_errors(arm: str) -> Iterator[None]:
+    """Prefix error messages for users with the name of the arm."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Compare what several methods do to the same rollouts."""
+"""Comparison of the advantages that several methods give to the same rollouts."""
 
 from __future__ import annotations
 
@@ -8,21 +8,29 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from calibadv.analysis.replay.method import Outcome
-from calibadv.analysis.replay.recording import Recorded
-from calibadv.analysis.replay.results import KINDS, SIDES, ArmFigures, Disagreement, DisputedTurn, Figures, Masses
+from calibadv.analysis.replay.method import ReplayedBatch
+from calibadv.analysis.replay.recording import RecordedRollouts
+from calibadv.analysis.replay.results import (
+    SIGNS,
+    TURN_KINDS,
+    ArmResults,
+    Disagreement,
+    DisputedTurn,
+    Masses,
+    ReplayResults,
+)
 from calibadv.batch import RolloutBatch, group_rollouts, turn_values
-from calibadv.numerics.credit import negative_search_turns
+from calibadv.numerics.credit import penalized_search_turns
 from calibadv.numerics.masked import turn_means
 from calibadv.training.metrics import advantage_metrics
 
-# Advantages are float32, and scaled: what differs by less per token is rounding.
+# Advantages are float32, and scaled: smaller differences per token are rounding errors.
 _TOLERANCE = 1e-5
 
 
 @dataclass
 class _Totals:
-    """What is added up of one arm."""
+    """Sums over the batches of one arm."""
 
     masses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     advantages: list[float] = field(default_factory=list)
@@ -31,65 +39,65 @@ class _Totals:
     zeroed: int = 0
     tied: int = 0
 
-    def add(self, outcome: Outcome, groups: Sequence[Sequence[int]]) -> None:
-        """Add a batch, of whose rollouts those in ``groups`` are trained."""
-        batch = outcome.batch
-        for stage, advantages in (("estimated", outcome.estimated), ("calibrated", outcome.calibrated)):
+    def add(self, replayed: ReplayedBatch, groups: Sequence[Sequence[int]]) -> None:
+        """Add a batch; ``groups`` are the rows of its trained rollouts, by group."""
+        batch = replayed.batch
+        for stage, advantages in (("estimated", replayed.estimated), ("calibrated", replayed.calibrated)):
             for name, value in advantage_metrics(batch, advantages, stage).items():
                 self.masses[name] += value * len(batch.rollouts)
         num_turns = batch.step_correctness.shape[1]
-        before = turn_means(outcome.estimated, batch.turn_ids, num_turns)
-        after = turn_means(outcome.calibrated, batch.turn_ids, num_turns)
-        punished = negative_search_turns(before, batch.answer_turn)
+        before = turn_means(replayed.estimated, batch.turn_ids, num_turns)
+        after = turn_means(replayed.calibrated, batch.turn_ids, num_turns)
+        punished = penalized_search_turns(before, batch.answer_turn)
         self.punished += int(punished.sum())
         self.softened += int((punished & (after > before)).sum())
         for rows in groups:
-            self.zeroed += not outcome.calibrated[rows].any()
+            self.zeroed += not replayed.calibrated[rows].any()
             self.tied += len(rows) > 1 and len({batch.rollouts[row].score for row in rows}) == 1
-        self.advantages += [value for values in turn_values(batch, outcome.calibrated) for value in values or ()]
+        self.advantages += [value for values in turn_values(batch, replayed.calibrated) for value in values or ()]
 
     def mass(self, stage: str, kind: str, side: str) -> float:
-        """Sum of the absolute advantages."""
+        """Sum of the absolute advantages over the tokens of turns of one kind and sign."""
         return self.masses[f"advantage/{stage}/{kind}/{side}_mass"]
 
     @property
     def estimated_mass(self) -> float:
         """Sum of all absolute advantages of the estimator."""
-        return sum(self.mass("estimated", kind, side) for kind in KINDS for side in SIDES)
+        return sum(self.mass("estimated", kind, side) for kind in TURN_KINDS for side in SIGNS)
 
 
 class Comparison:
-    """Adds up what methods do, batch by batch.
+    """Accumulates the results of several methods, batch by batch.
 
     Args:
         arms: names of the methods, at least one.
         recorded: the rollouts.
     """
 
-    def __init__(self, arms: Sequence[str], recorded: Recorded) -> None:
+    def __init__(self, arms: Sequence[str], recorded: RecordedRollouts) -> None:
         self._recorded = recorded
         self._totals = {arm: _Totals() for arm in arms}
         self._turns: list[tuple[int, int]] = []
         self._batches = self._groups = self._lone = self._trained = 0
 
-    def add(self, rows: Sequence[int], outcomes: Mapping[str, Outcome]) -> None:
-        """Add one batch."""
-        batch = next(iter(outcomes.values())).batch
+    def add(self, rows: Sequence[int], replayed: Mapping[str, ReplayedBatch]) -> None:
+        """Add one batch: its rows in the recording, and its results by the name of the arm."""
+        batch = next(iter(replayed.values())).batch
         groups = _trained_groups(batch)
         self._batches += 1
         self._groups += len(groups)
         self._lone += sum(len(rows) == 1 for rows in group_rollouts(batch.rollouts))
         self._trained += sum(map(len, groups))
-        for name, outcome in outcomes.items():
-            self._totals[name].add(outcome, groups)
+        for name, arm_batch in replayed.items():
+            self._totals[name].add(arm_batch, groups)
         last = batch.answer_turn.tolist()
-        trained = [place for place, included in enumerate(batch.included.tolist()) if included]
-        self._turns += [(rows[place], turn) for place in trained for turn in range(last[place] + 1)]
+        trained = [index for index, included in enumerate(batch.included.tolist()) if included]
+        self._turns += [(rows[index], turn) for index in trained for turn in range(last[index] + 1)]
 
-    def figures(self, top: int) -> Figures:
-        """Sum up the batches so far, at least one."""
+    def results(self, top: int) -> ReplayResults:
+        """The results over all batches so far, at least one, with the ``top`` turns that differ most."""
         first, *others = self._totals
-        return Figures(
+        return ReplayResults(
             files=list(dict.fromkeys(map(str, self._recorded.files))),
             batches=self._batches,
             groups=self._groups,
@@ -104,8 +112,8 @@ class Comparison:
     def _rollouts(self) -> int:
         return len(self._recorded.rollouts)
 
-    def _arm(self, name: str, totals: _Totals) -> ArmFigures:
-        return ArmFigures(
+    def _arm(self, name: str, totals: _Totals) -> ArmResults:
+        return ArmResults(
             name=name,
             estimated=self._masses(totals, "estimated"),
             calibrated=self._masses(totals, "calibrated"),
@@ -117,8 +125,8 @@ class Comparison:
 
     def _masses(self, totals: _Totals, stage: str) -> Masses:
         masses: Masses = {}
-        for kind in KINDS:
-            positive, negative = (totals.mass(stage, kind, side) for side in SIDES)
+        for kind in TURN_KINDS:
+            positive, negative = (totals.mass(stage, kind, side) for side in SIGNS)
             masses[kind] = {
                 "positive_mass": positive / self._rollouts,
                 "negative_mass": negative / self._rollouts,
@@ -133,15 +141,15 @@ class Comparison:
         gaps = np.abs(np.array(one.advantages) - scale * np.array(other.advantages))
         tokens = [self._recorded.rollouts[row].policy_segments[turn].num_tokens for row, turn in self._turns]
         differences = np.where(gaps > _TOLERANCE, gaps, 0.0) * np.array(tokens)
-        most = [place for place in np.argsort(-differences, kind="stable")[:top].tolist() if differences[place] > 0]
+        most = [index for index in np.argsort(-differences, kind="stable")[:top].tolist() if differences[index] > 0]
         turns = [
-            self._disputed(place, (one.advantages[place], other.advantages[place]), float(differences[place]))
-            for place in most
+            self._disputed(index, (one.advantages[index], other.advantages[index]), float(differences[index]))
+            for index in most
         ]
         return Disagreement((first, second), scale, float(differences.sum()) / self._rollouts, turns)
 
-    def _disputed(self, place: int, advantages: tuple[float, float], difference: float) -> DisputedTurn:
-        row, turn = self._turns[place]
+    def _disputed(self, index: int, advantages: tuple[float, float], difference: float) -> DisputedTurn:
+        row, turn = self._turns[index]
         rollout = self._recorded.rollouts[row]
         messages = rollout.policy_segments
         return DisputedTurn(

@@ -1,4 +1,4 @@
-"""What decides the advantages of given rollouts, and what it makes of them."""
+"""Methods: the parts of a config that decide the advantages of given rollouts, and their application."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from calibadv.types import Rollout
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What decides the advantages of given rollouts."""
+    """The parts that decide the advantages of given rollouts."""
 
     reward: Reward
     estimator: AdvantageEstimator
@@ -36,11 +36,11 @@ class Method:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a method makes of one batch.
+class ReplayedBatch:
+    """A batch of recorded rollouts with the advantages of a method.
 
     Attributes:
-        batch: B rollouts, scored and credited.
+        batch: B rollouts with scores and step correctness.
         estimated: [B, T] advantages of the estimator.
         calibrated: [B, T] advantages after the calibrators.
     """
@@ -50,7 +50,7 @@ class Outcome:
     calibrated: Tensor
 
     def records(self, recorded: Sequence[Record]) -> list[Record]:
-        """Fill in what was computed."""
+        """The records with the computed values; keys that older files lack are not added."""
         columns = zip(
             recorded,
             self.batch.rollouts,
@@ -74,15 +74,15 @@ def _fill(record: Record, rollout: Rollout, estimated: list[float] | None, calib
     return record | {key: value for key, value in computed.items() if key not in absent}
 
 
-def apply_method(rollouts: Sequence[Rollout], method: Method) -> Outcome:
-    """Score rollouts, credit their searches, and compute their advantages."""
+def apply_method(rollouts: Sequence[Rollout], method: Method) -> ReplayedBatch:
+    """Compute scores, step correctness and advantages of a batch of rollouts."""
     batch = collate(credit_rollouts(score_rollouts(rollouts, method.reward)))
     estimated, calibrated, _ = compute_advantages(batch, method.estimator, method.calibrators)
-    return Outcome(batch, estimated, calibrated)
+    return ReplayedBatch(batch, estimated, calibrated)
 
 
 def load_method(paths: Sequence[Path]) -> Method:
-    """Instantiate the parts of merged configs that decide advantages, and nothing else of them."""
+    """Instantiate only those parts of merged configs that decide advantages."""
     configs = [read_config(path) for path in paths]
     installed = [entry for _, entry in installed_calibrations(configs)]
     parser = ArgumentParser(exit_on_error=False)
@@ -110,5 +110,5 @@ def load_method(paths: Sequence[Path]) -> Method:
 
 
 def decides_advantages(key: str) -> bool:
-    """Whether a setting decides the advantages of given rollouts, calibrators not considered."""
+    """Check that a setting belongs to the reward or the estimator; calibrators are callbacks."""
     return f"{key}.".startswith(("model.reward.", "model.estimator."))

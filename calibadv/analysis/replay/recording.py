@@ -1,4 +1,4 @@
-"""Recorded rollouts of one or more files, in the batches that they were trained in."""
+"""Recorded rollouts of one or more files, and the batches that they were trained in."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from calibadv.types import Rollout
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
-    """B rollouts as they were recorded.
+class RecordedRollouts:
+    """B recorded rollouts.
 
     Attributes:
-        files: [B] where each stands.
+        files: [B] the file of each.
         records: [B] JSON objects.
-        rollouts: [B] what they describe.
+        rollouts: [B] the same, parsed.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -30,14 +30,14 @@ class Recorded:
     rollouts: list[Rollout] = field(default_factory=list)
 
     def batches(self) -> list[list[int]]:
-        """The rollouts of one step of one file are a batch, as in training."""
+        """Rows of each batch: the rollouts of one step of one file, as in training."""
         rows_of: dict[tuple[Path, int], list[int]] = defaultdict(list)
         for row, (file, rollout) in enumerate(zip(self.files, self.rollouts, strict=True)):
             rows_of[file, rollout.step].append(row)
         return list(rows_of.values())
 
-    def refuse_to_join(self) -> None:
-        """Refuse to write the rollouts into one file where that would change their batches."""
+    def check_distinct_steps(self) -> None:
+        """Check that no step is in two files: in one file to be written they would become one batch."""
         owners: dict[int, Path] = {}
         for file, rollout in zip(self.files, self.rollouts, strict=True):
             owner = owners.setdefault(rollout.step, file)
@@ -48,14 +48,14 @@ class Recorded:
                 )
 
 
-def read_recorded(files: Sequence[Path]) -> Recorded:
+def read_recorded_rollouts(files: Sequence[Path]) -> RecordedRollouts:
     """Read rollout files."""
-    recorded = Recorded()
+    recorded = RecordedRollouts()
     for file in files:
         before = len(recorded.records)
         for number, record in read_jsonl(file, "rollout file"):
             try:
-                _refuse_not_finite(record, f"line {number}: ")
+                _check_finite(record, f"line {number}: ")
                 rollout = rollout_from_json(record, number)
             except ValueError as error:
                 raise UserError(f"{file}, {error}") from error
@@ -67,13 +67,13 @@ def read_recorded(files: Sequence[Path]) -> Recorded:
     return recorded
 
 
-def _refuse_not_finite(value: Any, name: str) -> None:
-    """Refuse NaN and Infinity, which Python reads and JSON does not know; ours would not write them again."""
+def _check_finite(value: Any, name: str) -> None:
+    """Check that a record has no NaN or Infinity, which Python's parser accepts, JSON does not, and we do not write."""
     if isinstance(value, dict):
         for key, member in value.items():
-            _refuse_not_finite(member, f"{name}.{key}" if name[-1] != " " else f"{name}{key}")
+            _check_finite(member, f"{name}.{key}" if name[-1] != " " else f"{name}{key}")
     elif isinstance(value, list):
-        for place, member in enumerate(value):
-            _refuse_not_finite(member, f"{name}[{place}]")
+        for index, member in enumerate(value):
+            _check_finite(member, f"{name}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} is {value}; write a finite number, or null where there is none")

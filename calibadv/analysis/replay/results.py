@@ -1,4 +1,4 @@
-"""What a comparison of methods on the same rollouts says."""
+"""Records of a comparison of methods on the same rollouts; ``calibadv replay --json`` prints them by these names."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 Masses = dict[str, dict[str, float | None]]
-KINDS = ("search", "answer")
-SIDES = ("positive", "negative")
+TURN_KINDS = ("search", "answer")
+SIGNS = ("positive", "negative")
 
 
 @dataclass(frozen=True, slots=True)
-class ArmFigures:
-    """What one method does.
+class ArmResults:
+    """The effect of one method.
 
     Attributes:
         name: of the arm.
@@ -22,7 +22,7 @@ class ArmFigures:
         calibrated: the same after the calibrators.
         punished_turns: search turns whose estimated advantage is negative.
         softened_turns: those among them that the calibrators made less negative.
-        zeroed_groups: groups that teach nothing, since every advantage in them is 0 after the calibrators.
+        zeroed_groups: groups without a gradient, since every advantage in them is 0 after the calibrators.
         tied_groups: groups of at least two trained rollouts whose rewards are all equal.
     """
 
@@ -37,10 +37,10 @@ class ArmFigures:
 
 @dataclass(frozen=True, slots=True)
 class DisputedTurn:
-    """A turn that two methods see differently.
+    """A turn to which two methods give different advantages.
 
     Attributes:
-        file: where its rollout stands.
+        file: of the rollout.
         step: of the rollout.
         question_id: of the rollout.
         question: its text.
@@ -50,7 +50,7 @@ class DisputedTurn:
         tokens: of the policy's message.
         text: of the policy's message.
         advantages: under the first method and under the second, means over the tokens.
-        difference: between these, after the second was multiplied by ``scale``, times the tokens.
+        difference: absolute difference of these, the second one multiplied by ``scale``, times the tokens.
     """
 
     file: str
@@ -68,15 +68,15 @@ class DisputedTurn:
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """How far two methods are apart.
+    """The difference between two methods.
 
     Attributes:
         arms: their names.
         scale: mass of the first method's estimator over that of the second's. Advantages of the second are multiplied
-            by it before they are compared, so that an estimator is not taken for another one because its numbers are
-            larger; between methods of one estimator it is 1.
+            by it before they are compared, so that estimators that differ only in scale do not differ; between methods
+            of one estimator it is 1.
         mass: sum of the differences of all turns, per rollout.
-        turns: those that differ most; where they differ alike, in the order of the files.
+        turns: those that differ most; with equal differences in the order of the files.
     """
 
     arms: tuple[str, str]
@@ -86,16 +86,16 @@ class Disagreement:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
-    """A comparison.
+class ReplayResults:
+    """A comparison of methods.
 
     Attributes:
         files: that were read.
         batches: steps of a file.
         groups: with a trained rollout.
-        lone_groups: those of a single rollout, as in files of validation, which methods compare with nothing.
+        lone_groups: groups of a single rollout, as in files of validation, which have no group to compare with.
         rollouts: all of them.
-        trained_rollouts: all but those whose search failed, and what that left alone in its group.
+        trained_rollouts: without those whose search failed, and those that this leaves alone in their group.
         arms: one entry per method.
         disagreements: of the first method with each other one.
     """
@@ -106,5 +106,5 @@ class Figures:
     lone_groups: int
     rollouts: int
     trained_rollouts: int
-    arms: list[ArmFigures]
+    arms: list[ArmResults]
     disagreements: list[Disagreement]

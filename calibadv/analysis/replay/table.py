@@ -1,4 +1,4 @@
-"""A comparison of methods for the terminal."""
+"""Tables of a comparison of methods for the terminal."""
 
 from __future__ import annotations
 
@@ -10,57 +10,59 @@ from rich.table import Table
 from rich.text import Text
 
 from calibadv.analysis.replay.arms import ReplayArm
-from calibadv.analysis.replay.results import KINDS, SIDES, ArmFigures, Disagreement, DisputedTurn, Figures
+from calibadv.analysis.replay.results import SIGNS, TURN_KINDS, ArmResults, Disagreement, DisputedTurn, ReplayResults
 from calibadv.runs.paths import short_names
 
-# A message is recognised by its end, where the query or the answer stands.
+# The end of a message holds its query or its answer.
 _SHOWN_CHARACTERS = 100
 
 
-def print_figures(figures: Figures, arms: Sequence[ReplayArm]) -> None:
-    """Print what each method does, and where methods differ most."""
+def print_results(results: ReplayResults, arms: Sequence[ReplayArm]) -> None:
+    """Print the effect of each method, and the turns on which methods differ most."""
     console = Console(highlight=False, markup=False, emoji=False)
-    console.print(f"{_counts(figures)}\n")
-    if figures.lone_groups:
+    console.print(f"{_counts(results)}\n")
+    if results.lone_groups:
         console.print(
-            f"warning: {_plural(figures.lone_groups, 'group')} of a single rollout, as in files of validation, test "
-            "and prediction: methods compare it with nothing, so its advantages mean nothing\n",
+            f"warning: {_plural(results.lone_groups, 'group')} of a single rollout, as in files of validation, test "
+            "and prediction: without a group to compare with, its advantages mean nothing\n",
             style="yellow",
             soft_wrap=True,
         )
-    console.print(_summary(figures))
+    console.print(_summary(results))
     for arm in arms:
-        if arm.without_effect:
-            console.print(f"{arm.name}: no effect on the advantages of given rollouts: {', '.join(arm.without_effect)}")
-    names = _names(figures.files)
-    for disagreement in figures.disagreements:
+        if arm.ignored_settings:
+            console.print(
+                f"{arm.name}: no effect on the advantages of given rollouts: {', '.join(arm.ignored_settings)}"
+            )
+    names = _names(results.files)
+    for disagreement in results.disagreements:
         console.print()
         for part in _disagreement(disagreement, names):
             console.print(part)
 
 
-def _counts(figures: Figures) -> str:
-    left_out = figures.rollouts - figures.trained_rollouts
+def _counts(results: ReplayResults) -> str:
+    left_out = results.rollouts - results.trained_rollouts
     untrained = f" ({left_out:,} of them not trained)" if left_out else ""
-    files = f"{_plural(figures.batches, 'step')} of {_plural(len(figures.files), 'file')}"
-    return f"{_plural(figures.rollouts, 'rollout')}{untrained} in {_plural(figures.groups, 'group')}, {files}"
+    files = f"{_plural(results.batches, 'step')} of {_plural(len(results.files), 'file')}"
+    return f"{_plural(results.rollouts, 'rollout')}{untrained} in {_plural(results.groups, 'group')}, {files}"
 
 
 def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def _summary(figures: Figures) -> Table:
-    first = figures.arms[0].name
-    distances = {disagreement.arms[1]: disagreement.mass for disagreement in figures.disagreements}
-    titles = [f"{kind}\nmass {sign}" for kind in KINDS for sign in "+-"]
+def _summary(results: ReplayResults) -> Table:
+    first = results.arms[0].name
+    distances = {disagreement.arms[1]: disagreement.mass for disagreement in results.disagreements}
+    titles = [f"{kind}\nmass {sign}" for kind in TURN_KINDS for sign in "+-"]
     titles += ["softened\nturns", "zeroed\ngroups", "tied\ngroups"]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("\narm", overflow="fold")
     for title in titles + ([f"differs\nfrom {first}"] if distances else []):
         table.add_column(title, justify="right")
-    for arm in figures.arms:
-        masses = [_number(arm.calibrated[kind][f"{side}_mass"]) for kind in KINDS for side in SIDES]
+    for arm in results.arms:
+        masses = [_number(arm.calibrated[kind][f"{side}_mass"]) for kind in TURN_KINDS for side in SIGNS]
         cells = [arm.name, *masses, _softened(arm), f"{arm.zeroed_groups:,}", f"{arm.tied_groups:,}"]
         table.add_row(*cells, *([_number(distances.get(arm.name))] if distances else []))
     return table
@@ -70,13 +72,13 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.2f}"
 
 
-def _softened(arm: ArmFigures) -> str:
+def _softened(arm: ArmResults) -> str:
     share = f" ({arm.softened_turns / arm.punished_turns:.0%})" if arm.softened_turns else ""
     return f"{arm.softened_turns:,}{share}"
 
 
 def _names(files: Sequence[str]) -> dict[str, str]:
-    """What to call each file; a file alone needs no name."""
+    """Prefixes that tell the files apart; empty for a single file."""
     if len(files) == 1:
         return {files[0]: ""}
     return {file: f"{name}, " for file, name in zip(files, short_names([Path(file) for file in files]), strict=True)}
@@ -102,12 +104,12 @@ def _disagreement(disagreement: Disagreement, names: dict[str, str]) -> Iterator
 
 def _turn(turn: DisputedTurn, file: str) -> Text:
     kind = "answer" if turn.kind == "answer" else f"search {turn.turn + 1}"
-    place = f"{file}step {turn.step}, {turn.question_id}, sample {turn.sample}, {kind}"
+    position = f"{file}step {turn.step}, {turn.question_id}, sample {turn.sample}, {kind}"
     message = _printable(turn.text)
     shown = message if len(message) <= _SHOWN_CHARACTERS else f"...{message[-_SHOWN_CHARACTERS:]}"
-    return Text.assemble(_printable(place), "\n", (_printable(turn.question), "dim"), "\n", (shown, "italic"), "\n")
+    return Text.assemble(_printable(position), "\n", (_printable(turn.question), "dim"), "\n", (shown, "italic"), "\n")
 
 
 def _printable(text: str) -> str:
-    """One line without what a terminal would take for a command."""
+    """Text as one line without control characters, which a terminal might execute."""
     return "".join(character if character.isprintable() else " " for character in " ".join(text.split()))

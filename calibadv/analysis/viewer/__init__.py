@@ -1,1 +1,1 @@
-"""A page of rollouts to read."""
+"""Viewer: one HTML page of rollouts, readable offline."""

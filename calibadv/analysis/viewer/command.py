@@ -1,4 +1,4 @@
-"""A page to read rollouts in a browser: one file, without a network, for some or for ten thousand of them."""
+"""``calibadv view``: write rollouts into one HTML file that needs no network, for up to tens of thousands of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,16 @@ _SCRIPTS = ("data.js", "filter.js", "rollout.js", "page.js")
 
 
 def view(rollouts: list[Path], out: Path) -> None:
-    """Make a page to read rollouts in a browser, which needs no network."""
+    """Make a page to read rollouts in a browser, which needs no network.
+
+    Args:
+        rollouts: One or more files of rollouts, as runs write them and calibadv replay does; or folders of runs or
+            studies, which stand for the train-step-*.jsonl in them.
+        out: HTML file to write, which appears when all is done.
+
+    Raises:
+        UserError: a rollout file cannot be used, or ``out`` is one of them or a folder; ``out`` then stays as it was.
+    """
     paths = find_rollout_files(rollouts)
     if out.is_dir():
         raise UserError(f"out '{out}' is a folder; give a file, such as {out / 'view.html'}")
@@ -40,7 +49,7 @@ def view(rollouts: list[Path], out: Path) -> None:
 
 
 def render(data: Record) -> str:
-    """Put data into the page."""
+    """Return the page with the given data."""
     folder = files("calibadv.analysis.viewer") / "templates"
     script = "".join((folder / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -53,7 +62,7 @@ def render(data: Record) -> str:
 
 
 def script_safe(value: Record) -> str:
-    r"""JSON that can stand in a ``<script>`` element, whatever its texts say.
+    r"""Return JSON that is safe inside a ``<script>`` element, whatever its texts contain.
 
     Without ``<`` it holds no ``</script>`` and no ``<!--``; U+2028 and U+2029 end lines in some parsers; and a lone
     surrogate, which UTF-8 cannot hold, becomes its JSON escape.

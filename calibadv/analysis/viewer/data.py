@@ -1,4 +1,4 @@
-"""What the viewer shows of rollouts: one JSON object, in which every document and every question stands once.
+"""Data of the viewer: one JSON object, which holds every document and every question once.
 
 Its form, by the names that ``templates/*.js`` use::
 
@@ -6,13 +6,13 @@ Its form, by the names that ``templates/*.js`` use::
     notes      [text]                             limit      advantage at which the colour is full, null without any
     documents  [[id, title, text]]                groups     [group]
 
-    group      {file, step, id, question, golden, source, silver: [place], gold: [[label, [place]]], rollouts}
+    group      {file, step, id, question, golden, source, silver: [index], gold: [[label, [index]]], rollouts}
     rollout    {sample, status, score, answer_score, f1, em, answer, prepended, turns, correctness, estimated,
                calibrated}
     turn       [message, tokens, observation]
 
-A place is a row of ``documents``. An observation is a list of places, a text where it shows no document, or null. A
-number that is not finite is its name as a text.
+A index is a row of ``documents``. An observation is a list of indexes, a text where it shows no document, or null. A
+number that is not finite is a string, such as ``"nan"``.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from calibadv.rewards.scoring import score_rollouts
 from calibadv.runs.rollouts import Record, read_records
 from calibadv.types import Document, Question, Rollout, RolloutStatus
 
-# Beyond this share of the advantages, by size, all colours are full: one giant would make every other look like 0.
-_COLOURED_SHARE = 0.99
+# Colors are full from this quantile of the absolute advantages on: scaled by the largest one, most would look like 0.
+_FULL_COLOR_QUANTILE = 0.99
 
 
 @dataclass
 class ViewerData:
-    """Collects what is shown of one rollout file after another."""
+    """Collects the data of rollout files, one after another."""
 
     files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     groups: list[Record] = field(default_factory=list)
-    _places: dict[Document, int] = field(default_factory=dict)
+    _document_index: dict[Document, int] = field(default_factory=dict)
     _sizes: list[float] = field(default_factory=list)
 
     def add_file(self, path: Path, name: str) -> None:
@@ -64,27 +64,23 @@ class ViewerData:
         self._note_absent(name, records)
 
     def as_json(self) -> Record:
-        """The object that the page holds."""
+        """The JSON object of the page."""
         return {
             "files": self.files,
-            "statuses": [{"name": name, "meaning": text} for name, text in status_meanings().items()],
+            "statuses": [{"name": name, "meaning": text} for name, text in status_descriptions().items()],
             "notes": self.notes,
-            "limit": float(np.quantile(self._sizes, _COLOURED_SHARE)) if self._sizes else None,
-            "documents": [[document.id, document.title, document.text] for document in self._places],
+            "limit": float(np.quantile(self._sizes, _FULL_COLOR_QUANTILE)) if self._sizes else None,
+            "documents": [[document.id, document.title, document.text] for document in self._document_index],
             "groups": self.groups,
         }
 
     def _add_group(self, records: Sequence[Record], rollouts: Sequence[Rollout]) -> None:
         first = rollouts[0]
-        # A rollout alone has no group to compare with, so outside of training evidence is not estimated.
-        estimable = len(rollouts) > 1 or len(first.step_correctness) > 0
-        silver = silver_documents(rollouts) if estimable else frozenset()
-        if estimable:
-            rollouts = [
-                r if r.step_correctness else replace(r, step_correctness=step_correctness(r, silver)) for r in rollouts
-            ]
+        rollouts, silver = _with_evidence(rollouts)
         shown = [self._rollout(record, rollout) for record, rollout in zip(records, rollouts, strict=True)]
-        documents = {document: self._places[document] for rollout in rollouts for document in _documents(rollout)}
+        documents = {
+            document: self._document_index[document] for rollout in rollouts for document in _documents(rollout)
+        }
         self.groups.append(
             {
                 "file": len(self.files) - 1,
@@ -93,7 +89,7 @@ class ViewerData:
                 "question": first.question.question,
                 "golden": first.question.golden_answers,
                 "source": first.question.data_source,
-                "silver": [place for document, place in documents.items() if document.id in silver],
+                "silver": [index for document, index in documents.items() if document.id in silver],
                 "gold": _gold(first.question, documents),
                 "rollouts": shown,
             }
@@ -119,12 +115,15 @@ class ViewerData:
         }
 
     def _turns(self, rollout: Rollout) -> Iterator[list[Any]]:
-        for place in range(0, len(rollout.segments), 2):
-            message, *observations = rollout.segments[place : place + 2]
+        for index in range(0, len(rollout.segments), 2):
+            message, *observations = rollout.segments[index : index + 2]
             observation: list[int] | str | None = None
             for shown in observations:
-                places = [self._places.setdefault(document, len(self._places)) for document in shown.documents]
-                observation = places or shown.text
+                indexes = [
+                    self._document_index.setdefault(document, len(self._document_index))
+                    for document in shown.documents or ()
+                ]
+                observation = indexes or shown.text
             yield [message.text, message.num_tokens, observation]
 
     def _note_absent(self, name: str, records: Sequence[Record]) -> None:
@@ -135,8 +134,8 @@ class ViewerData:
             self.notes.append(f"{name} holds no advantages: calibadv replay computes them.")
 
 
-def status_meanings() -> dict[str, str]:
-    """What each status means, in the words of ``RolloutStatus``."""
+def status_descriptions() -> dict[str, str]:
+    """The description of each status, from the docstring of ``RolloutStatus``."""
     texts = {
         entry.arg_name: entry.description or "" for entry in docstring_parser.parse_from_object(RolloutStatus).params
     }
@@ -144,12 +143,12 @@ def status_meanings() -> dict[str, str]:
 
 
 def _check_lengths(record: Record, rollout: Rollout, path: Path) -> None:
-    """Refuse values per turn that do not fit the turns: shown, they would stand beside the wrong ones."""
+    """Check that there is one value per turn: otherwise they would be shown at the wrong turns."""
     where = f"{path}, question '{rollout.question.id}', sample {rollout.sample}, step {rollout.step}"
     messages = len(rollout.policy_segments)
     advantages = record.get("advantages") or {}
     if not isinstance(advantages, dict):
-        raise UserError(f"{where}: advantages is no object; write estimated and calibrated, or leave it out")
+        raise UserError(f"{where}: advantages is not an object; write estimated and calibrated, or leave it out")
     for key in ("estimated", "calibrated"):
         values = advantages.get(key)
         if values is not None and not _is_numbers(values, messages):
@@ -170,32 +169,45 @@ def _is_numbers(values: Any, length: int) -> bool:
 
 
 def _scored(record: Record, rollout: Rollout) -> Rollout:
-    """Read the answer, which files do not hold, and score it; a recorded score stays."""
+    """Extract the answer, which files do not hold, and score it; a recorded score is kept."""
     [scored] = score_rollouts([rollout], F1())
     kept = {key: getattr(rollout, key) for key in ("score", "answer_score") if record.get(key) is not None}
     return replace(scored, **kept)
 
 
+def _with_evidence(rollouts: Sequence[Rollout]) -> tuple[Sequence[Rollout], frozenset[str]]:
+    """A group with step correctness, and the ids of its silver documents.
+
+    A single rollout without recorded step correctness has no group to estimate evidence from.
+    """
+    if len(rollouts) == 1 and not rollouts[0].step_correctness:
+        return rollouts, frozenset()
+    silver = silver_documents(rollouts)
+    return [
+        r if r.step_correctness else replace(r, step_correctness=step_correctness(r, silver)) for r in rollouts
+    ], silver
+
+
 def _documents(rollout: Rollout) -> Iterator[Document]:
-    return (document for segment in rollout.segments for document in segment.documents)
+    return (document for segment in rollout.segments for document in segment.documents or ())
 
 
 def _gold(question: Question, documents: dict[Document, int]) -> list[list[Any]]:
-    """The gold documents that the question names, each with the places where it was retrieved."""
+    """The gold documents that the question names, each with the indexes of its retrieved documents."""
     by_id = bool(question.metadata.get("supporting_ids"))
     labels = question.metadata.get("supporting_ids" if by_id else "supporting_titles")
     if not isinstance(labels, list):
         return []
     return [
-        [label, [place for document, place in documents.items() if (document.id if by_id else document.title) == label]]
+        [label, [index for document, index in documents.items() if (document.id if by_id else document.title) == label]]
         for label in dict.fromkeys(str(label) for label in labels)
     ]
 
 
-def _numbers(values: Sequence[float] | None) -> list[float | str] | None:
-    return None if values is None else [_number(value) for value in values]
+def _numbers(values: Sequence[float | None] | None) -> list[float | str | None] | None:
+    return None if values is None else [None if value is None else _number(value) for value in values]
 
 
 def _number(value: float) -> float | str:
-    """A number for the page: advantages to six digits, which is more than is shown; JSON knows no infinity."""
+    """A number with six digits, more than the page shows; JSON has no NaN and no infinity."""
     return float(f"{value:.6g}") if math.isfinite(value) else str(float(value))

@@ -1,1 +1,1 @@
-"""Corpora: documents in files, in memory and in Arrow tables."""
+"""Corpora: documents in JSON-lines files, in memory and in Arrow files."""

@@ -1,13 +1,13 @@
 """A corpus as memory-mapped Arrow files: any size in constant memory.
 
-The folder holds ``shard-00000.arrow`` and so on, in record batches of a fixed number of rows, so that the place of a
-row is arithmetic; ``ids.npy``, [2, N] 64-bit hashes of the ids in ascending order and the row of each; and
+The folder holds ``shard-00000.arrow`` and so on, in record batches of a fixed number of rows, so that a row is located
+by arithmetic; ``ids.npy``, [2, N] 64-bit hashes of the ids in ascending order and the row of each; and
 ``corpus.json``, which is written last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,20 @@ import numpy as np
 from typing_extensions import override
 
 from calibadv.errors import UserError, one_line
-from calibadv.retrieval._metadata import check_record, read_record
-from calibadv.retrieval.corpus.base import Corpus, unknown_id
+from calibadv.retrieval._metadata import KeyTypes, check_metadata, read_metadata
+from calibadv.retrieval.corpus.base import Corpus, unknown_id_error
+from calibadv.retrieval.corpus.integrity import check_names, check_sizes
 from calibadv.types import Document
 
 FORMAT = 1
 TEXTS = ("id", "title", "text")
 LAYOUT, IDS = "corpus.json", "ids.npy"
-_KINDS = {"documents": int, "checksum": str, "shard_rows": int, "batch_rows": int, "files": dict}
+_KEY_TYPES: KeyTypes = {"documents": int, "checksum": str, "shard_rows": int, "batch_rows": int, "files": dict}
 _REMEDY = "copy the folder again, or remove it and have it made again"
 
 
 class ArrowCorpus(Corpus):
-    """A corpus in a folder that ``convert`` wrote.
-
-    Args:
-        folder: the folder.
-
-    Raises:
-        UserError: the folder is not whole, or another release wrote it.
-    """
+    """A corpus in a folder that ``convert`` wrote, memory-mapped; UserError if the folder is incomplete."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -45,7 +39,7 @@ class ArrowCorpus(Corpus):
         self._shard_rows: int = layout["shard_rows"]
         self._batch_rows: int = layout["batch_rows"]
         ids = _load_ids(folder / IDS, self._documents)
-        # Plain arrays over the same mapped memory: searching them costs a few pages and no copy.
+        # Plain arrays over the same mapped memory: searching them reads a few pages and copies nothing.
         self._hashes, self._rows = np.asarray(ids[0]), np.asarray(ids[1])
         self._shards: dict[int, list[Any]] = {}
 
@@ -83,13 +77,13 @@ class ArrowCorpus(Corpus):
     @override
     def row(self, doc_id: str) -> int:
         wanted = id_hash(doc_id)
-        place = int(np.searchsorted(self._hashes, np.uint64(wanted)))
-        while place < len(self) and self._hashes[place] == wanted:
-            row = int(self._rows[place])
+        position = int(np.searchsorted(self._hashes, np.uint64(wanted)))
+        while position < len(self) and self._hashes[position] == wanted:
+            row = int(self._rows[position])
             if self[row].id == doc_id:
                 return row
-            place += 1
-        raise unknown_id(doc_id, len(self))
+            position += 1
+        raise unknown_id_error(doc_id, len(self))
 
     @property
     @override
@@ -98,12 +92,12 @@ class ArrowCorpus(Corpus):
 
 
 def id_hash(doc_id: str) -> int:
-    """Hash an id, the same on every machine."""
+    """Return the 64-bit hash of an id, the same on every machine."""
     return int.from_bytes(blake2b(doc_id.encode(), digest_size=8).digest(), "little")
 
 
 def open_shard(folder: Path, shard: int, rows: int, batch_rows: int) -> list[Any]:
-    """Map a shard into memory."""
+    """Open a shard as memory-mapped record batches."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     path = folder / shard_name(shard)
@@ -120,16 +114,16 @@ def open_shard(folder: Path, shard: int, rows: int, batch_rows: int) -> list[Any
 
 
 def shard_name(shard: int) -> str:
-    """Name the file of a shard."""
+    """Return the file name of a shard."""
     return f"shard-{shard:05d}.arrow"
 
 
 def _read_layout(folder: Path) -> dict[str, Any]:
     path = folder / LAYOUT
-    layout = read_record(path, {}, _REMEDY)
+    layout = read_metadata(path, {}, _REMEDY)
     if layout.get("format") != FORMAT:
         raise UserError(f"'{folder}' has the corpus format {layout.get('format')}, not {FORMAT}; {_REMEDY}")
-    check_record(path, layout, _KINDS, _REMEDY)
+    check_metadata(path, layout, _KEY_TYPES, _REMEDY)
     shards = -(-layout["documents"] // layout["shard_rows"])
     check_names(path, layout["files"], [*map(shard_name, range(shards)), IDS], _REMEDY)
     check_sizes(folder, layout["files"], _REMEDY)
@@ -139,7 +133,7 @@ def _read_layout(folder: Path) -> dict[str, Any]:
 def _load_ids(path: Path, documents: int) -> Any:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:  # of which numpy may say that it is a pickle
+    except (OSError, ValueError, EOFError) as error:  # numpy's text may call it a pickle
         raise _damaged(path, "it is no array of numpy") from error
     if ids.dtype != np.uint64 or ids.shape != (2, documents):
         raise _damaged(path, f"it holds {ids.dtype} {list(ids.shape)}")
@@ -148,21 +142,3 @@ def _load_ids(path: Path, documents: int) -> Any:
 
 def _damaged(path: Path, reason: str) -> UserError:
     return UserError(f"'{path}' is damaged ({reason}); {_REMEDY}")
-
-
-def check_names(path: Path, files: dict[str, int], names: Sequence[str], remedy: str) -> None:
-    """Refuse a list of files in which one is not named."""
-    for name in names:
-        if name not in files:
-            raise UserError(f"'{path}' is damaged (its files lack {name}); {remedy}")
-
-
-def check_sizes(folder: Path, files: dict[str, int], remedy: str) -> None:
-    """Refuse a folder in which a file is missing or has another size than it was written with."""
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"'{path}' is missing; it must have {size} bytes: {remedy}")
-        found = path.stat().st_size
-        if found != size:
-            raise UserError(f"'{path}' has {found} bytes; it must have {size}: {remedy}")

@@ -1,4 +1,4 @@
-"""The documents that a retriever searches: by row, by id, or one after the other."""
+"""The documents that a retriever searches, with access by row, by id, and in order."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing_extensions import override
 from calibadv.errors import UserError
 from calibadv.types import Document
 
-# Up to this size a file is read into memory, in about a second; larger ones are converted once and memory-mapped.
+# Up to this size a file is read into memory, in about a second; larger files are converted once and memory-mapped.
 IN_MEMORY_BYTES = 32_000_000
 
 
 class Corpus(Sequence[Document]):
-    """Documents with unique ids. A slice is a list; iterating reads one after the other and keeps none.
+    """Documents with unique ids. A slice is a list; iteration keeps no document in memory.
 
-    ``open_corpus`` and ``Corpus.from_documents`` make one.
+    Made by ``open_corpus`` or ``Corpus.from_documents``.
     """
 
     @staticmethod
     def from_documents(documents: Iterable[Document]) -> Corpus:
-        """Hold documents in memory."""
+        """Make a corpus in memory."""
         return MemoryCorpus(enumerate(documents, 1), "documents")
 
     @overload
@@ -39,17 +39,17 @@ class Corpus(Sequence[Document]):
 
     @abstractmethod
     def _read(self, rows: range) -> list[Document]:
-        """Documents of rows that exist."""
+        """Return the documents of rows that exist."""
 
     @abstractmethod
     def row(self, doc_id: str) -> int:
-        """Find a document.
+        """Return the row of a document.
 
         Args:
-            doc_id: its id.
+            doc_id: id of the document.
 
         Returns:
-            Its row.
+            The row.
 
         Raises:
             UserError: no document has this id.
@@ -58,11 +58,11 @@ class Corpus(Sequence[Document]):
     @property
     @abstractmethod
     def checksum(self) -> str:
-        """Of all ids, titles and texts in order, the same whatever file they came from: 32 hexadecimal digits."""
+        """Checksum of all ids, titles and texts in order, whatever the file format: 32 hexadecimal digits."""
 
 
 class MemoryCorpus(Corpus):
-    """A corpus in memory, of documents with their numbers in the source."""
+    """A corpus in memory, made of documents with their line numbers in the source."""
 
     def __init__(self, numbered: Iterable[tuple[int, Document]], name: str) -> None:
         self._documents: list[Document] = []
@@ -72,11 +72,11 @@ class MemoryCorpus(Corpus):
         for number, document in numbered:
             first = self._rows.setdefault(document.id, len(numbers))
             if first != len(numbers):
-                raise repeated_id(f"{name}:{number}", document.id, numbers[first])
+                raise duplicate_id_error(f"{name}:{number}", document.id, numbers[first])
             self._documents.append(document)
             numbers.append(number)
         if not self._documents:
-            raise empty_corpus(name)
+            raise empty_corpus_error(name)
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -91,7 +91,7 @@ class MemoryCorpus(Corpus):
     @override
     def row(self, doc_id: str) -> int:
         if doc_id not in self._rows:
-            raise unknown_id(doc_id, len(self))
+            raise unknown_id_error(doc_id, len(self))
         return self._rows[doc_id]
 
     @property
@@ -105,28 +105,28 @@ class MemoryCorpus(Corpus):
         return self._checksum
 
 
-def searched_text(document: Document) -> str:
-    """What is searched of a document, but by an encoder, which has a form of its own."""
+def searchable_text(document: Document) -> str:
+    """Return the text of a document for lexical search and reranking; an encoder has a form of its own."""
     return f"{document.title}\n{document.text}"
 
 
 def extend_checksum(state: bytes, document: Document) -> bytes:
-    """Chain one more document to the checksum of those before it."""
+    """Return the checksum of the documents so far and one more."""
     # With the lengths of the first two texts, no other three texts give the same bytes.
     lengths = f"{len(document.id)} {len(document.title)} "
     return blake2b(state + f"{lengths}{document.id}{document.title}{document.text}".encode(), digest_size=16).digest()
 
 
-def empty_corpus(name: str) -> UserError:
-    """The error for a corpus without a document."""
+def empty_corpus_error(name: str) -> UserError:
+    """Return the error for a corpus without documents."""
     return UserError(f"corpus '{name}' is empty; it must hold at least one document")
 
 
-def repeated_id(place: str, doc_id: str, first: int) -> UserError:
-    """The error for an id that occurs twice."""
-    return UserError(f"{place} repeats the id '{doc_id}' of line {first}; ids must be unique")
+def duplicate_id_error(location: str, doc_id: str, first: int) -> UserError:
+    """Return the error for an id that occurs twice."""
+    return UserError(f"{location} repeats the id '{doc_id}' of line {first}; ids must be unique")
 
 
-def unknown_id(doc_id: str, documents: int) -> UserError:
-    """The error for an id that no document has."""
+def unknown_id_error(doc_id: str, documents: int) -> UserError:
+    """Return the error for an id that no document has."""
     return UserError(f"none of the {documents} documents has the id '{doc_id}'; give an id of this corpus")

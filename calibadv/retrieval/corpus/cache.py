@@ -1,4 +1,4 @@
-"""Large corpus files, converted once and kept."""
+"""Cache of converted corpus files."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rich.console import Console
 from calibadv.errors import UserError, one_line
 from calibadv.io.files import replace_durably, write_atomically
 from calibadv.io.jsonl import UnreadableError
-from calibadv.retrieval._metadata import read_record
+from calibadv.retrieval._metadata import read_metadata
 from calibadv.retrieval.corpus.arrow import FORMAT, LAYOUT, ArrowCorpus
 from calibadv.retrieval.corpus.convert import convert, file_source
-from calibadv.retrieval.corpus.digests import cache_folder, check_digests, remember, seal
+from calibadv.retrieval.corpus.integrity import cache_folder, check_digests, compute_digests, record_verified
 from calibadv.retrieval.corpus.size import check_disk, free_disk, sample_file
 
-# The digests of the converted files; copies of earlier releases have none.
+# File with the digests of the converted files; folders of earlier releases lack it.
 _DIGESTS = "digests.json"
 
 
 def cached_corpus(path: Path) -> ArrowCorpus:
     """Open the converted form of a corpus file, converting it at the first call.
 
-    It lies in ``corpora`` below the folder that CALIBADV_CACHE names, or else ~/.cache/calibadv, under a name that
-    follows the absolute path, the size and the time of the file. Of several processes that ask at once, one converts.
+    It is stored under ``corpora`` in the folder that CALIBADV_CACHE names, or else in ~/.cache/calibadv. Its name
+    depends on the absolute path, size and modification time of the file. Of several concurrent processes, one converts.
     """
     root = cache_folder() / "corpora"
     key = blake2b(f"{FORMAT} {file_source(path).identity}".encode(), digest_size=8).hexdigest()
@@ -44,13 +44,13 @@ def cached_corpus(path: Path) -> ArrowCorpus:
     if (folder / _DIGESTS).exists():
         remedy = f"remove '{folder}', and it is made again"
         names = _files(folder)
-        digests = read_record(folder / _DIGESTS, dict.fromkeys(names, str), remedy)
+        digests = read_metadata(folder / _DIGESTS, dict.fromkeys(names, str), remedy)
         check_digests(folder / _DIGESTS, {name: digests[name] for name in names}, remedy)
     return corpus
 
 
 def _files(folder: Path) -> list[str]:
-    return [LAYOUT, *read_record(folder / LAYOUT, {"files": dict}, "")["files"]]
+    return [LAYOUT, *read_metadata(folder / LAYOUT, {"files": dict}, "")["files"]]
 
 
 def _convert_once(path: Path, folder: Path) -> None:
@@ -65,20 +65,20 @@ def _convert_once(path: Path, folder: Path) -> None:
         console.print(f"waiting for another process, which converts '{path}' into '{folder}'", markup=False)
         lock.acquire()
     try:
-        if folder.exists():  # another process has just done it
+        if folder.exists():  # another process has just converted it
             return
         console.print(f"converting '{path}' once, into '{folder}'", markup=False)
         check_disk(sample_file(path).corpus_bytes, free_disk(unfinished), unfinished)
         try:
             convert(file_source(path), unfinished)
-        except UnreadableError:  # as a share that is away for a moment: what was converted stays
+        except UnreadableError:  # perhaps for a moment, as on a network share: keep the converted shards
             raise
         except ValueError:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        digests, stamps = seal(unfinished, _files(unfinished))
+        digests, stamps = compute_digests(unfinished, _files(unfinished))
         write_atomically(unfinished / _DIGESTS, json.dumps(digests, indent=1) + "\n")
-        remember(unfinished / _DIGESTS, stamps)
+        record_verified(unfinished / _DIGESTS, stamps)
         replace_durably(unfinished, folder)
     finally:
         lock.release()

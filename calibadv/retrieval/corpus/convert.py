@@ -1,6 +1,6 @@
-"""Converting a corpus to Arrow files, in shards, so that a kill costs little.
+"""Resumable conversion of a corpus to Arrow files.
 
-While a folder is unfinished, ``progress.json`` in it says how far it is.
+A killed conversion resumes after its last complete shard, which ``progress.json`` records until the folder is complete.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from calibadv.io.files import replace_durably, save_array, write_atomically
-from calibadv.retrieval._metadata import read_record
+from calibadv.retrieval._metadata import read_metadata
 from calibadv.retrieval.corpus.arrow import FORMAT, IDS, LAYOUT, TEXTS, ArrowCorpus, id_hash, open_shard, shard_name
-from calibadv.retrieval.corpus.base import empty_corpus, extend_checksum, repeated_id
+from calibadv.retrieval.corpus.base import duplicate_id_error, empty_corpus_error, extend_checksum
 from calibadv.retrieval.corpus.files import read_documents
 from calibadv.types import Document
 
-SHARD_ROWS = 1 << 18
+_SHARD_ROWS = 1 << 18
 BATCH_ROWS = 1 << 12
 _PROGRESS = "progress.json"
-# From this many documents on, sorting takes longer than about two seconds.
+# From this many documents on, sorting takes more than about two seconds.
 _LARGE_CORPUS = 5_000_000
 
-Numbered = Generator[tuple[int, Document], None, None]
-"""Documents with their numbers in the source."""
+NumberedDocuments = Generator[tuple[int, Document], None, None]
+"""Documents with their numbers in the source, such as line numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where documents come from.
+    """A source of documents.
 
     Attributes:
-        name: of the corpus, for messages.
-        identity: what is equal as long as the documents are: path, size and time of a file.
-        read: the documents whose number is above the given one, with their numbers, which ascend from 1.
+        name: name of the corpus in messages.
+        identity: values that change with the documents: path, size and modification time of a file.
+        read: returns the documents whose number is above the given one, with their numbers, which ascend from 1.
     """
 
     name: str
     identity: dict[str, Any]
-    read: Callable[[int], Numbered]
+    read: Callable[[int], NumberedDocuments]
 
 
 @dataclass(frozen=True, slots=True)
 class _Progress:
-    """What is whole: so many shards and documents, the last of which has this number in the source."""
+    """Progress: finished shards and documents, number of the last document in the source, checksum so far."""
 
     shards: int = 0
     documents: int = 0
@@ -62,19 +62,19 @@ class _Progress:
 
 
 def file_source(path: Path) -> Source:
-    """Documents of a JSON-lines file."""
+    """Return the source for a JSON-lines file."""
     status = path.stat()
     identity = {"path": str(path.resolve()), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     return Source(str(path), identity, partial(read_documents, path))
 
 
-def convert(source: Source, folder: Path, shard_rows: int = SHARD_ROWS) -> ArrowCorpus:
-    """Write a corpus into a folder, going on behind the last whole shard of a run that was killed."""
+def convert(source: Source, folder: Path, shard_rows: int = _SHARD_ROWS) -> ArrowCorpus:
+    """Write a corpus into a folder, resuming after the last complete shard of a killed conversion."""
     if not (folder / LAYOUT).exists():
         layout = {"format": FORMAT, "shard_rows": shard_rows, "batch_rows": min(BATCH_ROWS, shard_rows)}
         progress = _write_shards(source, folder, layout)
         if not progress.documents:
-            raise empty_corpus(source.name)
+            raise empty_corpus_error(source.name)
         _write_ids(source, folder, layout, progress)
         files = {name: (folder / name).stat().st_size for name in [*map(shard_name, range(progress.shards)), IDS]}
         content = {**layout, "documents": progress.documents, "checksum": progress.checksum, "files": files}
@@ -92,26 +92,26 @@ def _write_shards(source: Source, folder: Path, layout: dict[str, Any]) -> _Prog
         progress = _Progress()
     with closing(source.read(progress.number)) as numbered:
         while progress.documents == progress.shards * layout["shard_rows"]:
-            grown = _write_shard(folder, numbered, layout, progress)
-            if grown == progress:
+            extended = _write_shard(folder, numbered, layout, progress)
+            if extended == progress:
                 break
-            progress = grown
+            progress = extended
             write_atomically(folder / _PROGRESS, json.dumps({**header, "progress": asdict(progress)}))
     return progress
 
 
 def _read_progress(folder: Path, header: dict[str, Any]) -> _Progress | None:
-    """How far a run of the same source and layout came, None if there was none or it does not say."""
+    """Return the progress of an earlier conversion with the same header; None if there is none or it is damaged."""
     try:
-        content = read_record(folder / _PROGRESS, {"progress": dict}, "")
+        content = read_metadata(folder / _PROGRESS, {"progress": dict}, "")
         progress = _Progress(**content.pop("progress"))
-    except (ValueError, TypeError):  # there is none, or it is damaged: nothing is lost but time
+    except (ValueError, TypeError):  # missing or damaged: converting from the start costs only time
         return None
     return progress if content == header else None
 
 
-def _write_shard(folder: Path, numbered: Numbered, layout: dict[str, Any], progress: _Progress) -> _Progress:
-    """Write the next shard, if there are documents left. It appears whole or not at all."""
+def _write_shard(folder: Path, numbered: NumberedDocuments, layout: dict[str, Any], progress: _Progress) -> _Progress:
+    """Write the next shard atomically; return ``progress`` itself if no documents are left."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     schema = pa.schema([*((name, pa.large_string()) for name in TEXTS), ("hash", pa.uint64())])
@@ -155,21 +155,21 @@ def _write_ids(source: Source, folder: Path, layout: dict[str, Any], progress: _
         shard, within = divmod(row, per_shard)
         return str(shards[shard][within // batch_rows].column("id")[within % batch_rows].as_py())
 
-    repeated = first_repeated(ids[0], ids[1], id_of)
-    if repeated:
-        first, second = (_number_of(source, row) for row in repeated)
-        raise repeated_id(f"{source.name}:{second}", id_of(repeated[1]), first)
+    duplicate = find_duplicate(ids[0], ids[1], id_of)
+    if duplicate:
+        first, second = (_number_of(source, row) for row in duplicate)
+        raise duplicate_id_error(f"{source.name}:{second}", id_of(duplicate[1]), first)
     save_array(folder / IDS, ids)
 
 
-def first_repeated(
+def find_duplicate(
     hashes: NDArray[np.uint64], rows: NDArray[np.uint64], id_of: Callable[[int], str]
 ) -> tuple[int, int] | None:
-    """Find the first row whose id an earlier row has. Equal hashes are not enough: the ids are compared."""
-    places = np.flatnonzero(hashes[1:] == hashes[:-1]) + 1
-    for place in places[np.argsort(rows[places])]:
-        row = int(rows[place])
-        for earlier in rows[np.searchsorted(hashes, hashes[place]) : place]:
+    """Return the first row that repeats an id, after the row that has it first. Ids with equal hashes are compared."""
+    positions = np.flatnonzero(hashes[1:] == hashes[:-1]) + 1
+    for position in positions[np.argsort(rows[positions])]:
+        row = int(rows[position])
+        for earlier in rows[np.searchsorted(hashes, hashes[position]) : position]:
             if id_of(int(earlier)) == id_of(row):
                 return int(earlier), row
     return None

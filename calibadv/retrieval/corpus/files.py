@@ -1,4 +1,4 @@
-"""Documents from JSON-lines files, in the field's formats."""
+"""Reading of documents from JSON-lines files in common formats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from calibadv.types import Document
 
 
 def read_documents(path: str | Path, after: int = 0) -> Generator[tuple[int, Document], None, None]:
-    r"""Read one document per line, in one of two formats.
+    r"""Read one document per line, with its line number, in one of two formats.
 
     ``{"id", "contents": "\"Title\"\ntext"}`` (Search-R1, FlashRAG) or ``{"id", "title", "text"}``; ids may be strings
     or integers.
@@ -23,31 +23,31 @@ def read_documents(path: str | Path, after: int = 0) -> Generator[tuple[int, Doc
             yield number, parse_document(record, f"{path}:{number}")
 
 
-def parse_document(record: dict[str, Any], place: str) -> Document:
-    """Turn one object of a corpus file into a document."""
+def parse_document(record: dict[str, Any], location: str) -> Document:
+    """Parse one object of a corpus file; ``location`` is its name in messages."""
     row_id = record.get("id")
     if isinstance(row_id, bool) or not isinstance(row_id, str | int):
-        raise UserError(f"{place} has the id {row_id!r}; it must be a string or an integer")
+        raise UserError(f"{location} has the id {row_id!r}; it must be a string or an integer")
     if "title" in record and "text" in record:
-        title, text = _string(record, "title", place), _string(record, "text", place)
+        title, text = _string(record, "title", location), _string(record, "text", location)
     elif "contents" in record:
-        title, text = _split_contents(_string(record, "contents", place))
+        title, text = _split_contents(_string(record, "contents", location))
     else:
         keys = ", ".join(record)
-        raise UserError(f"{place} has only the keys {keys}; a document needs 'contents', or 'title' and 'text'")
+        raise UserError(f"{location} has only the keys {keys}; a document needs 'contents', or 'title' and 'text'")
     document = Document(id=str(row_id), title=title, text=text)
     try:
         f"{document.id}{title}{text}".encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise UserError(f"{place} has {half!a}, half of a surrogate pair; no text may hold it: remove it") from error
+        raise UserError(f"{location} has {half!a}, half of a surrogate pair; no text may hold it: remove it") from error
     return document
 
 
-def _string(record: dict[str, Any], key: str, place: str) -> str:
+def _string(record: dict[str, Any], key: str, location: str) -> str:
     value = record[key]
     if not isinstance(value, str):
-        raise UserError(f"{place} has {value!r:.60} as '{key}'; it must be a string")
+        raise UserError(f"{location} has {value!r:.60} as '{key}'; it must be a string")
     return value
 
 

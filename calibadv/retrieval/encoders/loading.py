@@ -1,4 +1,4 @@
-"""Loading the models of sentence-transformers: from a folder or the hub, safetensors only, without noise."""
+"""Loading of sentence-transformers models from a folder or the hub: safetensors only, without log output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from calibadv.errors import UserError, one_line
 
-# What a sentence-transformers model is made of. Weights come as safetensors only: nothing is unpickled.
+# The files of a sentence-transformers model. Weights are safetensors only: nothing is unpickled.
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 # Hub names are 'model' or 'owner/model'.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -20,15 +20,15 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 @dataclass(frozen=True, slots=True)
 class ModelKind:
-    """What is loaded, and how messages speak of it.
+    """A kind of model, for messages and look-ups on the hub.
 
     Attributes:
-        what: the option that names it.
-        remedy: what to give.
-        owner: who keeps models of this kind on the hub that are called by their name alone.
+        option: the option that names the model.
+        remedy: valid values of the option.
+        owner: owner of models on the hub that are named without one.
     """
 
-    what: str
+    option: str
     remedy: str
     owner: str
 
@@ -36,8 +36,8 @@ class ModelKind:
 def load_model(
     kind: ModelKind, name: str, device: str | None, make: Callable[..., Any], folder: Path | None = None
 ) -> Any:
-    """Load a model. The code of its folder is never run."""
-    called = f"{kind.what} '{name}'"
+    """Load a model. The code in its folder is never run."""
+    called = f"{kind.option} '{name}'"
     folder = folder or _find_folder(kind, name, called)
     _check_files(called, folder)
     try:
@@ -49,12 +49,12 @@ def load_model(
                 local_files_only=True,
                 model_kwargs={"use_safetensors": True},
             )
-    # Whatever a damaged folder makes of itself: missing files and keys, other JSON, weights of other shapes; or a
-    # device that is not there.
+    # A damaged folder raises errors of many types: missing files and keys, other JSON, weights of other shapes; so does
+    # a device that does not exist.
     except Exception as error:
         where = "" if device is None else f" on device '{device}'"
         raise UserError(f"{called} does not load{where} ({one_line(error)}); give {kind.remedy}") from error
-    # transformers makes an empty tokenizer up where the files of one are missing.
+    # transformers makes an empty tokenizer if its files are missing.
     specials = getattr(model.tokenizer, "all_special_ids", None)
     if specials is not None and len(model.tokenizer) <= len(specials):
         raise UserError(f"{called} has a tokenizer without words; save the model's own tokenizer beside it")
@@ -71,7 +71,7 @@ def _find_folder(kind: ModelKind, name: str, called: str) -> Path:
 
     try:
         return Path(snapshot_download(name if "/" in name else f"{kind.owner}/{name}", allow_patterns=_HUB_FILES))
-    # The hub's errors, those of the connection, and of the disk.
+    # Errors of the hub, of the connection and of the disk have no common type.
     except Exception as error:
         raise UserError(
             f"{called} is neither a folder nor can it be fetched from the Hugging Face hub ({one_line(error)}); check "
@@ -92,7 +92,7 @@ def _check_files(called: str, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Load without progress bars and reports on unused weights, and leave the loggers as they were."""
+    """Suppress progress bars and reports on unused weights, and restore the loggers afterwards."""
     from transformers.utils import logging as transformers_logging
 
     logger = logging.getLogger("sentence_transformers")

@@ -1,1 +1,1 @@
-"""The retrieval service: server, batching and the format of messages."""
+"""Retrieval over HTTP: server, request batching, message format, and a client with deadlines."""

@@ -1,4 +1,4 @@
-"""Micro-batching: requests that arrive together become one search."""
+"""Micro-batching of requests: those that arrive together become one search."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
 
-from calibadv.interfaces import RetrievalError, Retriever
-from calibadv.retrieval.asking import Outcome, ask, unwrap
+from calibadv.errors import RetrievalError
+from calibadv.interfaces import Retriever
 from calibadv.retrieval.http.schema import Results
+from calibadv.retrieval.outcomes import SearchOutcome, search_outcomes, unwrap
 
-# Seconds to wait for others after a request has arrived: too short to notice, long enough for clients that were
-# answered together to ask again.
-_WAIT = 0.002
+# Seconds to collect further requests after one has arrived: short for a client, long enough for clients that were
+# answered together to send their next requests.
+_COLLECT_SECONDS = 0.002
 
 
 class BusyError(RuntimeError):
-    """More queries wait than may."""
+    """Too many queries are pending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +36,15 @@ class _Request:
 class _Search:
     queries: list[str]
     top_k: int
-    found: Future[list[Outcome]]
+    found: Future[list[SearchOutcome]]
 
 
 class Batcher:
-    """Searches for many requests at once, in one thread, so that the retriever need not be thread-safe.
+    """Combine concurrent requests into searches, which run in one thread: retrievers need not be thread-safe.
 
-    Used as an asynchronous context: the thread works inside it, and leaving it drops what still waits. A search that
-    runs then does not keep the process alive.
-
-    Args:
-        retriever: what searches.
-        max_batch: the most queries per search, but for a single request that has more.
-        max_pending: the most queries that may wait or be searched for, but for a single request that has more.
+    The thread runs while the asynchronous context is open; leaving it drops pending requests. A search that runs then
+    does not keep the process alive. A search has at most ``max_batch`` queries, and at most ``max_pending`` are waiting
+    or being searched, except that a single request may have more.
     """
 
     def __init__(self, retriever: Retriever, max_batch: int, max_pending: int) -> None:
@@ -61,8 +58,8 @@ class Batcher:
 
     async def __aenter__(self) -> Batcher:
         # Not a ThreadPoolExecutor: the interpreter waits for its threads, however long they search.
-        threading.Thread(target=self._search_in_turn, name="retriever", daemon=True).start()
-        self._loop = asyncio.create_task(self._work())
+        threading.Thread(target=self._run_searches, name="retriever", daemon=True).start()
+        self._loop = asyncio.create_task(self._serve())
         return self
 
     async def __aexit__(
@@ -72,7 +69,7 @@ class Batcher:
         self._searches.put(None)
 
     async def search(self, queries: Sequence[str], top_k: int) -> Results:
-        """Search together with whoever asks at the same time."""
+        """Search together with requests that arrive at the same time; BusyError if too many are pending."""
         if self._pending and self._pending + len(queries) > self._max_pending:
             raise BusyError(f"{self._pending} queries wait already, of {self._max_pending} at most; try again later")
         request = _Request(queries, top_k, asyncio.get_running_loop().create_future())
@@ -84,20 +81,20 @@ class Batcher:
         finally:
             self._pending -= len(queries)
 
-    async def _work(self) -> None:
+    async def _serve(self) -> None:
         while True:
             await self._arrived.wait()
-            await asyncio.sleep(_WAIT)
-            # A search for more documents may rank them otherwise (fusion, reranking), so it cannot be cut for those
-            # who want fewer.
+            await asyncio.sleep(_COLLECT_SECONDS)
+            # A search for more documents may rank them differently (fusion, reranking), so its results cannot be
+            # truncated for requests with a smaller top_k.
             by_top_k: defaultdict[int, list[_Request]] = defaultdict(list)
-            for request in self._take():
+            for request in self._take_batch():
                 by_top_k[request.top_k].append(request)
             for requests in by_top_k.values():
                 await self._answer(requests)
 
-    def _take(self) -> list[_Request]:
-        """The first requests that wait, as many as fit into one search."""
+    def _take_batch(self) -> list[_Request]:
+        """Remove the first waiting requests, as many as fit into one search."""
         taken = [self._waiting.popleft()]
         size = len(taken[0].queries)
         while self._waiting and size + len(self._waiting[0].queries) <= self._max_batch:
@@ -117,36 +114,36 @@ class Batcher:
             if len(requests) == 1:
                 _fail(requests[0], error)
             else:
-                # One request may be at fault: it alone shall fail.
+                # One request may have caused the error: search for each alone, so that only that one fails.
                 for request in requests:
                     await self._answer([request])
         else:
-            # What failed is not asked for again: that would multiply the wait for what is out of order.
+            # Failed queries are not searched again: during an outage that would multiply the waiting time.
             for request in requests:
                 _answer(request, found[: len(request.queries)])
                 del found[: len(request.queries)]
 
-    def _search_in_turn(self) -> None:
-        """What the thread does, until it gets None."""
+    def _run_searches(self) -> None:
+        """Run searches in the thread until the queue yields None."""
         while search := self._searches.get():
             if not search.found.set_running_or_notify_cancel():
                 continue
             try:
-                found = ask(self._retriever, search.queries, search.top_k)
+                found = search_outcomes(self._retriever, search.queries, search.top_k)
             except BaseException as error:
                 search.found.set_exception(error)
             else:
                 search.found.set_result(found)
 
 
-def _answer(request: _Request, outcomes: list[Outcome]) -> None:
-    """Answer a request; it fails if one of its queries did."""
+def _answer(request: _Request, outcomes: list[SearchOutcome]) -> None:
+    """Complete a request; it fails if one of its queries failed."""
     try:
         results = unwrap(outcomes)
     except RetrievalError as error:
         _fail(request, error)
     else:
-        # An answer is done already where the one who waited was cancelled.
+        # The answer is done already if its request was cancelled.
         if not request.answer.done():
             request.answer.set_result(results)
 

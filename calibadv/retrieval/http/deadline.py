@@ -1,4 +1,4 @@
-"""HTTP connections whose answers are over by a deadline, however slowly they drip."""
+"""HTTP connections with a deadline for the whole response."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 
 
 def open_pool(connections: int) -> PoolManager:
-    """Make a pool of connections, in which the total of a request's ``urllib3.Timeout`` bounds the whole answer.
+    """Make a connection pool in which the total of a request's ``urllib3.Timeout`` limits the whole response.
 
-    urllib3 by itself applies it to each receipt of bytes anew, so that one byte now and then holds the caller for ever.
+    urllib3 itself restarts the timeout with every received byte, so a slowly dripping response can block the caller
+    indefinitely.
     """
     pool = PoolManager(maxsize=connections)
     pool.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
@@ -24,12 +25,12 @@ def open_pool(connections: int) -> PoolManager:
 
 
 class _Stream(io.RawIOBase):
-    """Bytes as a socket receives them, until a deadline."""
+    """The bytes that a socket receives until a deadline."""
 
     def __init__(self, received: io.RawIOBase, connection: socket.socket) -> None:
         self._received = received
         self._connection = connection
-        # What urllib3 has just set: what is left of the total, after connecting and sending.
+        # urllib3 has just set the timeout to the rest of the total after connecting and sending.
         seconds = connection.gettimeout()
         assert seconds is not None
         self._deadline = time.monotonic() + seconds
@@ -40,10 +41,10 @@ class _Stream(io.RawIOBase):
 
     @override
     def readinto(self, buffer: Any) -> int | None:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
             raise TimeoutError("timed out")
-        self._connection.settimeout(left)
+        self._connection.settimeout(remaining)
         return self._received.readinto(buffer)
 
     @override

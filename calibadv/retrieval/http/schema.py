@@ -1,4 +1,4 @@
-"""Search-R1's HTTP protocol: what stands in the bodies of ``POST /retrieve`` and of its answer."""
+"""Search-R1's HTTP protocol: the bodies of ``POST /retrieve`` and of its response."""
 
 from __future__ import annotations
 
@@ -14,18 +14,13 @@ from calibadv.types import Document, ScoredDocument
 Results = list[list[ScoredDocument]]
 
 SEARCH_FAILED = "X-Search-Failed"
-"""Header of a 502 that is due to a query of the request: what the retriever depends on is not away."""
+"""Header of a 502 that a query of the request caused, not an outage of the retriever's backend."""
 
 _EXAMPLE = '{"queries": ["who ..."], "topk": 3, "return_scores": true}'
 
 
 class RequestError(ValueError):
-    """A request that cannot be answered.
-
-    Args:
-        status: of the response.
-        reason: what is wrong with it.
-    """
+    """An invalid request, with the status of its response."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -33,7 +28,7 @@ class RequestError(ValueError):
 
 
 class SearchRequest(NamedTuple):
-    """What a request asks for."""
+    """The contents of a request."""
 
     queries: list[str]
     top_k: int
@@ -41,7 +36,7 @@ class SearchRequest(NamedTuple):
 
 
 def parse_request(body: bytes, default_top_k: int, max_queries: int, max_top_k: int) -> SearchRequest:
-    """Read the body of ``POST /retrieve``.
+    """Parse the body of ``POST /retrieve``.
 
     ``queries`` is a list or one text; some clients call it ``query``. ``topk`` may be missing or null.
     """
@@ -61,23 +56,23 @@ def parse_request(body: bytes, default_top_k: int, max_queries: int, max_top_k: 
     return SearchRequest(_parse_queries(record, max_queries), top_k, bool(return_scores))
 
 
-def _parse_queries(record: dict[str, Any], most: int) -> list[str]:
+def _parse_queries(record: dict[str, Any], max_queries: int) -> list[str]:
     name = next((name for name in ("queries", "query") if record.get(name) is not None), None)
     if name is None:
         raise RequestError(422, f"the body has no 'queries'; send {_EXAMPLE}")
     queries = [record[name]] if isinstance(record[name], str) else record[name]
     if not isinstance(queries, list):
         raise RequestError(422, f"{name} is {queries!r:.60}; it must be a list of strings")
-    if len(queries) > most:
-        raise RequestError(422, f"{name} holds {len(queries)} queries; send at most {most} at once")
-    for place, query in enumerate(queries):
+    if len(queries) > max_queries:
+        raise RequestError(422, f"{name} holds {len(queries)} queries; send at most {max_queries} at once")
+    for i, query in enumerate(queries):
         if not isinstance(query, str):
-            raise RequestError(422, f"{name}[{place}] is {query!r:.60}; it must be a string")
+            raise RequestError(422, f"{name}[{i}] is {query!r:.60}; it must be a string")
     return queries
 
 
 def render_results(found: Results, return_scores: bool) -> dict[str, Any]:
-    """Shape results as the protocol has them."""
+    """Return the body of a response."""
     if return_scores:
         return {"result": [[{"document": _render(hit.document), "score": hit.score} for hit in hits] for hits in found]}
     return {"result": [[_render(hit.document) for hit in hits] for hits in found]}
@@ -88,7 +83,7 @@ def _render(document: Document) -> dict[str, str]:
 
 
 def join_contents(title: str, text: str) -> str:
-    r"""Write title and text as one, in Search-R1's form: ``"\"Title\"\ntext"``, or the text alone without a title."""
+    r"""Join title and text in Search-R1's form: ``"\"Title\"\ntext"``, or the text alone without a title."""
     if not title and "\n" not in text:
         return text
     title = title.replace("\n", " ")
@@ -96,16 +91,16 @@ def join_contents(title: str, text: str) -> str:
 
 
 def parse_results(body: bytes, queries: int, top_k: int) -> Results:
-    """Read the answer to ``POST /retrieve``.
+    """Parse the response to ``POST /retrieve``; ValueError if it is invalid.
 
-    A hit is ``{"document": ..., "score": ...}`` or the document alone, as servers send it without scores; where there
-    is no score, the n-th hit has 1/n. A document is one of a corpus file. Servers that search the web send no id: the
-    document then has one made of its texts, so that the same texts are the same document.
+    A hit is ``{"document": ..., "score": ...}``, or the document alone if the server sends no scores; the n-th hit then
+    has the score 1/n. A document has the form of a corpus file. Servers that search the web send no id: the id is then
+    a hash of title and text, so that equal texts are the same document.
     """
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"what is not JSON ({error})") from error
+        raise ValueError(f"text that is not JSON ({error})") from error
     lists = answer.get("result") if isinstance(answer, dict) else None
     if not isinstance(lists, list) or not all(isinstance(hits, list) for hits in lists):
         raise ValueError(f"{answer!r:.60}, which is not an object with a list of lists as 'result'")
@@ -117,17 +112,17 @@ def parse_results(body: bytes, queries: int, top_k: int) -> Results:
     ]
 
 
-def _parse_hit(hit: Any, rank: int, place: str) -> ScoredDocument:
+def _parse_hit(hit: Any, rank: int, location: str) -> ScoredDocument:
     wrapped = isinstance(hit, dict) and "document" in hit
     record, score = (hit["document"], hit.get("score")) if wrapped else (hit, None)
     if not isinstance(record, dict):
-        raise ValueError(f"{place}, which is not a document but {record!r:.60}")
+        raise ValueError(f"{location}, which is not a document but {record!r:.60}")
     if score is None:
         score = 1 / rank
     elif not _is_finite(score):
-        raise ValueError(f"{place}, which has the score {score!r:.60}; it must be a number")
+        raise ValueError(f"{location}, which has the score {score!r:.60}; it must be a number")
     has_id = record.get("id") is not None
-    document = parse_document(record if has_id else {**record, "id": ""}, place)
+    document = parse_document(record if has_id else {**record, "id": ""}, location)
     if not has_id:
         texts = f"{document.title}\n{document.text}".encode()
         document = replace(document, id=f"text-{blake2b(texts, digest_size=8).hexdigest()}")
@@ -137,5 +132,5 @@ def _parse_hit(hit: Any, rank: int, place: str) -> ScoredDocument:
 def _is_finite(score: Any) -> bool:
     try:
         return type(score) in (int, float) and math.isfinite(score)
-    except OverflowError:  # a whole number beyond those that a float can hold
+    except OverflowError:  # an integer beyond the range of floats
         return False

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from calibadv.errors import UserError
-from calibadv.interfaces import OutageError, PartialRetrievalError, RetrievalError, Retriever
+from calibadv.errors import OutageError, PartialRetrievalError, RetrievalError, UserError
+from calibadv.interfaces import Retriever
+from calibadv.retrieval.checks import check_at_least
 from calibadv.retrieval.http.batcher import Batcher, BusyError
 from calibadv.retrieval.http.schema import SEARCH_FAILED, RequestError, parse_request, render_results
 
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-# Seconds that a client may leave its connection open without asking; longer than the pauses between two turns.
+# Seconds that an idle connection stays open; longer than the pauses between two turns of an agent.
 _KEEP_ALIVE = 75
-# Seconds that requests in flight are given after a signal to stop.
+# Seconds that requests in flight may take after a signal to stop.
 _GRACE = 60
 
 _log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What one request, and all together, may ask of a server.
+    """Limits of single requests and of a server in total.
 
     Raises:
         UserError: a limit is below 1.
@@ -51,22 +52,20 @@ class ServerLimits:
     max_top_k: int = 100
     """Documents per query."""
     max_batch: int = 256
-    """Queries that are searched for at once where several requests are put together."""
+    """Queries per search if several requests are combined."""
     max_pending: int = 16384
-    """Queries that wait or are searched for; a request beyond them is answered 503."""
+    """Queries that are waiting or being searched; a request beyond them is answered 503."""
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
+        check_at_least(1, **asdict(self))
 
 
 def make_app(retriever: Retriever, limits: ServerLimits | None = None) -> FastAPI:
     """Build the application: ``POST /retrieve`` and ``GET /health``.
 
-    Requests that arrive together are searched for together; one of whose queries the search failed fails alone. Each
-    error is ``{"error": reason}``, with status 400 (the body is not JSON), 413 (it is too long), 422 (it asks for what
-    cannot be answered), 502 (the retriever reports a failure), 503 (too many queries wait, or the server stops) or 500.
+    Requests that arrive together are combined into one search; only requests with a failed query fail. Each error is
+    ``{"error": reason}``, with status 400 (the body is not JSON), 413 (the body is too long), 422 (the request is
+    invalid), 502 (the retriever reports a failure), 503 (too many pending queries, or the server stops) or 500.
     """
     _require_packages()
     from fastapi import FastAPI
@@ -82,40 +81,38 @@ def make_app(retriever: Retriever, limits: ServerLimits | None = None) -> FastAP
             yield
 
     async def retrieve(request: Request) -> Response:
-        body = await _read_body(request, limits.max_body_bytes)
-        wanted = parse_request(body, retriever.top_k, limits.max_queries, limits.max_top_k)
-        return _json(200, render_results(await batcher.search(wanted.queries, wanted.top_k), wanted.return_scores))
+        try:
+            body = await _read_body(request, limits.max_body_bytes)
+            wanted = parse_request(body, retriever.top_k, limits.max_queries, limits.max_top_k)
+            found = await batcher.search(wanted.queries, wanted.top_k)
+            return _json(200, render_results(found, wanted.return_scores))
+        except (Exception, asyncio.CancelledError) as error:
+            return _error_response(error)
 
     async def health(request: Request) -> Response:
         documents = None if retriever.corpus is None else len(retriever.corpus)
         about = {"retriever": type(retriever).__name__, "documents": documents, "top_k": retriever.top_k}
         return _json(200, {"status": "ok", **about})
 
-    async def answer_safely(request: Request) -> Response:
-        try:
-            return await retrieve(request)
-        except (Exception, asyncio.CancelledError) as error:
-            return _refusal(error)
-
     async def refuse_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return _error(error.status_code, f"{request.method} {request.url.path}: {error.detail}", error.headers)
 
     return FastAPI(
-        routes=[Route("/retrieve", answer_safely, methods=["POST"]), Route("/health", health, methods=["GET"])],
+        routes=[Route("/retrieve", retrieve, methods=["POST"]), Route("/health", health, methods=["GET"])],
         exception_handlers={HTTPException: refuse_route},
         lifespan=lifespan,
-        openapi_url=None,  # the routes read their bodies themselves, so FastAPI has nothing to describe
+        openapi_url=None,  # the routes parse their bodies themselves, so there is no schema to describe
     )
 
 
 def run_server(
     retriever: Retriever, host: str = "127.0.0.1", port: int = 8000, limits: ServerLimits | None = None
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then answer what is in flight and return.
+    """Serve until SIGINT or SIGTERM, then answer the requests in flight and return.
 
-    After a second signal, or 60 s, what is still in flight is answered 503. A search that runs then goes on in a thread
-    that ends with the process.
+    After a second signal, or 60 s, requests still in flight are answered 503. A running search continues in a daemon
+    thread, which ends with the process.
     """
     app = make_app(retriever, limits)
     import uvicorn
@@ -137,15 +134,34 @@ def run_server(
             server.run(sockets=[listener])
 
 
-def _refusal(error: BaseException) -> Response:
-    """What a client is told of an error; called where it is handled."""
+def listen(host: str, port: int) -> socket.socket:
+    """Open the listening socket of a server."""
+    if not 0 <= port < 2**16:
+        raise UserError(f"port is {port}; it must be from 0 to 65535")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # localhost may have addresses of both families; clients use 127.0.0.1.
+        family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        listener = socket.create_server(address, family=family)
+    except OSError as error:
+        # strerror of a system error repeats the address; errors of name resolution have negative numbers.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise UserError(f"cannot listen on host '{host}', port {port} ({reason}); give another host or port") from error
+    # Connections inherit it. asyncio does not set it on sockets that it did not open, and without it the body of a
+    # response waits 40 ms for the acknowledgement of its headers.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def _error_response(error: BaseException) -> Response:
+    """Return the response for an error; called where it is handled, so that the log has the traceback."""
     if isinstance(error, RequestError):
         return _error(error.status, str(error))
     if isinstance(error, RetrievalError):
         return _error(502, str(error), None if _is_outage(error) else {SEARCH_FAILED: "true"})
     if isinstance(error, BusyError):
         return _error(503, str(error), {"Retry-After": "1"})
-    if isinstance(error, asyncio.CancelledError):  # by the server, when it does not wait any longer
+    if isinstance(error, asyncio.CancelledError):  # cancelled by the server after the grace period
         return _error(503, "the server stops; ask another one, or this one when it is up again")
     _log.exception("a search failed")
     cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
@@ -153,21 +169,21 @@ def _refusal(error: BaseException) -> Response:
 
 
 def _is_outage(error: RetrievalError) -> bool:
-    """Whether all that failed did so because what the retriever asks is away."""
+    """Tell if all failures are due to an outage of the retriever's backend."""
     results = error.results if isinstance(error, PartialRetrievalError) else [error]
     return all(isinstance(result, OutageError) for result in results if isinstance(result, RetrievalError))
 
 
-async def _read_body(request: Request, most: int) -> bytes:
-    """Read no more than is allowed, whatever the request says of its own length."""
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    """Read a body up to a limit, without trust in its Content-Length."""
     from starlette.requests import ClientDisconnect
 
     body = bytearray()
     try:
         async for chunk in request.stream():
             body += chunk
-            if len(body) > most:
-                raise RequestError(413, f"the body has more than {most} bytes; send fewer queries at once")
+            if len(body) > max_bytes:
+                raise RequestError(413, f"the body has more than {max_bytes} bytes; send fewer queries at once")
     except ClientDisconnect as error:
         raise RequestError(400, "the connection ended before the body did") from error
     return bytes(body)
@@ -176,7 +192,7 @@ async def _read_body(request: Request, most: int) -> bytes:
 def _json(status: int, value: Any, headers: dict[str, str] | None = None) -> Response:
     from starlette.responses import Response
 
-    # Escaped, because a text may hold half of a surrogate pair, which UTF-8 cannot.
+    # ASCII escapes, since a text may hold half of a surrogate pair, which UTF-8 cannot encode.
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return Response(text, status, headers, media_type="application/json")
 
@@ -195,38 +211,19 @@ def _require_packages() -> None:
         ) from error
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Open the socket that a server listens on."""
-    if not 0 <= port < 2**16:
-        raise UserError(f"port is {port}; it must be from 0 to 65535")
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        # localhost may have both kinds of address; clients write 127.0.0.1.
-        family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-        listener = socket.create_server(address, family=family)
-    except OSError as error:
-        # Python's own text repeats the address, but for a name that cannot be resolved, whose number is below 0.
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        raise UserError(f"cannot listen on host '{host}', port {port} ({reason}); give another host or port") from error
-    # Connections inherit it. asyncio does not set it on sockets that are opened for it, and without it the body of an
-    # answer waits 40 ms for the acknowledgement of its head.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
-
-
 def _greeting(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/retrieve"
     if ip_address(host).is_loopback:
         return f"serving at {url}, for this machine only; Ctrl-C stops it"
-    return f"serving at {url}; WARNING: whoever can reach this machine may query it; Ctrl-C stops it"
+    return f"serving at {url}; WARNING: anyone who can reach this machine may query it; Ctrl-C stops it"
 
 
 def _new_server(config: uvicorn.Config) -> uvicorn.Server:
     import uvicorn
 
     class Server(uvicorn.Server):
-        """Ends in order after each signal: uvicorn's own drops requests after the second, and raises all again."""
+        """A server that answers all requests when stopped: uvicorn drops them after the second signal."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if self.should_exit:
@@ -239,7 +236,7 @@ def _new_server(config: uvicorn.Config) -> uvicorn.Server:
 
 @contextmanager
 def _stop_on_signals(server: uvicorn.Server) -> Iterator[None]:
-    """Heed signals that come before uvicorn does so, and after."""
+    """Handle signals that arrive before uvicorn installs its handlers, and after it removes them."""
     before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -1,1 +1,1 @@
-"""Indexes of a corpus: building, checking and opening them."""
+"""Indexes of a corpus: building, verifying and opening."""

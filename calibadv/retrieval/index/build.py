@@ -1,4 +1,4 @@
-"""What ``calibadv index`` does: a corpus becomes a folder that retrievers open, resumably."""
+"""The command ``calibadv index``: build an index folder, resumably, or verify one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from rich.table import Table
 from calibadv.errors import UserError, one_line
 from calibadv.io.files import remove, replace_durably, write_atomically
 from calibadv.io.jsonl import UnreadableError
-from calibadv.retrieval._metadata import read_record
-from calibadv.retrieval.corpus.arrow import ArrowCorpus
+from calibadv.retrieval._metadata import read_metadata
+from calibadv.retrieval.corpus.base import Corpus
 from calibadv.retrieval.corpus.convert import Source, convert
 from calibadv.retrieval.corpus.size import Sample, check_disk, free_disk
-from calibadv.retrieval.index.builders import BM25Index, Cost, FaissIndex, IndexBackend
+from calibadv.retrieval.index.builders import BM25Builder, FaissBuilder, IndexBuilder
+from calibadv.retrieval.index.cost import IndexCost
 from calibadv.retrieval.index.manifest import (
     CORPUS_FOLDER,
     INDEX_NAMES,
@@ -34,11 +35,11 @@ from calibadv.retrieval.index.manifest import (
 )
 from calibadv.retrieval.index.open import open_source, sample_corpus
 
-# Folder of what is not whole yet. All of it, and the plan in UNFINISHED, is removed at the end.
+# Folder of partial results. It and the plan in UNFINISHED are removed at the end.
 _WORK = "partial"
-_KINDS: dict[Backend, Callable[..., IndexBackend]] = {"bm25": BM25Index, "faiss": FaissIndex}
-# What may be another after a kill, as the result is the same up to rounding.
-_FREE = ("batch_size", "device")
+_BUILDERS: dict[Backend, Callable[..., IndexBuilder]] = {"bm25": BM25Builder, "faiss": FaissBuilder}
+# Options that may change when a build is resumed, since the result is the same up to rounding.
+_CHANGEABLE = ("batch_size", "device")
 
 
 def index(  # noqa: PLR0913 - its parameters are the options of the command
@@ -55,7 +56,24 @@ def index(  # noqa: PLR0913 - its parameters are the options of the command
     passage_prompt: str | None = None,
     verify: Path | None = None,
 ) -> None:
-    """Build an index, which BM25 or Dense opens. After a kill, the same command goes on where it stopped."""
+    """Build an index for BM25 or Dense. After a kill, the same command resumes where it stopped.
+
+    Args:
+        corpus: JSON-lines file, plain or gzip; folder of an index, to index its corpus again; or 'embedded'. Required
+            to build.
+        out: Folder to write; it must be empty, not exist, or have been begun by the same command. Required to build.
+        backend: 'bm25' searches by words, 'faiss' by meaning. Required to build.
+        encoder: For faiss: 'minilm' (the default), or a folder or hub name of sentence-transformers.
+        factory: For faiss: index type as faiss.index_factory reads it, such as 'IVF4096,Flat' or 'HNSW32'; 'Flat' by
+            default.
+        stopwords: For bm25: a language that bm25s knows ('english' by default), 'none', or a list of words.
+        stemmer: For bm25: a language of PyStemmer; no stemming by default.
+        batch_size: For faiss: passages that are encoded together, 64 by default.
+        device: For faiss: device of the encoder, such as 'cuda'; an accelerator by default, if there is one.
+        query_prompt: For faiss: text put before queries; the encoder's own by default.
+        passage_prompt: For faiss: text put before passages; the encoder's own by default.
+        verify: Index to compare with the digests of its build, instead of building one.
+    """
     options = {
         "encoder": encoder,
         "factory": factory,
@@ -71,11 +89,14 @@ def index(  # noqa: PLR0913 - its parameters are the options of the command
     if verify is not None:
         _verify(verify, {**needed, **options})
     elif corpus is None or out is None or backend is None:
-        missing = [f"--{name} VALUE" for name, value in needed.items() if value is None]
-        are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
-        raise UserError(f"{' and '.join(missing)} {are} missing; give {them}, or --verify DIR alone to check an index")
+        raise _missing_options([f"--{name} VALUE" for name, value in needed.items() if value is None])
     else:
-        _make(corpus, out, backend, options)
+        _build_folder(corpus, out, backend, options)
+
+
+def _missing_options(missing: list[str]) -> UserError:
+    are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+    return UserError(f"{' and '.join(missing)} {are} missing; give {them}, or --verify DIR alone to check an index")
 
 
 def _verify(folder: Path, given: dict[str, Any]) -> None:
@@ -89,61 +110,65 @@ def _verify(folder: Path, given: dict[str, Any]) -> None:
     )
 
 
-def _make(corpus: str, out: Path, backend: Backend, given: dict[str, Any]) -> None:
-    options = _own_options(backend, given)
+def _build_folder(corpus: str, out: Path, backend: Backend, given: dict[str, Any]) -> None:
+    options = _builder_options(backend, given)
     source = open_source(corpus)
     plan = {"corpus": source.identity, "backend": backend, **options}
-    for name in _FREE:
+    for name in _CHANGEABLE:
         plan.pop(name, None)
-    if not _is_finished(out, plan):
-        kind = _KINDS[backend](**options)
+    if not _is_built(out, plan):
+        builder = _BUILDERS[backend](**options)
         sample = sample_corpus(corpus)
         if sample.exact:
-            kind.check(sample.total)
-        _announce(sample, kind.cost(sample), out)
+            builder.check(sample.total)
+        _print_estimate(sample, builder.cost(sample), out)
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     with _resumable(out), _locked(out):
-        if not _is_finished(out, plan):
-            documents = _convert(source, kind, out, plan, missing)
-            _build(kind, documents, out)
-            write_manifest(out, backend, documents, kind.settings)
+        if not _is_built(out, plan):
+            documents = _convert(source, builder, out, plan, missing)
+            _build(builder, documents, out)
+            write_manifest(out, backend, documents, builder.settings)
         shutil.rmtree(out / _WORK)
         (out / UNFINISHED).unlink()
 
 
-def _own_options(backend: Backend, given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a backend, those that were not given at their defaults."""
-    own = {option.name: option.default for option in inspect.signature(_KINDS[backend]).parameters.values()}
+def _builder_options(backend: Backend, given: dict[str, Any]) -> dict[str, Any]:
+    """Return all options of a backend, with defaults for those that were not given."""
+    own = {option.name: option.default for option in inspect.signature(_BUILDERS[backend]).parameters.values()}
     for name in given:
         if name not in own:
-            other = next(other for other in _KINDS if other != backend)
+            other = next(other for other in _BUILDERS if other != backend)
             raise UserError(f"--{name} is an option of --backend {other}, and this is {backend}; leave one of them out")
     options = {**own, **given}
     folder = Path(options.get("encoder", "minilm")).expanduser()
     if folder.is_dir() and str(folder) != "minilm":
-        # Whoever opens the index may do so from another folder.
+        # The index may be opened from another working folder.
         options["encoder"] = str(folder.absolute())
     return options
 
 
-def _is_finished(out: Path, plan: dict[str, Any]) -> bool:
-    """Whether only the sweeping is left; refuses a folder that holds anything else than this plan's work."""
-    begun = read_record(out / UNFINISHED, {}, "remove the folder") if (out / UNFINISHED).exists() else None
+def _is_built(out: Path, plan: dict[str, Any]) -> bool:
+    """Tell if only the removal of partial results is left; refuse a folder with anything but this plan's files."""
+    begun = read_metadata(out / UNFINISHED, {}, "remove the folder") if (out / UNFINISHED).exists() else None
     if (out / MANIFEST).exists():
-        if begun == plan:
-            return True
-        raise UserError(f"out '{out}' holds a finished index; name another folder, or remove it")
-    if begun is None:
-        if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {_WORK}):
-            raise UserError(f"out '{out}' is not an empty folder; name another folder, or remove it")
-    elif begun != plan:
-        names = [name for name in {**begun, **plan} if begun.get(name) != plan.get(name)]
-        was, now = (", ".join(f"{name} {content.get(name)}" for name in names) for content in (begun, plan))
-        raise UserError(f"out '{out}' was begun with {was}, and this is {now}; give what it was, or remove the folder")
+        if begun != plan:
+            raise UserError(f"out '{out}' holds a finished index; name another folder, or remove it")
+        return True
+    if begun is not None:
+        _check_plan(out, begun, plan)
+    elif out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {_WORK}):
+        raise UserError(f"out '{out}' is not an empty folder; name another folder, or remove it")
     return False
 
 
-def _announce(sample: Sample, cost: Cost, out: Path) -> None:
+def _check_plan(out: Path, begun: dict[str, Any], plan: dict[str, Any]) -> None:
+    changed = [name for name in {**begun, **plan} if begun.get(name) != plan.get(name)]
+    if changed:
+        was, now = (", ".join(f"{name} {content.get(name)}" for name in changed) for content in (begun, plan))
+        raise UserError(f"out '{out}' was begun with {was}, and this is {now}; give what it was, or remove the folder")
+
+
+def _print_estimate(sample: Sample, cost: IndexCost, out: Path) -> None:
     """Print the estimate, and refuse a disk that is too small for it."""
     kept = sample.corpus_bytes + cost.index_bytes
     peak = kept + cost.temporary_bytes
@@ -158,13 +183,13 @@ def _announce(sample: Sample, cost: Cost, out: Path) -> None:
     if cost.unknown:
         table.add_row("not counted", cost.unknown)
     console.print(table)
-    there = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    check_disk(peak - there, free_disk(out), out)
+    existing = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    check_disk(peak - existing, free_disk(out), out)
 
 
 @contextmanager
 def _resumable(out: Path) -> Iterator[None]:
-    """Where the disk fails once the work has begun, say that it can go on."""
+    """Turn a disk error during the build into advice to resume it."""
     try:
         yield
     except OSError as error:
@@ -192,13 +217,13 @@ def _locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _convert(source: Source, kind: IndexBackend, out: Path, plan: dict[str, Any], missing: list[Path]) -> ArrowCorpus:
-    """Convert the corpus. If it will not do, nothing of the index remains, nor the folders that were missing."""
+def _convert(source: Source, builder: IndexBuilder, out: Path, plan: dict[str, Any], missing: list[Path]) -> Corpus:
+    """Convert the corpus. If it is invalid, remove all files, and the folders that did not exist before."""
     write_atomically(out / UNFINISHED, json.dumps(plan), partial=out / _WORK / UNFINISHED)
     try:
         documents = convert(source, out / CORPUS_FOLDER)
-        kind.check(len(documents))
-    except UnreadableError:  # as a share that is away for a moment: what was converted stays
+        builder.check(len(documents))
+    except UnreadableError:  # perhaps for a moment, as on a network share: keep the converted shards
         raise
     except ValueError:
         shutil.rmtree(out / CORPUS_FOLDER)
@@ -210,15 +235,15 @@ def _convert(source: Source, kind: IndexBackend, out: Path, plan: dict[str, Any]
     return documents
 
 
-def _build(kind: IndexBackend, documents: ArrowCorpus, out: Path) -> None:
-    name = INDEX_NAMES[kind.name]
+def _build(builder: IndexBuilder, documents: Corpus, out: Path) -> None:
+    name = INDEX_NAMES[builder.name]
     target, partial = out / name, out / _WORK / name
     if target.exists():
         return
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
     try:
-        kind.build(documents, partial, out / _WORK)
+        builder.build(documents, partial, out / _WORK)
         replace_durably(partial, target)
-    finally:  # it may be large, and is not gone on with
+    finally:  # a partial index may be large, and cannot be resumed
         if partial.exists():
             remove(partial)

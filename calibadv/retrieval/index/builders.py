@@ -1,4 +1,4 @@
-"""The kinds of index that ``calibadv index`` builds: what each costs, and how it is built."""
+"""The index types of ``calibadv index``: estimate of the cost, and building."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,86 +16,49 @@ from typing_extensions import override
 
 from calibadv.io.files import save_array
 from calibadv.io.progress_bar import progress_bar
-from calibadv.retrieval.corpus.base import Corpus, searched_text
+from calibadv.retrieval.corpus.base import Corpus, searchable_text
 from calibadv.retrieval.corpus.size import Sample
-from calibadv.retrieval.index.cost import index_size, peak_memory
+from calibadv.retrieval.index.cost import IndexCost, index_size, peak_memory
 from calibadv.retrieval.index.manifest import Backend
 from calibadv.types import Document
 
-# Documents whose embeddings are one file, the most that a kill costs; and how many are encoded between two steps of the
-# progress bar.
-SHARD_ROWS = 1 << 13
+# Documents per file of embeddings: a killed build encodes at most so many again.
+_SHARD_ROWS = 1 << 13
+# Documents encoded between two steps of the progress bar.
 _STEP_ROWS = 1 << 10
 _TIMED_DOCUMENTS = 32
 # Peak memory of building with bm25s, measured on 10^4 and 10^5 passages of 100 words.
 _BM25_BYTES_PER_WORD, _BM25_BYTES = 20, 64_000_000
-# Heaps' law: n times the text has about n ** 0.6 times the different words; each has so many bytes in the vocabulary.
-_HEAPS, _VOCABULARY_BYTES = 0.6, 20
+# Heaps' law: n times the text has about n ** 0.6 times the different words.
+_HEAPS_EXPONENT, _VOCABULARY_BYTES_PER_WORD = 0.6, 20
 _LARGE_CORPUS = 20_000
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What an index needs, beside the corpus.
+class IndexBuilder(ABC):
+    """Builder of one type of index.
 
     Attributes:
-        index_bytes: on disk, at the end.
-        temporary_bytes: on disk, until then.
-        memory_bytes: of the process, at its peak.
-        seconds: to build it.
-        unknown: what the figures leave out, for the user.
-    """
-
-    index_bytes: int
-    temporary_bytes: int
-    memory_bytes: int
-    seconds: float
-    unknown: str = ""
-
-
-class IndexBackend(ABC):
-    """One kind of index.
-
-    Attributes:
-        name: as the manifest has it.
-        settings: what the manifest keeps.
+        name: name of the type in the manifest.
+        settings: settings for the manifest.
     """
 
     name: Backend
     settings: dict[str, Any]
 
-    def check(self, documents: int) -> None:  # noqa: B027  # most kinds are built of any corpus
-        """Refuse a corpus that this kind of index cannot be built of."""
+    def check(self, documents: int) -> None:  # noqa: B027  # most types need no check
+        """Refuse a corpus with too few documents for this type of index."""
 
     @abstractmethod
-    def cost(self, sample: Sample) -> Cost:
-        """Estimate, by trying it on a few documents.
-
-        Args:
-            sample: of the corpus.
-
-        Returns:
-            The cost.
-        """
+    def cost(self, sample: Sample) -> IndexCost:
+        """Estimate the cost of the index by a trial on a few documents."""
 
     @abstractmethod
     def build(self, corpus: Corpus, target: Path, work: Path) -> None:
-        """Build the index.
-
-        Args:
-            corpus: the documents.
-            target: file or folder to write.
-            work: folder for parts that a later run may go on with.
-        """
+        """Write the index to ``target``; ``work`` is a folder for parts from which a later run may resume."""
 
 
-class BM25Index(IndexBackend):
-    """An index for ``BM25``.
-
-    Args:
-        stopwords: words that are not searched for.
-        stemmer: how words are stemmed, if at all.
-    """
+class BM25Builder(IndexBuilder):
+    """Builder of an index for ``BM25``."""
 
     name: Backend = "bm25"
 
@@ -104,19 +66,19 @@ class BM25Index(IndexBackend):
         self.settings = {"stopwords": stopwords, "stemmer": stemmer}
 
     @override
-    def cost(self, sample: Sample) -> Cost:
+    def cost(self, sample: Sample) -> IndexCost:
         from calibadv.retrieval.index.bm25 import build_bm25
 
         build_bm25(sample.documents[:8], **self.settings, show_progress=False)  # not timed: imports
         start = time.perf_counter()
         build_bm25(sample.documents, **self.settings, show_progress=False)
         seconds = time.perf_counter() - start
-        words = [re.findall(r"\w\w+", searched_text(d).lower()) for d in sample.documents]
-        postings = sample.scale(sum(len(set(found)) for found in words))
-        vocabulary = len(set(chain.from_iterable(words))) * (sample.total / len(words)) ** _HEAPS
-        disk = 8 * postings + round(_VOCABULARY_BYTES * vocabulary)  # a posting is a float32 and an int32
-        memory = _BM25_BYTES + sample.scale(_BM25_BYTES_PER_WORD * sum(map(len, words)))
-        return Cost(disk, 0, peak_memory() + memory, sample.scale(seconds))
+        words = [re.findall(r"\w\w+", searchable_text(d).lower()) for d in sample.documents]
+        postings = sample.extrapolate(sum(len(set(found)) for found in words))
+        vocabulary = len(set(chain.from_iterable(words))) * (sample.total / len(words)) ** _HEAPS_EXPONENT
+        disk = 8 * postings + round(_VOCABULARY_BYTES_PER_WORD * vocabulary)  # a posting is a float32 and an int32
+        memory = _BM25_BYTES + sample.extrapolate(_BM25_BYTES_PER_WORD * sum(map(len, words)))
+        return IndexCost(disk, 0, peak_memory() + memory, sample.extrapolate(seconds))
 
     @override
     def build(self, corpus: Corpus, target: Path, work: Path) -> None:
@@ -125,20 +87,8 @@ class BM25Index(IndexBackend):
         save_bm25(build_bm25(corpus, **self.settings, show_progress=len(corpus) >= _LARGE_CORPUS), target)
 
 
-class FaissIndex(IndexBackend):
-    """An index for ``Dense``.
-
-    Args:
-        encoder: of ``Encoder``.
-        factory: index type, as ``faiss.index_factory`` reads it.
-        query_prompt: put before queries; the encoder's own by default.
-        passage_prompt: put before passages; the encoder's own by default.
-        batch_size: passages that are encoded together.
-        device: where the encoder runs.
-
-    Raises:
-        UserError: there is no such encoder, or faiss does not make such an index.
-    """
+class FaissBuilder(IndexBuilder):
+    """Builder of an index for ``Dense``."""
 
     name: Backend = "faiss"
 
@@ -167,24 +117,25 @@ class FaissIndex(IndexBackend):
 
     @override
     def check(self, documents: int) -> None:
-        from calibadv.retrieval.index.faiss import check_count
+        from calibadv.retrieval.index.faiss import check_trainable
 
-        check_count(self._index, self.settings["factory"], documents)
+        check_trainable(self._index, self.settings["factory"], documents)
 
     @override
-    def cost(self, sample: Sample) -> Cost:
+    def cost(self, sample: Sample) -> IndexCost:
         documents = sample.documents[:: max(1, len(sample.documents) // _TIMED_DOCUMENTS)][:_TIMED_DOCUMENTS]
-        self._encoder.encode_passages(documents[:4])  # not timed: the first call prepares more than it encodes
+        self._encoder.encode_passages(documents[:4])  # not timed: the first call includes one-time preparation
         start = time.perf_counter()
         self._encoder.encode_passages(documents)
         seconds = (time.perf_counter() - start) * sample.total / len(documents)
         embeddings = 4 * self.settings["dimension"] * sample.total
         index = self._size.fixed + round(self._size.per_vector * sample.total)
-        unknown = "" if self._size.trained else "time of training, "
-        unknown += "" if self.settings["factory"] == "Flat" else f"time of filling {self.settings['factory']}"
-        unknown += "" if self._size.known else ", what it takes beyond its vectors"
+        factory = self.settings["factory"]
+        unknown = [] if self._size.trained else ["time of training"]
+        unknown += [] if factory == "Flat" else [f"time of filling {factory}"]
+        unknown += [] if self._size.known else ["its size beyond the vectors"]
         training = 0 if self._size.trained else min(embeddings, self._size.training)
-        return Cost(index, embeddings, peak_memory() + index + training, seconds, unknown)
+        return IndexCost(index, embeddings, peak_memory() + index + training, seconds, ", ".join(unknown))
 
     @override
     def build(self, corpus: Corpus, target: Path, work: Path) -> None:
@@ -199,9 +150,9 @@ def encode_shards(
     corpus: Sequence[Document],
     encode: Callable[[Sequence[Document]], NDArray[np.float32]],
     folder: Path,
-    shard_rows: int = SHARD_ROWS,
+    shard_rows: int = _SHARD_ROWS,
 ) -> list[NDArray[np.float32]]:
-    """Encode a corpus into ``embeddings-00000.npy`` and so on; those that are there already are kept."""
+    """Encode a corpus into ``embeddings-00000.npy`` and so on; existing files are kept."""
     paths = [folder / f"embeddings-{shard:05d}.npy" for shard in range(-(-len(corpus) // shard_rows))]
     with progress_bar("Encoding the corpus", len(corpus), hidden=len(corpus) <= _STEP_ROWS) as advance:
         for shard, path in enumerate(paths):

@@ -1,4 +1,4 @@
-"""What an index will cost, before it is built."""
+"""Estimate of the size of an index before it is built."""
 
 from __future__ import annotations
 
@@ -8,15 +8,34 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class IndexCost:
+    """Resources to build and store an index, besides the corpus.
+
+    Attributes:
+        index_bytes: size of the index on disk.
+        temporary_bytes: size on disk of files that are removed at the end.
+        memory_bytes: peak memory of the process.
+        seconds: time to build the index.
+        unknown: costs that the figures do not include, for the user.
+    """
+
+    index_bytes: int
+    temporary_bytes: int
+    memory_bytes: int
+    seconds: float
+    unknown: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class IndexSize:
     """Size of a FAISS index.
 
     Attributes:
-        fixed: bytes that do not grow with the vectors: centroids of inverted files and of product quantizers.
-        per_vector: bytes of each vector; for a type of index that is not known here, those of the vector and a number.
-        known: whether the type is known.
-        trained: whether it can be filled without training.
-        training: bytes of the vectors that it is trained on, where there are so many.
+        fixed: bytes that do not depend on the number of vectors: centroids of IVF lists and of product quantizers.
+        per_vector: bytes per vector; for an unknown type of index, those of the vector and an id.
+        known: True if the size of the type is known.
+        trained: True if vectors can be added without training.
+        training: bytes of the vectors for training, if the corpus has as many.
     """
 
     fixed: int
@@ -27,36 +46,36 @@ class IndexSize:
 
 
 def index_size(index: Any) -> IndexSize:
-    """Say how large a FAISS index will be."""
+    """Return the size of a FAISS index from its parameters."""
     import faiss
 
     fixed, per_vector = _index_bytes(faiss, index)
     known = per_vector is not None
-    # Training takes at least 2 ** 16 vectors, and 64 for each centroid.
+    # Training uses at least 2 ** 16 vectors, and 64 for each centroid.
     training = max(4 * index.d << 16, 64 * fixed)
     return IndexSize(fixed, 4 * index.d + 8 if per_vector is None else per_vector, known, index.is_trained, training)
 
 
 def _index_bytes(faiss: Any, index: Any) -> tuple[int, float | None]:
     index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):  # its matrices are small
+    if isinstance(index, faiss.IndexPreTransform):  # the matrices of the transform are small
         return _index_bytes(faiss, index.index)
     quantizer = getattr(index, "pq", None)
     codebooks = 0 if quantizer is None else 4 * index.d * quantizer.ksub
     if isinstance(index, faiss.IndexIVF):
-        # Centroids; and each vector is stored with its number.
+        # The centroids of the lists; each vector is stored with its id.
         return codebooks + 4 * index.d * index.nlist, index.code_size + 8
     if isinstance(index, faiss.IndexHNSW):
         fixed, stored = _index_bytes(faiss, index.storage)
-        below, above = index.hnsw.nb_neighbors(0), index.hnsw.nb_neighbors(1)
-        # Links, four bytes each: all at the lowest level, and a share of 1/M in every further one (arXiv 1603.09320).
-        return fixed, None if stored is None else stored + 4 * (below + above / (above - 1)) + 12
+        lowest, upper = index.hnsw.nb_neighbors(0), index.hnsw.nb_neighbors(1)
+        # Links of four bytes: all vectors are at the lowest level, 1/M of each level at the next (arXiv 1603.09320).
+        return fixed, None if stored is None else stored + 4 * (lowest + upper / (upper - 1)) + 12
     size = getattr(index, "code_size", None)
     return codebooks, None if size is None else float(size)
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had resident."""
+    """Return the peak resident memory of this process in bytes."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""FAISS indexes over inner products: building, reading, and searching with ties in the order of the rows."""
+"""FAISS indexes over inner products: building, loading, and searching with ties in the order of the rows."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from numpy.typing import NDArray
 
 from calibadv.errors import UserError, one_line
 from calibadv.io.progress_bar import progress_bar
+from calibadv.retrieval.checks import check_at_least
 
-# From this many vectors on, filling an index may take longer than about two seconds.
+# From this many vectors on, filling an index may take more than about two seconds.
 _LARGE_INDEX = 100_000
-# FAISS itself asks for 39 training vectors per centroid and uses 256 at most; quantizers have up to 256 centroids.
+# FAISS asks for at least 39 training vectors per centroid and uses at most 256; quantizers have up to 256 centroids.
 _VECTORS_PER_CENTROID = 64
 _QUANTIZER_SAMPLE = 1 << 16
-# Where FAISS's errors come from, which they begin with: a C++ function, a file and line, and a condition.
-_PLACE = re.compile(r"^Error in .*? at \S+:\d+: (Error: )?('.*' failed: ?)?")
-# Candidates beyond top_k, among which ties and rounding are settled.
-_SPARE = 8
-# FAISS crashes where a memory-mapped file ends within a number, as one that is cut off in its header does; files below
+# The beginning of FAISS's error messages: a C++ function, a file and line, and a condition.
+_SOURCE_LOCATION = re.compile(r"^Error in .*? at \S+:\d+: (Error: )?('.*' failed: ?)?")
+# Candidates fetched beyond top_k, to resolve ties and rounding.
+_EXTRA_CANDIDATES = 8
+# FAISS crashes if a memory-mapped file ends within a number, as one that is cut off in its header does; files below
 # this size are read instead.
-_MAPPED_BYTES = 1 << 20
+_MIN_MAPPED_BYTES = 1 << 20
 _FACTORIES = "Flat, IVF4096,Flat, HNSW32 or another string of faiss.index_factory"
 
 
 def build_faiss(shards: Sequence[NDArray[np.float32]], count: int, dimension: int, factory: str) -> Any:
-    """Build an index in memory: ``make_index``, ``check_count`` and ``fill_index`` at once."""
+    """Build an index in memory: ``make_index``, ``check_trainable`` and ``fill_index`` in one call."""
     index = make_index(factory, dimension)
-    check_count(index, factory, count)
+    check_trainable(index, factory, count)
     fill_index(index, factory, shards, count)
     return index
 
 
 def make_index(factory: str, dimension: int) -> Any:
-    """Make an index without vectors, which shows what it will be like."""
+    """Make an index without vectors."""
     import faiss
 
     try:
@@ -47,14 +48,14 @@ def make_index(factory: str, dimension: int) -> Any:
             f"factory '{factory}' is not one that faiss makes for inner products of {dimension} dimensions "
             f"({_reason(error)}); give {_FACTORIES}"
         ) from error
-    if has_numbers(index):
-        raise UserError(f"factory '{factory}' has numbers of its own for vectors; leave out IDMap")
+    if _has_ids(index):
+        raise UserError(f"factory '{factory}' stores vector ids of its own; leave out IDMap")
     return index
 
 
-def check_count(index: Any, factory: str, count: int) -> None:
-    """Refuse to train an index on too few vectors, before they are made."""
-    centroids = most_centroids(index)
+def check_trainable(index: Any, factory: str, count: int) -> None:
+    """Refuse an index that needs more vectors for training than there are, before they are encoded."""
+    centroids = _max_centroids(index)
     if centroids > count:
         raise UserError(
             f"factory '{factory}' needs at least {centroids} vectors to train, and the corpus has {count} documents; "
@@ -63,13 +64,13 @@ def check_count(index: Any, factory: str, count: int) -> None:
 
 
 def fill_index(index: Any, factory: str, shards: Sequence[NDArray[np.float32]], count: int) -> None:
-    """Put vectors into an index. Where its type needs training, this takes vectors spread evenly over all."""
-    train_plainly(index)
+    """Train an index, if its type needs it, on evenly spaced vectors, and add all vectors."""
+    _disable_polysemous_training(index)
     try:
         if not index.is_trained:
             index.train(_training_sample(index, shards, count))
         if hasattr(index, "codes"):
-            # Reserves memory; grown step by step, it would need up to twice as much.
+            # Reserves memory; growing step by step, it would need up to twice as much.
             index.codes.resize(count * index.code_size)
         with progress_bar("Filling the index", count, hidden=count < _LARGE_INDEX) as advance:
             for shard in shards:
@@ -83,10 +84,10 @@ def fill_index(index: Any, factory: str, shards: Sequence[NDArray[np.float32]], 
 
 
 def save_faiss(index: Any, path: Path) -> None:
-    """Write an index."""
+    """Write an index to a file."""
     import faiss
 
-    # FAISS's own writer does not notice where the last bytes find no space.
+    # FAISS's own writer does not report a disk that is full when the last bytes are written.
     with path.open("wb") as file:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
 
@@ -96,7 +97,7 @@ def load_faiss(path: Path, count: int) -> Any:
     import faiss
 
     try:
-        mapped = path.stat().st_size >= _MAPPED_BYTES
+        mapped = path.stat().st_size >= _MIN_MAPPED_BYTES
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
     except (RuntimeError, MemoryError) as error:
         raise UserError(
@@ -107,10 +108,10 @@ def load_faiss(path: Path, count: int) -> Any:
             f"index file '{path}' does not compare by the inner product (FAISS metric {index.metric_type}); "
             "build it with faiss.METRIC_INNER_PRODUCT"
         )
-    if has_numbers(index):
+    if _has_ids(index):
         raise UserError(
-            f"index file '{path}' has numbers of its own for vectors, which need not be rows of the corpus; build it "
-            "without IDMap"
+            f"index file '{path}' stores vector ids of its own, which need not be rows of the corpus; build it without "
+            "IDMap"
         )
     if index.ntotal != count:
         raise UserError(
@@ -121,14 +122,13 @@ def load_faiss(path: Path, count: int) -> Any:
 
 
 def set_effort(index: Any, nprobe: int | None, ef_search: int | None) -> None:
-    """Say how much of an index a search looks at."""
+    """Set how much of an index a search visits: lists of an IVF index, candidates of an HNSW index."""
     import faiss
 
     for name, key, kind, value in (("nprobe", "nprobe", "IVF", nprobe), ("ef_search", "efSearch", "HNSW", ef_search)):
         if value is None:
             continue
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
+        check_at_least(1, **{name: value})
         try:
             faiss.ParameterSpace().set_index_parameter(index, key, value)
         except RuntimeError as error:
@@ -139,9 +139,9 @@ def set_effort(index: Any, nprobe: int | None, ef_search: int | None) -> None:
 def nearest_rows(index: Any, vectors: NDArray[np.float32], top_k: int) -> list[list[tuple[int, float]]]:
     """Find the rows with the largest inner products, ties in the order of the rows.
 
-    For Flat this is exact, and does not depend on which queries are searched together: FAISS multiplies in blocks, so
+    For Flat the result is exact and does not depend on the other queries of the batch: FAISS multiplies in blocks, so
     that its sums, and with them the order of equal vectors, depend on the position in a block. Other types are searched
-    as FAISS does, and only what it finds is ordered.
+    by FAISS, and only their results are ordered. ``vectors`` is [Q, D]; rows come with their scores, best first.
     """
     import faiss
 
@@ -156,11 +156,61 @@ def nearest_rows(index: Any, vectors: NDArray[np.float32], top_k: int) -> list[l
     return found
 
 
+def _has_ids(index: Any) -> bool:
+    """Tell if an index or a part of it stores an id with each vector, instead of numbering the rows."""
+    import faiss
+
+    return isinstance(_inner_index(index), faiss.IndexIDMap)
+
+
+def _max_centroids(index: Any) -> int:
+    """Return the largest number of centroids that one part of an index is trained for."""
+    import faiss
+
+    index = _inner_index(index)
+    if isinstance(index, faiss.IndexHNSW):
+        return _max_centroids(index.storage)
+    quantizer = getattr(index, "pq", None)
+    return max(getattr(index, "nlist", 0), 0 if quantizer is None else quantizer.ksub)
+
+
+def _disable_polysemous_training(index: Any) -> None:
+    """Turn off polysemous training (arXiv 1609.01882), which factory strings with PQ turn on.
+
+    It reorders the centroids for a filter that our searches do not use, and takes many times as long as the rest.
+    """
+    index = _inner_index(index)
+    if hasattr(index, "do_polysemous_training"):
+        index.do_polysemous_training = False
+
+
+def _inner_index(index: Any) -> Any:
+    """Return the index inside transforms of the vectors and refinements of the results."""
+    import faiss
+
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _inner_index(index.index)
+    return _inner_index(index.base_index) if isinstance(index, faiss.IndexRefine) else index
+
+
+def _training_sample(index: Any, shards: Sequence[NDArray[np.float32]], count: int) -> NDArray[np.float32]:
+    wanted = max(_QUANTIZER_SAMPLE, _VECTORS_PER_CENTROID * _max_centroids(index))
+    rows = np.linspace(0, count - 1, min(count, wanted)).astype(np.int64)
+    sample = np.empty((len(rows), index.d), np.float32)
+    start = 0
+    for shard in shards:
+        here = (start <= rows) & (rows < start + len(shard))
+        sample[here] = shard[rows[here] - start]
+        start += len(shard)
+    return sample
+
+
 def _exact_rows(index: Any, vectors: NDArray[np.float32], top_k: int) -> list[list[tuple[int, float]]]:
     import faiss
 
     stored = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
-    fetched = min(top_k + _SPARE, index.ntotal)
+    fetched = min(top_k + _EXTRA_CANDIDATES, index.ntotal)
     found = []
     for vector, scores, rows in zip(vectors, *index.search(vectors, fetched), strict=True):
         while True:
@@ -168,7 +218,7 @@ def _exact_rows(index: Any, vectors: NDArray[np.float32], top_k: int) -> list[li
             # Summed over the last axis, each row by itself: the same for any number of rows.
             exact = (candidates * vector).sum(axis=1)
             ranked = _ranked(rows, exact.astype(np.float32), top_k)
-            # What was not fetched has at most the last score that FAISS gave, but for its rounding.
+            # The score of a row that was not fetched is at most the last score of FAISS, up to rounding.
             norm = np.linalg.norm(candidates, axis=1).max() * np.linalg.norm(vector)
             if len(rows) == index.ntotal or ranked[-1][1] > scores[-1] + index.d * 2.0**-24 * norm:
                 break
@@ -183,61 +233,6 @@ def _ranked(rows: NDArray[np.int64], scores: NDArray[np.float32], top_k: int) ->
     return list(zip(rows[order].tolist(), scores[order].tolist(), strict=True))
 
 
-def _training_sample(index: Any, shards: Sequence[NDArray[np.float32]], count: int) -> NDArray[np.float32]:
-    wanted = max(_QUANTIZER_SAMPLE, _VECTORS_PER_CENTROID * most_centroids(index))
-    rows = np.linspace(0, count - 1, min(count, wanted)).astype(np.int64)
-    sample = np.empty((len(rows), index.d), np.float32)
-    start = 0
-    for shard in shards:
-        here = (start <= rows) & (rows < start + len(shard))
-        sample[here] = shard[rows[here] - start]
-        start += len(shard)
-    return sample
-
-
 def _reason(error: Exception) -> str:
-    """What FAISS says after the name of a C++ function and a place in its source."""
-    return _PLACE.sub("", one_line(error))
-
-
-def has_numbers(index: Any) -> bool:
-    """Whether an index, or a part of it, stores a number with each vector in the place of its row."""
-    import faiss
-
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        return has_numbers(index.index)
-    if isinstance(index, faiss.IndexRefine):
-        return has_numbers(index.base_index)
-    return isinstance(index, faiss.IndexIDMap)
-
-
-def most_centroids(index: Any) -> int:
-    """The largest number of centroids that one part of an index is trained for."""
-    import faiss
-
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        return most_centroids(index.index)
-    if isinstance(index, faiss.IndexHNSW):
-        return most_centroids(index.storage)
-    if isinstance(index, faiss.IndexRefine):
-        return most_centroids(index.base_index)
-    quantizer = getattr(index, "pq", None)
-    return max(getattr(index, "nlist", 0), 0 if quantizer is None else quantizer.ksub)
-
-
-def train_plainly(index: Any) -> None:
-    """Leave out polysemous training (arXiv 1609.01882), which factory strings ask for where a part is called PQ.
-
-    It numbers the centroids anew for a filter that no search of ours uses, and takes many times as long as the rest.
-    """
-    import faiss
-
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        train_plainly(index.index)
-    elif isinstance(index, faiss.IndexRefine):
-        train_plainly(index.base_index)
-    elif hasattr(index, "do_polysemous_training"):
-        index.do_polysemous_training = False
+    """Return FAISS's message without the location in its source."""
+    return _SOURCE_LOCATION.sub("", one_line(error))

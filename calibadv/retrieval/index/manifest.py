@@ -1,6 +1,6 @@
-"""What a folder of ``calibadv index`` says of itself: ``manifest.json``, which is written last.
+"""The manifest of an index folder: ``manifest.json``, which ``calibadv index`` writes last.
 
-Beside it lie ``corpus/`` (Arrow files) and ``bm25/`` or ``faiss.index``.
+Beside it are ``corpus/`` (Arrow files) and ``bm25/`` or ``faiss.index``.
 """
 
 from __future__ import annotations
@@ -13,22 +13,29 @@ from typing import Any, Literal
 
 from calibadv.errors import UserError
 from calibadv.io.files import write_atomically
-from calibadv.retrieval._metadata import Kinds, check_record, read_record
-from calibadv.retrieval.corpus.arrow import IDS, LAYOUT, ArrowCorpus, check_names, check_sizes
+from calibadv.retrieval._metadata import KeyTypes, check_metadata, read_metadata
+from calibadv.retrieval.corpus.arrow import IDS, LAYOUT, ArrowCorpus
 from calibadv.retrieval.corpus.base import Corpus
-from calibadv.retrieval.corpus.digests import check_digests, remember, seal, verify_digests
+from calibadv.retrieval.corpus.integrity import (
+    check_digests,
+    check_names,
+    check_sizes,
+    compute_digests,
+    record_verified,
+    verify_digests,
+)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
-"""There as long as the folder is to be finished by the command that began it."""
+"""File with the options of a build that is not finished."""
 
 Backend = Literal["bm25", "faiss"]
 CORPUS_FOLDER = "corpus"
 INDEX_NAMES: dict[Backend, str] = {"bm25": "bm25", "faiss": "faiss.index"}
 _REMEDY = "copy the folder again, or build the index anew with 'calibadv index'"
-_KINDS: Kinds = {"backend": str, "documents": int, "corpus_checksum": str, "settings": dict, "files": dict}
-_SETTINGS: dict[str, Kinds] = {
+_KEY_TYPES: KeyTypes = {"backend": str, "documents": int, "corpus_checksum": str, "settings": dict, "files": dict}
+_SETTING_TYPES: dict[str, KeyTypes] = {
     "bm25": {"stopwords": str | list, "stemmer": str | NoneType},
     "faiss": {"encoder": str, "query_prompt": str, "passage_prompt": str, "factory": str, "dimension": int},
 }
@@ -41,15 +48,15 @@ _FILES = {
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What an index was built of, and how.
+    """The contents of an index folder and the settings of its build.
 
     Attributes:
-        backend: which kind of index.
-        documents: size of the corpus.
-        corpus_checksum: of the corpus.
-        settings: of the backend.
+        backend: type of the index.
+        documents: number of documents of the corpus.
+        corpus_checksum: checksum of the corpus.
+        settings: settings of the backend.
         files: bytes of every file, by its path within the folder.
-        digests: BLAKE2b of every file, as 32 hexadecimal digits; none in an index of an earlier release.
+        digests: BLAKE2b of every file, as 32 hexadecimal digits; empty in an index of an earlier release.
     """
 
     backend: Backend
@@ -61,39 +68,31 @@ class Manifest:
 
 
 def write_manifest(folder: Path, backend: Backend, corpus: Corpus, settings: dict[str, Any]) -> Manifest:
-    """Write the manifest of a folder that holds everything else, which is read once more for its digests."""
+    """Write the manifest of a folder that is otherwise complete, reading all files for their digests."""
     index = folder / INDEX_NAMES[backend]
     paths = [*(folder / CORPUS_FOLDER).iterdir(), *(index.iterdir() if index.is_dir() else [index])]
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(paths)}
-    digests, stamps = seal(folder, files)
+    digests, stats = compute_digests(folder, files)
     manifest = Manifest(backend, len(corpus), corpus.checksum, settings, files, digests)
     write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2) + "\n")
-    remember(folder / MANIFEST, stamps)
+    record_verified(folder / MANIFEST, stats)
     return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of an index. What it says of the folder is for ``open_index`` to check."""
-    if not folder.is_dir():
-        raise UserError(f"index '{folder}' is not a folder; give a folder that 'calibadv index' wrote")
-    path = folder / MANIFEST
-    if not path.exists():
-        if (folder / UNFINISHED).exists():
-            raise UserError(f"index '{folder}' is unfinished; run the same 'calibadv index' command again to go on")
-        raise UserError(
-            f"'{folder}' is a folder without {MANIFEST}, and so not an index; give a folder that 'calibadv index' wrote"
-        )
-    content = read_record(path, {}, _REMEDY)
+    """Read and validate the manifest of an index; ``open_index`` compares it with the folder."""
+    path = _find_manifest(folder)
+    content = read_metadata(path, {}, _REMEDY)
     if content.pop("format", None) != FORMAT:
         raise UserError(f"'{path}' is not a manifest of format {FORMAT}, which this release reads; {_REMEDY}")
-    check_record(path, content, {**_KINDS, "digests": dict} if "digests" in content else _KINDS, _REMEDY)
+    check_metadata(path, content, {**_KEY_TYPES, "digests": dict} if "digests" in content else _KEY_TYPES, _REMEDY)
     try:
         manifest = Manifest(**content)
     except TypeError as error:
         raise UserError(f"'{path}' is damaged ({error}); {_REMEDY}") from error
-    if manifest.backend not in _SETTINGS:
+    if manifest.backend not in _SETTING_TYPES:
         raise UserError(f"'{path}' has the backend {manifest.backend!r}; {_REMEDY}")
-    check_record(path, manifest.settings, _SETTINGS[manifest.backend], _REMEDY)
+    check_metadata(path, manifest.settings, _SETTING_TYPES[manifest.backend], _REMEDY)
     names = [f"{CORPUS_FOLDER}/{name}" for name in (LAYOUT, IDS)] + _FILES[manifest.backend]
     check_names(path, manifest.files, names, _REMEDY)
     if "digests" in content and set(manifest.digests) != set(manifest.files):
@@ -102,9 +101,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def open_index(folder: Path) -> tuple[Manifest, Corpus]:
-    """Open the corpus of an index, and check that the folder is whole.
+    """Open the corpus of an index, and check that the folder is complete and undamaged.
 
-    Files that were copied or changed since they were last compared with their digests are read for that.
+    Only files that were copied or changed since they were last verified are compared with their digests.
     """
     manifest = read_manifest(folder)
     check_sizes(folder, manifest.files, _REMEDY)
@@ -120,7 +119,7 @@ def open_index(folder: Path) -> tuple[Manifest, Corpus]:
 
 
 def verify_index(folder: Path) -> Manifest:
-    """Compare every byte of an index with the digests of its build."""
+    """Compare all files of an index with the digests of its build."""
     manifest = read_manifest(folder)
     if not manifest.digests:
         raise UserError(
@@ -129,4 +128,16 @@ def verify_index(folder: Path) -> Manifest:
         )
     check_sizes(folder, manifest.files, _REMEDY)
     verify_digests(folder / MANIFEST, manifest.digests, _REMEDY)
-    return manifest
+    return open_index(folder)[0]  # which compares the manifest with what it describes
+
+
+def _find_manifest(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"index '{folder}' is not a folder; give a folder that 'calibadv index' wrote")
+    if (folder / MANIFEST).exists():
+        return folder / MANIFEST
+    if (folder / UNFINISHED).exists():
+        raise UserError(f"index '{folder}' is unfinished; run the same 'calibadv index' command again to go on")
+    raise UserError(
+        f"'{folder}' is a folder without {MANIFEST}, and so not an index; give a folder that 'calibadv index' wrote"
+    )

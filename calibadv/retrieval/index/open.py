@@ -1,22 +1,18 @@
-"""Open a corpus: a file, the folder of an index, or the embedded world's."""
+"""Opening of a corpus: a file, the folder of an index, or ``embedded``."""
 
 from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
 
-from calibadv.retrieval.corpus.base import (
-    IN_MEMORY_BYTES,
-    Corpus,
-    MemoryCorpus,
-)
-from calibadv.retrieval.corpus.convert import BATCH_ROWS, Numbered, Source, file_source
+from calibadv.retrieval.corpus.base import IN_MEMORY_BYTES, Corpus, MemoryCorpus
+from calibadv.retrieval.corpus.convert import BATCH_ROWS, NumberedDocuments, Source, file_source
 from calibadv.retrieval.corpus.files import read_documents
 from calibadv.retrieval.corpus.size import Sample, read_sample, sample_file, sample_step
 
 
 def open_corpus(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Corpus:
-    """Open a corpus.
+    """Open a corpus: a JSON-lines file, plain or gzip, the folder of an index, or ``embedded``.
 
     A large file is converted once to memory-mapped Arrow files, in the folder that the environment variable
     CALIBADV_CACHE names, or else in ~/.cache/calibadv.
@@ -39,12 +35,12 @@ def open_corpus(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Cor
 
 
 def open_source(path: str) -> Source:
-    """Open whatever ``open_corpus`` opens, without reading a file of documents yet."""
+    """Return the source of a corpus that ``open_corpus`` opens; a JSON-lines file is not read yet."""
     if Path(path).is_file():
         return file_source(Path(path))
-    corpus = open_corpus(path)  # of what is neither a folder nor a file, it says so
+    corpus = open_corpus(path)  # raises for a path that does not exist
 
-    def read(after: int) -> Numbered:
+    def read(after: int) -> NumberedDocuments:
         for start in range(after, len(corpus), BATCH_ROWS):
             yield from enumerate(corpus[start : start + BATCH_ROWS], start + 1)
 
@@ -52,7 +48,7 @@ def open_source(path: str) -> Source:
 
 
 def sample_corpus(path: str) -> Sample:
-    """Look at a part of a corpus."""
+    """Sample a corpus that ``open_corpus`` opens."""
     if Path(path).is_file():
         return sample_file(Path(path))
     corpus = open_corpus(path)

@@ -1,6 +1,6 @@
 "use strict";
 
-// The form of the data is described in calibadv/analysis/viewer/data.py. All of its texts are strangers': they reach the
+// The form of the data is described in calibadv/analysis/viewer/data.py. All of its texts are untrusted: they reach the
 // document as text nodes and attributes only, never as HTML.
 const DATA = readData();
 
@@ -8,20 +8,20 @@ function readData() {
   const element = document.getElementById("data");
   const data = JSON.parse(element.textContent);
   element.remove(); // tens of megabytes that nobody reads again
-  data.groups.forEach((group, place) => Object.assign(group, { place }, summary(group)));
+  data.groups.forEach((group, index) => Object.assign(group, { index }, summary(group)));
   data.hasAdvantages = data.limit !== null;
   data.filesShareSteps = shareSteps(data.groups);
   return data;
 }
 
-/** Whether the step alone does not say which file a group is of. */
+/** True if two files hold the same step, so that a step alone does not identify the file. */
 function shareSteps(groups) {
   const files = new Map();
   for (const { step, file } of groups) if (files.set(step, files.get(step) ?? file).get(step) !== file) return true;
   return false;
 }
 
-/** Figures to sort by; what is not a number or not trained is in none of them. */
+/** Statistics to sort by, without scores that are not numbers and rollouts that are not trained. */
 function summary(group) {
   let [count, total, lowest, highest, change] = [0, 0, Infinity, -Infinity, null];
   for (const rollout of group.rollouts) {
@@ -39,7 +39,7 @@ function summary(group) {
   return { mean: count ? total / count : null, spread: count ? highest - lowest : null, change };
 }
 
-/** Advantage of a turn: a number, the name of what is no finite number, or null where there is none. */
+/** Advantage of a turn: a number, a string if it is not finite, or null if there is none. */
 function advantage(rollout, turn, show) {
   if (show !== "difference") return rollout[show]?.[turn] ?? null;
   const [before, after] = [advantage(rollout, turn, "estimated"), advantage(rollout, turn, "calibrated")];

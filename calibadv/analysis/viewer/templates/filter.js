@@ -1,4 +1,4 @@
-// What the reader asked for. It stands behind the # of the address, so that a view can be shared and comes back.
+// The state of the view. It is kept in the fragment of the address, so that a view can be shared and restored.
 const DEFAULTS = {
   text: "", in: "all", status: "", min: "", max: "", step: "", file: "", sort: "file",
   only: "", docs: "", show: "calibrated", theme: "", legend: "", group: "",
@@ -45,9 +45,9 @@ function selectGroups() {
 
 function sorted(groups) {
   const direction = state.sort === "mean" ? 1 : -1;
-  const worth = (group) => group[state.sort] ?? direction * Infinity; // without a figure: last
+  const worth = (group) => group[state.sort] ?? direction * Infinity; // groups without a value come last
   if (state.sort === "file") return groups;
-  return groups.sort((a, b) => (worth(a) === worth(b) ? 0 : direction * (worth(a) - worth(b))) || a.place - b.place);
+  return groups.sort((a, b) => (worth(a) === worth(b) ? 0 : direction * (worth(a) - worth(b))) || a.index - b.index);
 }
 
 function rolloutFilter() {
@@ -65,18 +65,18 @@ function rolloutFilter() {
   };
 }
 
-/** Whether a question, and whether a rollout, holds the text that is looked for, upper and lower case alike. */
+/** Predicates for a question and for a rollout that contain the text of the filter, ignoring case. */
 function textFilter() {
   if (!state.text.trim()) return { question: () => true, rollout: () => true };
   const literal = state.text.trim().replace(/[\\^$.*+?()[\]{}|/-]/g, "\\$&");
   const pattern = new RegExp(literal.replace(/\s+/g, "\\s+"), "i");
-  const looksIn = (place) => state.in === "all" || state.in === place;
+  const looksIn = (index) => state.in === "all" || state.in === index;
   const documents = DATA.documents.map((parts) => looksIn("documents") && parts.some((part) => pattern.test(part)));
   return {
     question: (group) => looksIn("question")
       && [group.question, group.id, group.source, ...group.golden].some((part) => pattern.test(part)),
     rollout: (rollout) => rollout.turns.some(([message, , seen]) =>
       (looksIn("policy") && pattern.test(message))
-      || (Array.isArray(seen) && seen.some((place) => documents[place]))),
+      || (Array.isArray(seen) && seen.some((index) => documents[index]))),
   };
 }

@@ -3,7 +3,7 @@ const ROW_HEIGHT = 58; // of .row in style.css
 const PAUSE = 200; // milliseconds without a key until a text is looked for
 const byId = (id) => document.getElementById(id);
 let chosen = []; // the groups that the filters leave
-let current = -1; // place in `chosen` of the group that is shown
+let current = -1; // index in `chosen` of the group that is shown
 
 function update(keys) {
   if (keys.some((key) => FILTERS.includes(key) || key === "sort")) {
@@ -14,13 +14,13 @@ function update(keys) {
     byId("count").textContent = `${rollouts} in ${plural(chosen.length, "group")}`;
     byId("rows").style.height = `${chosen.length * ROW_HEIGHT}px`;
     byId("list").scrollTop = 0;
-    current = Math.max(0, chosen.findIndex((group) => (state.group ? String(group.place) === state.group : opens(group))));
+    current = Math.max(0, chosen.findIndex((group) => (state.group ? String(group.index) === state.group : opens(group))));
   }
   showControls();
   showGroup(current);
 }
 
-/** Where the page opens: what differs within a group is what there is to see. */
+/** True for a group to open first: one whose scores differ. */
 function opens(group) {
   return state.sort !== "file" || group.spread > 0;
 }
@@ -30,10 +30,10 @@ function change(values) {
   update(Object.keys(values));
 }
 
-function showGroup(place) {
-  current = Math.min(Math.max(place, 0), chosen.length - 1);
+function showGroup(index) {
+  current = Math.min(Math.max(index, 0), chosen.length - 1);
   const group = chosen[current];
-  state.group = group ? String(group.place) : "";
+  state.group = group ? String(group.index) : "";
   renderGroup(group);
   scrollToRow(current);
   renderRows();
@@ -48,15 +48,15 @@ function renderRows() {
   rows.replaceChildren(...chosen.slice(first, last).map((group, offset) => rowElement(group, first + offset)));
 }
 
-function rowElement(group, place) {
+function rowElement(group, index) {
   const row = make("div", {
-    class: "row", role: "option", title: group.question, "aria-selected": String(place === current),
-    "aria-setsize": String(chosen.length), "aria-posinset": String(place + 1),
+    class: "row", role: "option", title: group.question, "aria-selected": String(index === current),
+    "aria-setsize": String(chosen.length), "aria-posinset": String(index + 1),
   },
   make("div", {}, group.question),
   make("div", { class: "meta" }, scoresElement(group), make("span", {}, rowFigures(group))));
-  row.style.top = `${place * ROW_HEIGHT}px`;
-  row.addEventListener("click", () => showGroup(place));
+  row.style.top = `${index * ROW_HEIGHT}px`;
+  row.addEventListener("click", () => showGroup(index));
   return row;
 }
 
@@ -80,9 +80,9 @@ function scoresElement(group) {
   }));
 }
 
-function scrollToRow(place) {
+function scrollToRow(index) {
   const list = byId("list");
-  const top = place * ROW_HEIGHT;
+  const top = index * ROW_HEIGHT;
   if (top < list.scrollTop) list.scrollTop = top;
   if (top + ROW_HEIGHT > list.scrollTop + list.clientHeight) list.scrollTop = top + ROW_HEIGHT - list.clientHeight;
 }

@@ -26,17 +26,17 @@ function renderGroup(group, start = firstKept(group)) {
   if (wanted) side.scrollLeft = wanted.offsetLeft - side.firstChild.offsetLeft;
 }
 
-/** Where the columns begin that show the first rollout that the filters keep. */
+/** Start of the page of columns with the first rollout that the filters keep. */
 function firstKept(group) {
   const row = group && !state.only ? group.kept.indexOf(true) : 0;
   return row - (row % COLUMNS);
 }
 
 function groupFacts(group) {
-  const gold = group.gold.map(([label, places]) => {
-    const title = places.length ? DATA.documents[places[0]][1] || label : label;
+  const gold = group.gold.map(([label, indexes]) => {
+    const title = indexes.length ? DATA.documents[indexes[0]][1] || label : label;
     const found = group.rollouts.filter((rollout) => rollout.turns.some(([, , seen]) =>
-      Array.isArray(seen) && seen.some((place) => places.includes(place)))).length;
+      Array.isArray(seen) && seen.some((index) => indexes.includes(index)))).length;
     return `${title} (found by ${found})`;
   });
   return make("div", { class: "facts" },
@@ -84,7 +84,7 @@ function rolloutElement(group, row) {
         alone === null ? null : note(`answer alone ${figure(alone)}`, MARKS["answer alone"])),
       make("div", { class: "figures" }, "answer ",
         rollout.answer ? make("b", {}, rollout.answer) : note(rollout.answer === null ? "none" : "empty"))),
-    ...rollout.turns.flatMap((turn, place) => turnElements(group, rollout, place, place === last)));
+    ...rollout.turns.flatMap((turn, index) => turnElements(group, rollout, index, index === last)));
 }
 
 function note(text, title = null) {
@@ -95,32 +95,32 @@ function meaning(status) {
   return DATA.statuses.find(({ name }) => name === status)?.meaning ?? "";
 }
 
-function turnElements(group, rollout, place, last) {
-  const [message, tokens, seen] = rollout.turns[place];
-  const value = advantage(rollout, place, state.show);
+function turnElements(group, rollout, index, last) {
+  const [message, tokens, seen] = rollout.turns[index];
+  const value = advantage(rollout, index, state.show);
   const kind = isNumber(value) && figure(value) !== "0.00" ? (value > 0 ? "positive" : "negative") : "";
   const element = make("div", { class: `turn ${kind}` },
     make("header", {},
-      make("span", {}, last ? "answer turn" : `search ${place + 1}`),
-      DATA.hasAdvantages ? advantageElement(rollout, place, value) : null,
-      last ? null : correctnessElement(group, rollout, place),
+      make("span", {}, last ? "answer turn" : `search ${index + 1}`),
+      DATA.hasAdvantages ? advantageElement(rollout, index, value) : null,
+      last ? null : correctnessElement(group, rollout, index),
       make("span", { class: "quiet" }, plural(tokens, "token"))),
     messageElement(message, rollout.prepended));
   if (kind) element.style.setProperty("--strength", `${Math.round(60 * Math.min(1, Math.abs(value) / DATA.limit))}%`);
   return seen === null ? [element] : [element, observationElement(group, seen)];
 }
 
-function advantageElement(rollout, place, value) {
+function advantageElement(rollout, index, value) {
   if (rollout.estimated === null && rollout.calibrated === null) return note("no advantage");
-  const [before, after] = ["estimated", "calibrated"].map((show) => signed(advantage(rollout, place, show)));
+  const [before, after] = ["estimated", "calibrated"].map((show) => signed(advantage(rollout, index, show)));
   return make("span", { title: "advantage: before → after calibration" },
     make("span", { class: "advantage" }, signed(value)),
     make("span", { class: "quiet" }, before === after ? " not changed" : ` (${before} → ${after})`));
 }
 
-function correctnessElement(group, rollout, place) {
-  const value = rollout.correctness[place];
-  if (value === undefined) return null;
+function correctnessElement(group, rollout, index) {
+  const value = rollout.correctness[index];
+  if (value === undefined || value === null) return null; // a turn whose tools find no documents
   return make("span", { title: MARKS.correctness }, `correctness ${figure(value)}`);
 }
 
@@ -148,13 +148,13 @@ function observationElement(group, seen) {
         make("summary", {}, "no documents"),
         make("p", { class: "said" }, seen.trim())));
   }
-  const gold = group.gold.flatMap(([, places]) => places);
-  return make("div", { class: "observation" }, ...seen.map((place) => {
-    const [id, title, text] = DATA.documents[place];
+  const gold = group.gold.flatMap(([, indexes]) => indexes);
+  return make("div", { class: "observation" }, ...seen.map((index) => {
+    const [id, title, text] = DATA.documents[index];
     return make("details", { class: "document", open: state.docs !== "" },
       make("summary", { title: `document ${id}` }, title || id,
-        group.silver.includes(place) ? mark("silver") : null,
-        gold.includes(place) ? mark("gold") : null),
+        group.silver.includes(index) ? mark("silver") : null,
+        gold.includes(index) ? mark("gold") : null),
       make("p", {}, text));
   }));
 }

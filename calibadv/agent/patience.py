@@ -1,0 +1,100 @@
+"""The calls of one round of rollouts, and waiting for a service that is away."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from calibadv.agent.environment import Environment, Outcome
+from calibadv.errors import OutageError, RetrievalError, StopRequestedError
+from calibadv.types import ToolCall
+
+# Seconds before a service is asked again: at first, how much longer each time, and at most.
+_PAUSE, _GROWTH, _LONGEST_PAUSE = 1.0, 1.5, 5.0
+# Seconds between two looks at whether to stop.
+_LOOK = 0.2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Limits of waiting for a retriever that is away.
+
+    Attributes:
+        cap: the most seconds of one call of ``run_rollouts``, however patient the retriever is.
+        stop_requested: polled all the time; once it is true, waiting ends with a StopRequestedError.
+    """
+
+    cap: float
+    stop_requested: Callable[[], bool]
+
+
+class PatientEnvironment:
+    """An environment that outlasts outages of its tools, where it may wait.
+
+    Args:
+        environment: runs the calls.
+        waiting: None not to wait: outages are failures like any other.
+    """
+
+    def __init__(self, environment: Environment, waiting: Waiting | None) -> None:
+        self._environment = environment
+        self._waiting = waiting
+        self._waited = 0.0
+        self._closed = False
+
+    def step(self, messages: Sequence[Sequence[ToolCall]]) -> list[Outcome]:
+        """Run the calls of some messages, again and again those whose tool is away."""
+        outcomes = self._environment.step(messages)
+        if self._waiting is not None and _away(outcomes):
+            self._outlast(messages, outcomes, self._waiting)
+        return outcomes
+
+    def close(self) -> None:
+        """End a call that waits in another thread."""
+        self._closed = True
+
+    def _outlast(self, messages: Sequence[Sequence[ToolCall]], outcomes: list[Outcome], waiting: Waiting) -> None:
+        """Run again, in place, what is away, until it is back."""
+        began, pause = time.monotonic(), _PAUSE
+        waited_before, told = self._waited, False
+        while away := _away(outcomes):
+            limit = min(max(error.patience for error in away.values()), waiting.cap)
+            reason = next(iter(away.values()))
+            self._waited = waited_before + time.monotonic() - began
+            if self._waited >= limit:
+                raise RetrievalError(
+                    f"the retriever was waited for, for {self._waited:.0f} s (limit: {limit:g} s): {reason}"
+                ) from reason
+            if not told:
+                log.warning("the retriever is away, waiting for at most %.0f s: %s", limit - self._waited, reason)
+                told = True
+            self._pause(min(pause, limit - self._waited), waiting)
+            pause = min(pause * _GROWTH, _LONGEST_PAUSE)
+            again = self._environment.step([messages[index] for index in away])
+            for index, outcome in zip(away, again, strict=True):
+                outcomes[index] = outcome
+        self._waited = waited_before + time.monotonic() - began
+        log.warning("the retriever is back after %.0f s", time.monotonic() - began)
+
+    def _pause(self, seconds: float, waiting: Waiting) -> None:
+        until = time.monotonic() + seconds
+        while True:
+            if self._closed or waiting.stop_requested():
+                raise StopRequestedError("asked to stop, while waiting for the retriever")
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            time.sleep(min(left, _LOOK))
+
+
+def _away(outcomes: Sequence[Outcome]) -> dict[int, OutageError]:
+    """The outcomes to wait for, by index."""
+    return {
+        index: outcome
+        for index, outcome in enumerate(outcomes)
+        if isinstance(outcome, OutageError) and outcome.patience > 0
+    }

@@ -1,3 +1,0 @@
-"""Open a corpus file, folder or index."""
-
-from __future__ import annotations

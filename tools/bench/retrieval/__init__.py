@@ -1,0 +1,1 @@
+"""Benchmarks of indexes, retrievers and the retrieval server."""
