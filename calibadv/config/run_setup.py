@@ -60,6 +60,11 @@ def plan_start(folder: RunFolder, ckpt_path: str | None) -> Start:
         candidates = candidates[1:]  # killed before it could say so: it does its last part again
     if candidates:
         return _start_from(_newest_whole(candidates), folder)
+    if folder.holds_run and (work := folder.work_without_checkpoint()):
+        raise UserError(
+            f"{folder.path} has no checkpoint, but {work}, which a new start would remove; copy a checkpoint back to "
+            f"{folder.checkpoints}, or choose another --run.name"
+        )
     return Start(folder, starts_over=folder.holds_run)
 
 
@@ -155,7 +160,8 @@ def check_left_to_do(start: Start, rollout_steps: int, ckpt_path: str) -> None:
     done = start.resumed_from
     if done is None:
         return
-    finished = start.folder.is_finished and _is_own(start)
+    results = start.folder.read_results()
+    finished = start.folder.is_finished and results.get("rollout_step") == done and _is_own(start)
     if ckpt_path == "auto" and finished and (done >= rollout_steps or stops_of_guard(start.folder)[-1:] == [done]):
         why = "" if done >= rollout_steps else ", where its guard stopped it; --ckpt_path last goes on"
         raise FinishedError(f"{start.folder.path} is finished at rollout step {done}{why}")
