@@ -79,6 +79,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(reason or error).split())[:_LONGEST] or type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Check whether an error says that there is not enough memory, of the machine or of an accelerator."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 _SHOWN = 80
 
 

@@ -24,6 +24,7 @@ PACKAGE = "calibadv"
 CALL_PATH = (
     ("cli/main.py", "main"),
     ("config/verbs.py", "run_verb"),
+    ("config/lightning_cli.py", "_run_subcommand"),
     ("module.py", "training_step"),
     ("training/logprobs.py", "loss_inputs"),
     ("policy/logprobs.py", "forward_logprobs"),

@@ -1,11 +1,11 @@
 """Pack what `calibadv compare` needs of finished runs into one file, and unpack it again.
 
     python tools/run_archive.py pack runs/study study.parquet
-    python tools/run_archive.py unpack docs/results/study.parquet runs/study
+    python tools/run_archive.py unpack docs/results/study/runs.parquet runs/study
     calibadv compare runs/study --out report
 
-The file holds the configs and results of the runs, the answers of their validations, and the curves of CURVES: the
-tables of a report are those of the runs themselves, and its charts have fewer curves. Values are kept exactly.
+The file holds the configs and results of the runs, the answers of their validations, and all curves; those of val/ are
+in results.json. Reports of the unpacked runs are those of the runs themselves. Values are kept exactly.
 """
 
 from __future__ import annotations
@@ -30,24 +30,6 @@ from calibadv.runs.rollouts import read_rollouts, write_rollouts
 from calibadv.types import Question, Rollout, RolloutStatus, Segment
 
 FILES = ("study.json", "arm.yaml", "config.yaml", "config-resume-*.yaml", "results.json", "finished")
-CURVES = (
-    "reward/score",
-    "reward/format_valid",
-    "stability/entropy",
-    "stability/grad_norm",
-    "stability/kl_old",
-    "stability/perplexity_max",
-    "stability/garbled",
-    "advantage/calibrated/answer/ratio",
-    "advantage/calibrated/search/ratio",
-    "credit/step_correctness",
-    "credit/mispenalised",
-    "credit/tied_groups",
-    "rollout/searches",
-    "rollout/truncated",
-    "rollout/invalid",
-    "update/loss",
-)
 _SCHEMA = pa.schema(
     [
         ("folder", pa.dictionary(pa.int32(), pa.string())),
@@ -89,9 +71,9 @@ def _rows(root: Path, folder: Path) -> Iterator[Row]:
         for path in sorted(folder.glob(pattern)):
             yield {**place, "kind": "file", "name": path.name, "text": path.read_text("utf-8")}
     if event_files(folder):
-        curves = read_curves(folder)
-        for tag in CURVES:
-            for step, value in curves.get(tag, {}).items():
+        for tag, curve in read_curves(folder).items():
+            values = {} if tag.startswith("val/") else curve
+            for step, value in values.items():
                 yield {**place, "kind": "curve", "name": tag, "step": step, "value": value}
     for path in sorted((folder / "rollouts").glob("val-step-*.jsonl")):
         for rollout in read_rollouts(path):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from calibadv.errors import ServiceError, StopRequestedError, ToolError, UserError, one_line, shown
+from calibadv.errors import ServiceError, StopRequestedError, ToolError, UserError, is_out_of_memory, one_line, shown
 from calibadv.interfaces import Tool
 from calibadv.types import Metrics, ToolCall, ToolResult
 
@@ -85,6 +85,8 @@ def _run(tool: Tool, calls: Sequence[ToolCall]) -> Sequence[ToolResult | ToolErr
     except (UserError, ServiceError, StopRequestedError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"{name}.call raised {type(error).__name__} ({one_line(error)}); mend it, or return a ToolError for a call "
             "that cannot be made"

@@ -44,6 +44,8 @@ class RolloutCheckpoint(Callback):
         self.keep = keep
         self.stopped_by: signal.Signals | None = None
         self.kept = ""
+        self.saved = True  # False once an error has cost finished steps
+        self._started = False
         self._saved_step = -1
         self._file = CheckpointFile()
         self._handlers: dict[signal.Signals, Any] = {}
@@ -57,6 +59,7 @@ class RolloutCheckpoint(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         # A run that is stopped before its first step is saved too, so that the way to continue is always the same.
         self._saved_step = pl_module.rollout_step or -1
+        self._started = True
 
         def stop(number: int, frame: FrameType | None) -> None:
             console = Console(stderr=True, soft_wrap=True)
@@ -121,7 +124,7 @@ class RolloutCheckpoint(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         breaks = isinstance(exception, Exception) and not isinstance(exception, RollbackError)
-        if self._handlers and breaks and trainer.state.fn == "fit":
+        if self._started and breaks and trainer.state.fn == "fit":
             if isinstance(exception, StopRequestedError):
                 self.stopped_by = self.stopped_by or signal.SIGTERM  # another process has received it
             self.kept = self._rescue(trainer, pl_module, exception)
@@ -138,7 +141,8 @@ class RolloutCheckpoint(Callback):
             reason = "the processes did not stop together"
         else:
             reason = self._save_at_the_end(trainer, pl_module, exception)
-        if not reason:
+        self.saved = not reason
+        if self.saved:
             return f"rollout step {step}, the last one that was finished, is saved"
         stands = max(RunFolder(Path(trainer.default_root_dir)).step_checkpoints(), key=step_of, default=None)
         if stands is None:

@@ -236,5 +236,12 @@ def stops_of_guard(folder: RunFolder) -> list[int]:
 
 def _read_events(folder: RunFolder) -> list[Event]:
     path = folder.path / _FILE
-    events: list[Event] = json.loads(path.read_text(encoding="utf-8"))["events"] if path.exists() else []
-    return events
+    if not path.exists():
+        return []
+    try:
+        events: list[Event] = json.loads(path.read_text(encoding="utf-8"))["events"]
+        if all({"step", "back_to", "stops"} <= event.keys() for event in events):
+            return events
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass
+    raise UserError(f"'{path}' is damaged; copy it again, or remove it: the guard then knows nothing of its stops")

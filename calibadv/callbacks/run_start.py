@@ -39,6 +39,7 @@ class RunStart(pl.Callback):
             if start.checkpoint is not None and start.resumed_from is not None:
                 _warn_of_changes(start.folder.newest_config(), self.config)
                 start.folder.truncate_after(start.resumed_from)
+                start.folder.reopen()
                 Console(soft_wrap=True).print(
                     f"going on after rollout step {start.resumed_from}, from {start.checkpoint}", highlight=False
                 )

@@ -42,6 +42,7 @@ from calibadv.config.run_setup import (
 )
 from calibadv.config.threads import limit_threads
 from calibadv.config.trainer_checks import check_checkpoint, check_trainer, is_first_process, run_timestamp
+from calibadv.config.user_errors import WRITE_ERRORS
 from calibadv.data.datamodule import QuestionData
 from calibadv.errors import StopRequestedError, UserError
 from calibadv.module import SearchAgentModule
@@ -188,10 +189,11 @@ class CalibadvCLI(LightningCLI):
             if stop.code == 1:  # Lightning exits so after a KeyboardInterrupt
                 raise KeyboardInterrupt from stop
             raise
-        except StopRequestedError:
-            pass  # an orderly stop: the last finished step is saved
+        except StopRequestedError as stop:
+            if not self.checkpoints.saved:
+                raise UserError(f"the run was told to stop, and {self.checkpoints.kept}") from stop
         except Exception as error:
-            if isinstance(error, OSError) and error.filename is None:  # a failed write to an unnamed file
+            if isinstance(error, OSError) and error.errno in WRITE_ERRORS and error.filename is None:
                 error.filename = str(self.start.folder.path)
             if self.checkpoints.kept:
                 error.add_note(f"{self.checkpoints.kept}; to go on:\n  {self.resume_command}")

@@ -59,6 +59,11 @@ def resolve_start(folder: RunFolder, ckpt_path: str | None) -> StartPoint:
         candidates = candidates[1:]  # killed before its end was recorded: repeat the last part
     if candidates:
         return _start_from(_newest_whole(candidates), folder)
+    if folder.holds_run and (work := folder.work_without_checkpoint()):
+        raise UserError(
+            f"{folder.path} has no checkpoint, but {work}, which a new start would remove; copy a checkpoint back to "
+            f"{folder.checkpoints}, or choose another --run.name"
+        )
     return StartPoint(folder, starts_over=folder.holds_run)
 
 
@@ -172,7 +177,8 @@ def _check_not_done(start: StartPoint, rollout_steps: int, ckpt_path: str | None
     done = start.resumed_from
     if done is None:
         return
-    finished = start.folder.is_finished and _run_of(start) in (None, start.folder.path.resolve())
+    is_own = _run_of(start) in (None, start.folder.path.resolve())
+    finished = is_own and start.folder.is_finished and start.folder.read_results().get("rollout_step") == done
     if ckpt_path == "auto" and finished:
         _check_not_finished(start.folder, done, rollout_steps)
     if done > rollout_steps or (done == rollout_steps and finished):

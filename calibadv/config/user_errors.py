@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Callable, Iterable
 
 from rich.console import Console
 from rich.text import Text
 
-from calibadv.errors import ServiceError, UserError
+from calibadv.errors import ServiceError, UserError, is_out_of_memory
 
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a write, where the system does not name the file."""
 _REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space on the disk"),
+    **dict.fromkeys(WRITE_ERRORS, "free space on the disk"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, or choose another folder"),
     errno.ENOENT: "was it removed or renamed meanwhile?",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
+_OF_THE_NETWORK = (ConnectionError, TimeoutError, socket.gaierror, socket.herror)
 
 
 def user_message(error: BaseException) -> str | None:
@@ -32,11 +36,11 @@ def user_message(error: BaseException) -> str | None:
 
 def _system_message(error: BaseException) -> str | None:
     """Return the message for a failure of the system: files, memory, or the depth of the stack."""
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _OF_THE_NETWORK):
         where = f"'{os.fsdecode(error.filename)}': " if error.filename else "a file cannot be written or read: "
         remedy = _REMEDIES.get(error.errno, "check the disk, or choose another folder")
         return f"{where}{error.strerror}; {remedy}"
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return (
             f"there is not enough memory ({' '.join(str(error).split())[:200] or 'MemoryError'}); lower "
             "model.micro_batch_tokens (update) or model.engine.batch_size (sampling), set "

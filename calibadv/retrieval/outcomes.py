@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from calibadv.errors import PartialRetrievalError, RetrievalError, UserError, one_line
+from calibadv.errors import PartialRetrievalError, RetrievalError, UserError, is_out_of_memory, one_line
 from calibadv.interfaces import Retriever
 from calibadv.types import Document, ScoredDocument
 
@@ -28,6 +28,8 @@ def search_outcomes(retriever: Retriever, queries: Sequence[str], top_k: int) ->
     except UserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"{name}.search raised {type(error).__name__} ({one_line(error)}); mend it, or raise RetrievalError where "
             "a search cannot be made"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from hashlib import blake2b, file_digest
 from pathlib import Path
@@ -40,6 +41,7 @@ _TENSOR_KINDS: _Kinds = {"state_dict": dict, "optimizer_states": list}
 _RESULTS_KINDS: _Kinds = {"validations": list, "statuses": dict, "wall_seconds": int | float}
 _GUARD_KINDS: _Kinds = {"watch": dict, "events": list}
 _LOOP_KINDS: _Kinds = {"epoch_loop.batch_progress": dict, "epoch_progress": dict}
+_VERSION = re.compile(r"\d+\.\d+")
 _BLOCK = 1 << 24
 _LARGE = 2_000_000_000  # bytes, which take some seconds
 _NOT_READABLE = (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError)
@@ -135,6 +137,8 @@ def _changed_shard(folder: Path) -> str | None:
         return None
     except ValueError as error:
         return f"its {_DIGESTS} is damaged ({error})"
+    if not isinstance(recorded, dict):
+        return f"its {_DIGESTS} is damaged (it holds no file names)"
     missing = next((name for name in recorded if not (folder / name).is_file()), None)
     if missing is not None:
         return f"its file {missing} is missing"
@@ -163,29 +167,47 @@ def _wrong_kind(content: Any, kinds: _Kinds) -> str | None:
 
 
 def _wrong_content(content: Any, checkpoint: Path) -> str | None:
-    kinds = _KINDS if checkpoint.is_dir() else {**_KINDS, **_TENSOR_KINDS}
-    return _wrong_kind(content, kinds) or _wrong_state(content) or _wrong_value(content, step_of(checkpoint))
+    wrong = _wrong_kind(content, _KINDS if checkpoint.is_dir() else {**_KINDS, **_TENSOR_KINDS})
+    return wrong or next(filter(None, _wrong_parts(content, checkpoint)), None)
 
 
-def _wrong_state(content: Any) -> str | None:
+def _wrong_parts(content: dict[str, Any], checkpoint: Path) -> Iterator[str | None]:
+    step, version = content["rollout_step"], content["pytorch-lightning_version"]
+    if step < 0:
+        yield f"it has {step} as 'rollout_step'"
+    if step_of(checkpoint) not in (-1, step):
+        yield f"it holds rollout step {step}, which its name contradicts"
+    if not _VERSION.match(version):
+        yield f"it has {version!r:.40} as 'pytorch-lightning_version'"
+    yield _wrong_kind(content["loops"], {"fit_loop": dict})
     for part, key, kinds in (
         (content["callbacks"], "Results", _RESULTS_KINDS),
         (content["callbacks"], "CollapseGuard", _GUARD_KINDS),
         (content["loops"], "fit_loop", _LOOP_KINDS),
     ):
         if key in part and (wrong := _wrong_kind(part[key], kinds)):
-            return f"in '{key}', {wrong}"
-    return None
+            yield f"in '{key}', {wrong}"
+    yield _wrong_kind(content["loops"]["fit_loop"]["epoch_loop.batch_progress"], {"total": dict, "current": dict})
+    results = content["callbacks"].get("Results", {})
+    yield from map(_wrong_row, results.get("validations", ()))
+    yield _wrong_kind(results.get("statuses", {}), dict.fromkeys(results.get("statuses", ()), int))
+    yield _wrong_kind(content, {"skipped_in_a_row": int}) if "skipped_in_a_row" in content else None
+    yield from (
+        f"its weight {name} is not finite"
+        for name, tensor in content.get("state_dict", {}).items()
+        if not _is_finite(tensor)
+    )
+    yield from (
+        f"the state of its optimizer ('{name}' of parameter {number}) is not finite"
+        for optimizer in content.get("optimizer_states", ())
+        for number, state in optimizer.get("state", {}).items()
+        for name, tensor in state.items()
+        if isinstance(tensor, Tensor) and not _is_finite(tensor)
+    )
 
 
-def _wrong_value(content: Any, named_step: int) -> str | None:
-    step = content["rollout_step"]
-    if step < 0:
-        return f"it has {step} as 'rollout_step'"
-    if named_step not in (-1, step):
-        return f"it holds rollout step {step}, which its name contradicts"
-    broken = (name for name, tensor in content.get("state_dict", {}).items() if not _is_finite(tensor))
-    return next((f"its weight {name} is not finite" for name in broken), None)
+def _wrong_row(row: Any) -> str | None:
+    return (wrong := _wrong_kind(row, {"step": int})) and f"in a validation, {wrong}"
 
 
 def _is_finite(tensor: Any) -> bool:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from calibadv.errors import UserError
-from calibadv.io.files import create_durably, remove, replace_durably
+from calibadv.io.files import create_durably, remove, replace_durably, write_atomically
 
 STUDY_FILE = "study.json"  # in the folder of a study, above its run folders
 _STEP = re.compile(r"step[-=](\d+)")
@@ -92,6 +94,22 @@ class RunFolder:
             found.insert(1, self.last)
         return found
 
+    def work_without_checkpoint(self) -> str | None:
+        """Name what an attempt that ended before its first checkpoint cannot have left."""
+        if self.is_finished:
+            return f"the results of a finished run ({self.results.name})"
+        evaluated = (path for split in ("test", "predict") for path in self.rollouts.glob(f"{split}-*.jsonl"))
+        trained = sorted(self.rollouts.glob("train-*.jsonl"))
+        every = self._checkpoint_interval()
+        beyond = (path for path in trained if every is not None and step_of(path) > every)
+        found = next(evaluated, None) or next(beyond, None)
+        return None if found is None else f"rollouts ({found.name})"
+
+    def _checkpoint_interval(self) -> int | None:
+        settings = yaml.safe_load(self.newest_config().read_text("utf-8"))
+        every = settings.get("checkpoint", {}).get("every_n_rollout_steps") if isinstance(settings, dict) else None
+        return every if isinstance(every, int) else None
+
     def step_checkpoints(self) -> list[Path]:
         """Return the checkpoints named by their rollout step, the oldest first."""
         return sorted(self.checkpoints.glob("rollout-step=*.ckpt"))
@@ -119,6 +137,11 @@ class RunFolder:
     def is_finished(self) -> bool:
         """True if the run has ended and all its files are written."""
         return bool(self.read_results().get("finished", False))
+
+    def reopen(self) -> None:
+        """Record that the run is not finished any more: what is left of it may be killed before it writes results."""
+        if self.is_finished:
+            write_atomically(self.results, json.dumps({**self.read_results(), "finished": False}, indent=2) + "\n")
 
     def clear(self) -> None:
         """Remove the files of an attempt that ended before its first checkpoint; other files stay."""

@@ -83,10 +83,10 @@ class EvaluationModule(pl.LightningModule):
         """Answer questions greedily, one rollout each, and score them."""
         draws = Draws(self.seed, self.rollout_step, samples=1, temperature=0.0)
         groups = self.sampler.sample_groups(questions, draws, self.processes, self.waiting, credit=False)
-        with raising_together():
-            check_searches(groups, self.rollout_step)
         rollouts = list(chain.from_iterable(groups))
         self._evaluated.extend(rollouts)
+        with raising_together():
+            check_searches(self._evaluated, self.rollout_step)  # of all batches: few searches say little
         return rollouts
 
     @override

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from calibadv.distributed import ProcessGroup, full_tensor, reshard
+from calibadv.distributed import ProcessGroup, full_tensor, raising_together, reshard
 from calibadv.errors import UserError, one_line
 from calibadv.training.logprobs import UpdateBatch
 from calibadv.training.minibatches import MicroBatch, MiniBatch
@@ -89,9 +89,11 @@ class FiniteSteps:
 
     Attributes:
         skipped_in_a_row: steps skipped since the last one that was made, over rollout steps and resumes.
+        of_finished_step: the same at the end of the last rollout step, from which a resume goes on.
     """
 
     skipped_in_a_row: int = 0
+    of_finished_step: int = 0
 
     def step(
         self,
@@ -117,11 +119,12 @@ class FiniteSteps:
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             # All wait for the file: a rank that ends sooner would end the first one too.
             told = processes.gather(_dump(update, mini_batch.rows, norm, dump) if processes.rank == 0 else "")[0]
-            raise UserError(
-                f"{mini_batch.name}: the gradient of {MAX_SKIPPED_IN_A_ROW} mini-batches in a row was not finite (the "
-                f"last norm is {norm}); the last of them {told}: look at it, and resume with a lower "
-                f"model.learning_rate (now {optimizer.param_groups[0]['lr']})"
-            )
+            with raising_together():
+                raise UserError(
+                    f"{mini_batch.name}: the gradient of {MAX_SKIPPED_IN_A_ROW} mini-batches in a row was not finite "
+                    f"(the last norm is {norm}); the last of them {told}: look at it, and resume with a lower "
+                    f"model.learning_rate (now {optimizer.param_groups[0]['lr']})"
+                )
         return False
 
 

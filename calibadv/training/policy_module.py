@@ -99,6 +99,7 @@ class PolicyModule(EvaluationModule):
         """Count a rollout step, and advance the scheduler, from its own rates and not from slowed ones."""
         self.sampler.engine_is_stale = True
         self.rollout_step += 1
+        self.finite_steps.of_finished_step = self.finite_steps.skipped_in_a_row
         self.mid_update = False
         scheduler = self.lr_schedulers()
         if isinstance(scheduler, LRScheduler):
@@ -113,11 +114,13 @@ class PolicyModule(EvaluationModule):
     @override
     def on_train_start(self) -> None:
         self.finished_step = self.rollout_step
-        if self.validation_is_due(self.rollout_step) and self.validated_step != self.rollout_step:
+        done = self.rollout_step >= self.rollout_steps  # killed before what follows the last step
+        is_due = self.validation_is_due(self.rollout_step) or (done and self.trainer.enable_validation)
+        if is_due and self.validated_step != self.rollout_step:
             self.trainer.validating = True
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True
-        if self.rollout_step >= self.rollout_steps:  # only what comes behind the last step may have been missing
+        if done:
             self.trainer.should_stop = True
 
     @override
@@ -144,7 +147,7 @@ class PolicyModule(EvaluationModule):
         checkpoint |= self.identity.to_checkpoint()
         checkpoint["rollout_step"] = self.rollout_step
         checkpoint["validated_step"] = self.validated_step
-        checkpoint["skipped_in_a_row"] = self.finite_steps.skipped_in_a_row
+        checkpoint["skipped_in_a_row"] = self.finite_steps.of_finished_step
         if self.config:
             checkpoint["config"] = self.config
 
@@ -160,7 +163,8 @@ class PolicyModule(EvaluationModule):
                 check_optimizer(checkpoint["optimizer_states"], trained_parameters(self.model))
         self.rollout_step = checkpoint["rollout_step"]
         self.validated_step = checkpoint["validated_step"]
-        self.finite_steps.skipped_in_a_row = checkpoint.get("skipped_in_a_row", 0)  # older checkpoints do not hold it
+        skipped = checkpoint.get("skipped_in_a_row", 0)  # older checkpoints do not hold it
+        self.finite_steps = FiniteSteps(skipped, skipped)
 
     @classmethod
     @override

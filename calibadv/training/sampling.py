@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,8 @@ def collect_groups(
         groups = sample(asked)
         sampled.extend(groups)
         with raising_together():
-            check_searches(sampled, step)  # all of the step: a few alone say little of the retriever
+            # Of the whole step, since a few searches say little of the retriever.
+            check_searches(chain.from_iterable(sampled), step)
         return groups
 
     groups = sample_checked(questions)
@@ -136,9 +137,9 @@ def checked_verdict(verdict: Any, group_filter: GroupFilter, question_id: str) -
     return bool(verdict)
 
 
-def check_searches(groups: Sequence[Sequence[Rollout]], step: int) -> None:
+def check_searches(rollouts: Iterable[Rollout], step: int) -> None:
     """Refuse to go on when the retriever is down: more than half of the searches of a step failed."""
-    rollouts = [rollout for group in groups for rollout in group]
+    rollouts = list(rollouts)
     failed = sum(rollout.status is RolloutStatus.SEARCH_FAILED for rollout in rollouts)
     made = sum(map(count_searches, rollouts))
     if failed > _MAX_FAILED_SHARE * made:

@@ -137,7 +137,7 @@ def test_a_folder_that_is_removed_during_the_run(
     error = capsys.readouterr().err
     assert re.search(f"error: .*{tmp_path / 'run'}.* was (it )?removed or renamed", error)
     assert "nothing is saved, since rollout step 2 was not written out; there is no checkpoint" in error
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "run-removed"]
 
 
 def test_out_of_memory_comes_with_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from support.fits import files, fit, results
+from support.kills import Killed
 
+from calibadv.callbacks.results import Results
 from calibadv.runs.checkpoints import damage
 from calibadv.runs.folder import RunFolder
 
@@ -42,6 +44,10 @@ def change_bytes(path: Path, at: float, number: int) -> None:
     path.write_bytes(content)
 
 
+def die(*arguments: object) -> None:
+    raise Killed
+
+
 def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def apply(path: Path) -> None:
         content = torch.load(path, weights_only=True)
@@ -69,7 +75,26 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         edit(lambda c: c["callbacks"]["Results"].pop("validations")),
         "in 'Results', it has no 'validations'",
     ),
-    "no counters": (edit(lambda c: c["loops"].update(fit_loop=3)), "in 'fit_loop', it holds int"),
+    "no progress": (edit(lambda c: c.update(loops={})), "it has no 'fit_loop'"),
+    "no counts": (
+        edit(lambda c: c["loops"]["fit_loop"].update({"epoch_loop.batch_progress": {}})),
+        "it has no 'total'",
+    ),
+    "no such version": (
+        edit(lambda c: c.update({"pytorch-lightning_version": "banana"})),
+        "it has 'banana' as 'pytorch-lightning_version'",
+    ),
+    "statuses": (edit(lambda c: c["callbacks"]["Results"]["statuses"].update(answered="many")), "it has 'many' as"),
+    "a validation": (
+        edit(lambda c: c["callbacks"]["Results"]["validations"][0].pop("step")),
+        "in a validation, it has no 'step'",
+    ),
+    "skipped": (edit(lambda c: c.update(skipped_in_a_row="x")), "it has 'x' as 'skipped_in_a_row'"),
+    "moments nan": (
+        edit(lambda c: c["optimizer_states"][0]["state"][3]["exp_avg"].fill_(torch.nan)),
+        "the state of its optimizer .*exp_avg.* of parameter 3.* is not finite",
+    ),
+    "no counters": (edit(lambda c: c["loops"].update(fit_loop=3)), "it has 3 as 'fit_loop'"),
     "no weights": (edit(lambda c: c.pop("state_dict")), "it has no 'state_dict'"),
     "weights nan": (edit(lambda c: next(iter(c["state_dict"].values())).view(-1)[3:4].fill_(torch.nan)), "not finite"),
     "a list": (lambda path: torch.save([1, 2], path), "it holds list, and not the parts of a checkpoint"),
@@ -159,4 +184,52 @@ def test_tensors_that_do_not_fit_are_refused_before_anything_is_deleted(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(line, error), error
+    assert files(copy.path) == before
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"events": [{"step": 1}]}'])
+def test_a_damaged_record_of_the_guard_is_an_error_of_one_line(
+    content: str, copy: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy.path / "guard.json").write_text(content)
+    assert fit(copy.path.parent, "run", *WORDS, "--model.rollout_steps", "3", "--ckpt_path", "auto") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"'{copy.path / 'guard.json'}' is damaged" in error
+
+
+def test_a_longer_run_that_is_killed_before_its_results_is_not_taken_for_finished(
+    copy: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = (*WORDS, "--model.rollout_steps", "3", "--ckpt_path", "auto")
+    assert results(copy.path)["finished"] is True
+    with monkeypatch.context() as patch:
+        patch.setattr(Results, "on_validation_end", die)
+        with pytest.raises(Killed):
+            fit(copy.path.parent, "run", *longer)
+    assert copy.checkpoint(3).exists()
+    assert results(copy.path)["finished"] is False
+    assert fit(copy.path.parent, "run", *longer) == 0
+    assert [row["step"] for row in results(copy.path)["validations"]] == [0, 3]
+    assert results(copy.path)["finished"] is True
+
+
+@pytest.mark.parametrize(
+    "left", ["results.json", "rollouts/test-step-000002.jsonl", "rollouts/train-step-000002.jsonl"]
+)
+def test_a_run_whose_checkpoints_were_removed_is_not_started_anew(
+    left: str, copy: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the first checkpoint's interval can have been left by an attempt without one."""
+    shutil.rmtree(copy.checkpoints)
+    if left != "results.json":
+        copy.results.unlink()
+        shutil.rmtree(copy.rollouts)
+        (copy.path / left).parent.mkdir()
+        (copy.path / left).touch()
+    before = files(copy.path)
+    assert fit(copy.path.parent, "run", *WORDS, "--model.rollout_steps", "3", "--ckpt_path", "auto") == 2
+    error = capsys.readouterr().err
+    assert Path(left).name in error
+    assert "which a new start would remove" in error
     assert files(copy.path) == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +70,8 @@ class Fault(Callback):
 
             optimizer.step = first_only
         elif self.place == "folder":
-            shutil.rmtree(trainer.default_root_dir)
+            # A rename, since another thread writes curves into the folder meanwhile.
+            Path(trainer.default_root_dir).rename(f"{trainer.default_root_dir}-removed")
         elif self.place == "rollouts":
             # A folder in the place of the file.
             folder = Path(trainer.default_root_dir) / "rollouts" / f"train-step-{self.step:06d}.jsonl"
