@@ -74,7 +74,7 @@ _LONGEST = 300
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """Return the message of an error, in one line."""
     reason = error.strerror if isinstance(error, OSError) else None
     return " ".join(str(reason or error).split())[:_LONGEST] or type(error).__name__
 
@@ -89,7 +89,7 @@ _SHOWN = 80
 
 
 def is_number(value: Any) -> bool:
-    """Whether something is a real number: Python's or numpy's, truth values included; a tensor is none."""
+    """Return True for a real number of Python or numpy, truth values included; a tensor is none."""
     return isinstance(value, (int, float, np.integer, np.floating, np.bool_))
 
 

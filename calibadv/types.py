@@ -114,7 +114,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What a tool returned for one call: documents, or text; ``documents`` is None for a tool that finds none."""
+    """The result of one call of a tool: documents, or text; ``documents`` is None for a tool that finds none."""
 
     documents: tuple[Document, ...] | None = None
     text: str = ""

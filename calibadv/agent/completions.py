@@ -1,4 +1,4 @@
-"""What an engine gives, held against what it was asked: one that answers wrongly would train the policy on nonsense."""
+"""Checks of an engine's completions: a wrong one would train the policy on nonsense."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def fault_of(completion: Any, tokenizer: AgentTokenizer, most: int) -> str | Non
 
 
 def _early_end(tokenizer: AgentTokenizer, token_ids: Sequence[int]) -> int | None:
-    """How many tokens the message has by our rules, where more were given."""
+    """Count the tokens of the message by our rules, where more were given."""
     for place, token in enumerate(token_ids[:-1], 1):
         # Most tokens can end nothing, which is cheap to see; only for the others is text decoded.
         may_end = token in tokenizer.end_ids or tokenizer.may_stop(token)

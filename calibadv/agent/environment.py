@@ -44,7 +44,7 @@ class Environment:
         return [_outcome(own) for own in results]
 
     def _places(self, messages: Sequence[Sequence[ToolCall]]) -> dict[Tool, list[tuple[int, int]]]:
-        """Where the calls of each tool are: the indices of message and call."""
+        """Find the calls of each tool: the indices of message and call."""
         tools = {tool.name: tool for tool in self.tools}
         places: dict[Tool, list[tuple[int, int]]] = {}
         for index, calls in enumerate(messages):

@@ -1,4 +1,4 @@
-"""What a callback finds around it: other callbacks, and TensorBoard's writers."""
+"""Find other callbacks, and TensorBoard's writers."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class CollapseGuard(Callback):
 
     @property
     def slowed(self) -> float:
-        """What the rollbacks so far multiply the learning rate by."""
+        """The factor of the learning rate, after the rollbacks so far."""
         factor: float = math.prod(event["rate_factor"] for event in self.rollbacks)
         return factor
 
@@ -223,7 +223,7 @@ def _free_name(path: Path) -> Path:
 
 
 def _events_until(folder: RunFolder, step: int, own: list[Event]) -> list[Event]:
-    """What happened before a resume: what the checkpoint knows, and what sent the run back to it after it was saved."""
+    """Return the events before a resume: those of the checkpoint, and what sent the run back to it afterwards."""
     events = _read_events(folder)
     last = max((place for place, event in enumerate(events) if event["back_to"] == step), default=None)
     return own if last is None else events[: last + 1]

@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on: a bar, one line per validation, and a table where there is nothing else."""
+"""The display of a run: a bar, one line per validation, and a table where there is nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside the curves: the stability panel as one page, settings beside figures, histograms."""
+"""TensorBoard's pages beside the curves: the stability panel as one page, settings beside figures, histograms."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class TensorBoardPages(Callback):
 
 
 def histograms(output: StepOutput) -> dict[str, Any]:
-    """What is worth a histogram of a training step."""
+    """Select the tensors of a training step that are shown as histograms."""
     batch = output.batch
     trained = [rollout for rollout, kept in zip(batch.rollouts, batch.included.tolist(), strict=True) if kept]
     found = {

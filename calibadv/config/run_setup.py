@@ -59,12 +59,16 @@ def resolve_start(folder: RunFolder, ckpt_path: str | None) -> StartPoint:
         candidates = candidates[1:]  # killed before its end was recorded: repeat the last part
     if candidates:
         return _start_from(_newest_whole(candidates), folder)
-    if folder.holds_run and (work := folder.work_without_checkpoint()):
+    return _start_over(folder) if folder.holds_run else StartPoint(folder)
+
+
+def _start_over(folder: RunFolder) -> StartPoint:
+    if work := folder.work_without_checkpoint():
         raise UserError(
             f"{folder.path} has no checkpoint, but {work}, which a new start would remove; copy a checkpoint back to "
             f"{folder.checkpoints}, or choose another --run.name"
         )
-    return StartPoint(folder, starts_over=folder.holds_run)
+    return StartPoint(folder, starts_over=True)
 
 
 def _stopped_by_guard(folder: RunFolder, candidates: Sequence[Path]) -> bool:

@@ -1,4 +1,4 @@
-"""Which questions a run sees, and in which order."""
+"""The questions of a run, and their order."""
 
 from __future__ import annotations
 

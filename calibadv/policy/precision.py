@@ -1,4 +1,4 @@
-"""What ``trainer.precision`` may be, and what it must leave alone.
+"""The accepted values of ``trainer.precision``, and what stays in float32.
 
 Lightning converts the whole module, and makes its type torch's default while a step runs. Only the model's weights and
 passes are meant by it.

@@ -37,13 +37,13 @@ def _token_f1(predicted: Counter[str], golden: Counter[str]) -> float:
 
 
 def exact_match(prediction: str, golden_answers: Sequence[str]) -> float:
-    """Whether the normalised prediction equals a normalised golden answer."""
+    """Return True if the normalised prediction equals a normalised golden answer."""
     predicted = normalise_answer(prediction)
     return float(any(normalise_answer(golden) == predicted for golden in golden_answers))
 
 
 def cover_match(prediction: str, golden_answers: Sequence[str]) -> float:
-    """Whether a normalised golden answer is a substring of the normalised prediction.
+    """Return True if a normalised golden answer is a substring of the normalised prediction.
 
     Plain substrings, as published: ``"art"`` covers in ``"party"``, and a golden answer that normalises to nothing
     (``"A"``) covers in everything.

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from hashlib import blake2b, file_digest
+from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -168,42 +169,58 @@ def _wrong_kind(content: Any, kinds: _Kinds) -> str | None:
 
 def _wrong_content(content: Any, checkpoint: Path) -> str | None:
     wrong = _wrong_kind(content, _KINDS if checkpoint.is_dir() else {**_KINDS, **_TENSOR_KINDS})
-    return wrong or next(filter(None, _wrong_parts(content, checkpoint)), None)
+    if wrong:
+        return wrong
+    problems = chain(_wrong_values(content, step_of(checkpoint)), _wrong_states(content), _not_finite(content))
+    return next(problems, None)
 
 
-def _wrong_parts(content: dict[str, Any], checkpoint: Path) -> Iterator[str | None]:
+def _wrong_values(content: dict[str, Any], named_step: int) -> Iterator[str]:
     step, version = content["rollout_step"], content["pytorch-lightning_version"]
     if step < 0:
         yield f"it has {step} as 'rollout_step'"
-    if step_of(checkpoint) not in (-1, step):
+    if named_step not in (-1, step):
         yield f"it holds rollout step {step}, which its name contradicts"
     if not _VERSION.match(version):
         yield f"it has {version!r:.40} as 'pytorch-lightning_version'"
-    yield _wrong_kind(content["loops"], {"fit_loop": dict})
+    if "skipped_in_a_row" in content and (wrong := _wrong_kind(content, {"skipped_in_a_row": int})):
+        yield wrong
+
+
+def _wrong_states(content: dict[str, Any]) -> Iterator[str]:
+    """Find what callbacks and Lightning's loops could not go on from."""
+    callbacks, loops = content["callbacks"], content["loops"]
+    if wrong := _wrong_kind(loops, {"fit_loop": dict}):
+        yield wrong
+        return
     for part, key, kinds in (
-        (content["callbacks"], "Results", _RESULTS_KINDS),
-        (content["callbacks"], "CollapseGuard", _GUARD_KINDS),
-        (content["loops"], "fit_loop", _LOOP_KINDS),
+        (callbacks, "Results", _RESULTS_KINDS),
+        (callbacks, "CollapseGuard", _GUARD_KINDS),
+        (loops, "fit_loop", _LOOP_KINDS),
     ):
         if key in part and (wrong := _wrong_kind(part[key], kinds)):
             yield f"in '{key}', {wrong}"
-    yield _wrong_kind(content["loops"]["fit_loop"]["epoch_loop.batch_progress"], {"total": dict, "current": dict})
-    results = content["callbacks"].get("Results", {})
-    yield from map(_wrong_row, results.get("validations", ()))
-    yield _wrong_kind(results.get("statuses", {}), dict.fromkeys(results.get("statuses", ()), int))
-    yield _wrong_kind(content, {"skipped_in_a_row": int}) if "skipped_in_a_row" in content else None
-    yield from (
-        f"its weight {name} is not finite"
-        for name, tensor in content.get("state_dict", {}).items()
-        if not _is_finite(tensor)
+            return
+    results = callbacks.get("Results", {})
+    yield from filter(
+        None,
+        (
+            _wrong_kind(loops["fit_loop"]["epoch_loop.batch_progress"], {"total": dict, "current": dict}),
+            *map(_wrong_row, results.get("validations", ())),
+            _wrong_kind(results.get("statuses", {}), dict.fromkeys(results.get("statuses", ()), int)),
+        ),
     )
-    yield from (
-        f"the state of its optimizer ('{name}' of parameter {number}) is not finite"
-        for optimizer in content.get("optimizer_states", ())
-        for number, state in optimizer.get("state", {}).items()
-        for name, tensor in state.items()
-        if isinstance(tensor, Tensor) and not _is_finite(tensor)
-    )
+
+
+def _not_finite(content: dict[str, Any]) -> Iterator[str]:
+    for name, tensor in content.get("state_dict", {}).items():
+        if not _is_finite(tensor):
+            yield f"its weight {name} is not finite"
+    for optimizer in content.get("optimizer_states", ()):
+        for number, state in optimizer.get("state", {}).items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and not _is_finite(value):
+                    yield f"the state of its optimizer ('{name}' of parameter {number}) is not finite"
 
 
 def _wrong_row(row: Any) -> str | None:

@@ -60,7 +60,7 @@ def _answer_f1(rollout: Rollout) -> float:
 
 
 def shape_metrics(rollouts: Sequence[Rollout]) -> Metrics:
-    """How long rollouts are and how they end."""
+    """Compute the lengths and the ends of rollouts."""
     lengths = {
         "rollout/turns": [len(rollout.policy_segments) for rollout in rollouts],
         "rollout/searches": [rollout.num_searches for rollout in rollouts],
@@ -71,7 +71,7 @@ def shape_metrics(rollouts: Sequence[Rollout]) -> Metrics:
 
 
 def advantage_metrics(batch: RolloutBatch, advantages: Tensor, stage: str) -> Metrics:
-    """How much weight the policy's tokens get on each side."""
+    """Compute the positive and negative advantage of the policy's tokens."""
     answers = answer_mask(batch)
     metrics: Metrics = {}
     for part, mask in (("search", batch.loss_mask & ~answers), ("answer", answers)):
@@ -122,12 +122,12 @@ def credit_metrics(batch: RolloutBatch, estimated: Tensor) -> Metrics:
 
 
 def _correct(correctness: Sequence[float | None], chosen: Sequence[bool]) -> list[bool]:
-    """Whether each chosen search turn that finds documents found some that count."""
+    """Return for each chosen search turn that finds documents whether it found some that count."""
     return [value > 0 for value, is_chosen in zip(correctness, chosen, strict=False) if is_chosen and value is not None]
 
 
 def evaluation_metrics(rollouts: Sequence[Rollout]) -> Metrics:
-    """What a validation or test prints: means over the questions, overall and per data source.
+    """Compute the metrics of a validation or test: means over the questions, overall and per data source.
 
     Questions whose search failed have no result: they are in none of the means, and counted apart.
     """
@@ -165,7 +165,7 @@ def _without_empty(columns: dict[str, Iterable[float]]) -> Metrics:
 
 
 def speed_metrics(batch: RolloutBatch, seconds: dict[str, float]) -> Metrics:
-    """How long the two large stages of a step took."""
+    """Compute the speed of the two large stages of a step."""
     tokens = batch.loss_mask.sum().item()
     return {
         "rollout/seconds": seconds["rollout"],

@@ -45,7 +45,7 @@ class Objective:
 
     @property
     def grad_without_advantage(self) -> bool:
-        """Whether a term pulls on tokens whose advantage is 0."""
+        """True if a term pulls on tokens whose advantage is 0."""
         return bool(self.kl_coef or self.regularizers)
 
 

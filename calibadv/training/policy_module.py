@@ -135,7 +135,7 @@ class PolicyModule(EvaluationModule):
 
     @property
     def identity(self) -> RunIdentity:
-        """What tells this run from another: written into its checkpoints."""
+        """The settings that tell this run from another: written into its checkpoints."""
         return RunIdentity(
             seed=self.seed,
             protocol=self.sampler.agent.protocol.settings(),

@@ -1,4 +1,4 @@
-"""What a healthy run looks like: one rule per curve."""
+"""Rules of a healthy run, one per curve."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WEAK = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What counts as the beginning of a collapse; running medians are those of the last steps within limits."""
+    """Limits beyond which a collapse begins; running medians are those of the last steps within limits."""
 
     score_drop: float = DROP
     """``val/f1`` so far below the best so far; 0.2 is the drop by which results.json counts a run as collapsed."""
@@ -131,7 +131,7 @@ def _usual(past: Sequence[float], window: int) -> float:
 
 
 def rules(limits: Limits) -> list[Rule]:
-    """What a guard watches, one rule per curve.
+    """Make the rules of a guard, one per curve.
 
     Curves of training are read off rollouts that the policy of the step before has sampled; only ``kl_old`` is of the
     step's own update.
