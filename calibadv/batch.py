@@ -113,7 +113,7 @@ class LossInputs:
 class EvaluationOutput:
     """The result of an evaluation step. No dataclass: Lightning takes those apart, and refuses frozen ones within.
 
-    Attributes:
+    Args:
         rollouts: one per question, scored.
     """
 

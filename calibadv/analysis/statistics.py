@@ -76,6 +76,9 @@ def sign_flip_test(differences: Floats) -> float:
 
     Args:
         differences: [S] one per seed.
+
+    Returns:
+        The p value, in (0, 1].
     """
     seeds = len(differences)
     if seeds <= _MAX_EXACT_SEEDS:

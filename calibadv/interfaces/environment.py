@@ -79,6 +79,11 @@ class StreamingEngine(Engine):
     def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling, keys: Sequence[DrawKey]) -> list[int]:
         """Request a continuation of each prompt, as ``generate`` makes it, without waiting for it.
 
+        Args:
+            prompts: token ids of each prompt.
+            sampling: limits and temperature.
+            keys: one per prompt; equal keys draw equal tokens.
+
         Returns:
             One number per prompt, by which ``collect`` names it.
         """
@@ -132,6 +137,9 @@ class Protocol(Seam):
             question: its text.
             tools: what a message can call, for protocols that describe it.
             special_strings: special tokens of the tokenizer, to be escaped in foreign text.
+
+        Returns:
+            The prompt, with chat roles where the protocol uses them.
         """
 
     @abstractmethod

@@ -77,6 +77,9 @@ class AdvantageEstimator(Seam):
     def estimate(self, batch: RolloutBatch) -> Tensor:
         """Estimate the advantage of every token.
 
+        Args:
+            batch: the rollouts of a step, whole groups.
+
         Returns:
             [B, T], 0 outside ``batch.loss_mask``.
         """
@@ -128,6 +131,9 @@ class PolicyLoss(Seam):
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
         """Compute the part of the loss that this micro-batch contributes.
 
+        Args:
+            inputs: the trained tokens of the micro-batch, flattened.
+
         Returns:
             A scalar with gradient; and metrics that add up over the micro-batches of a mini-batch.
         """
@@ -147,6 +153,9 @@ class Regularizer(Seam):
     @abstractmethod
     def compute(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
         """Compute the part of the term that this micro-batch contributes, its coefficient included.
+
+        Args:
+            inputs: the trained tokens of the micro-batch, flattened.
 
         Returns:
             A scalar with gradient; and metrics that add up over the micro-batches of a mini-batch.

@@ -108,6 +108,9 @@ def loss_inputs(
         rows: the micro-batch.
         temperature: sampling temperature.
         normalizer: denominators of the whole mini-batch.
+
+    Returns:
+        Tensors of [N], of which the log-probabilities have a gradient.
     """
     logprobs, _ = forward_logprobs(model, update.batch, rows, temperature)
     index = _trained_tokens(update.batch, rows)

