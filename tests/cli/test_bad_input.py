@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -427,3 +428,10 @@ def test_only_errors_for_users_are_shown_in_one_line() -> None:
     assert [user_message(error.value) for error in (ours, bug, python)] == [str(ours.value), None, None]
     python.value.__cause__ = ours.value  # as jsonargparse does, where a value fits none of several types
     assert user_message(python.value) == str(ours.value)
+
+
+def test_an_error_of_the_network_is_not_one_of_the_disk() -> None:
+    assert user_message(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")) is None
+    assert user_message(OSError(errno.EIO, "Input/output error")) == (
+        "a file cannot be written or read: Input/output error; check the disk, or choose another folder"
+    )

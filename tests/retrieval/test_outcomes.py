@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from calibadv.config.user_errors import user_message
 from calibadv.errors import OutageError, PartialRetrievalError, RetrievalError, UserError
 from calibadv.interfaces import Retriever
 from calibadv.retrieval import Cached, Hybrid
@@ -106,3 +107,10 @@ def test_outcomes_become_what_search_returns_or_raises() -> None:
     with pytest.raises(PartialRetrievalError, match=r"^down \(2 of 3 searches failed\)$") as some:
         unwrap([down, [A], away])
     assert some.value.results == [down, [A], away]
+
+
+def test_out_of_memory_keeps_its_advice() -> None:
+    error = MemoryError("CUDA out of memory")
+    with pytest.raises(MemoryError) as raised:
+        search_outcomes(Mine(raising(error)), ["q"], 3)
+    assert str(user_message(raised.value)).startswith("there is not enough memory (CUDA out of memory)")

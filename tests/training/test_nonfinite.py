@@ -209,6 +209,13 @@ def test_after_three_in_a_row_the_run_stops_and_leaves_the_mini_batch(
     assert load(folder.last)["skipped_in_a_row"] == 0
 
 
+def test_a_stop_saves_the_count_of_the_step_that_is_saved(tmp_path: Path) -> None:
+    """Of two mini-batches a step, the second of step 1 and both of step 2 are skipped."""
+    assert fit(tmp_path, "run", *EVERY, *poison(2, 3, 4), "--model.rollout_steps", "2") == 2
+    content = load(RunFolder(tmp_path / "run").last)
+    assert (content["rollout_step"], content["skipped_in_a_row"]) == (1, 1)
+
+
 def test_the_count_survives_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(tmp_path, "run", *EVERY, *poison(2), "--model.rollout_steps", "1") == 0
     last = RunFolder(tmp_path / "run").last
