@@ -340,14 +340,14 @@ def failing(tokenizer: AgentTokenizer, queries: Sequence[str], failed: int) -> l
 def test_a_run_goes_on_while_at_most_half_of_the_searches_fail(tokenizer: AgentTokenizer, failed: int) -> None:
     rollouts = failing(tokenizer, [f"query {number}" for number in range(100)], failed)
     assert [rollout.status for rollout in rollouts] == [SEARCH_FAILED] * failed + [ANSWERED] * (100 - failed)
-    check_searches([rollouts], step=7)
+    check_searches(rollouts, step=7)
 
 
 @pytest.mark.parametrize("failed", [51, 100])
 def test_a_run_stops_where_more_searches_fail(tokenizer: AgentTokenizer, failed: int) -> None:
     rollouts = failing(tokenizer, [f"query {number}" for number in range(100)], failed)
     with pytest.raises(RetrievalError, match=rf"^{failed} of 100 searches of step 7 failed \(limit: half of them\)"):
-        check_searches([rollouts[:30], rollouts[30:]], step=7)
+        check_searches(rollouts, step=7)
 
 
 def test_searches_are_counted_and_not_rollouts(tokenizer: AgentTokenizer, lengths: tuple[int, int, int]) -> None:
@@ -355,18 +355,18 @@ def test_searches_are_counted_and_not_rollouts(tokenizer: AgentTokenizer, length
     # Two of three rollouts fail, at their third search: 2 of 2 x 3 + 1 searches.
     replies = {"a": [[capital, capital, search("broken")]] * 2 + [[capital, ANSWER]]}
     agent = scripted_agent(tokenizer, replies, retriever(failing=["broken"]), max_searches=3)
-    check_searches([play(agent, "a", samples=3)], step=1)
+    check_searches(play(agent, "a", samples=3), step=1)
     # A rollout that does not search adds none: 1 of 1.
     agent = scripted_agent(tokenizer, {"a": [[search("broken")], [ANSWER]]}, retriever(failing=["broken"]))
     with pytest.raises(RetrievalError, match=r"^1 of 1 searches"):
-        check_searches([play(agent, "a", samples=2)], step=1)
+        check_searches(play(agent, "a", samples=2), step=1)
     # A search whose observation does not fit was made: 1 of 3.
     replies = {"q": [[search("broken")], [SEARCH], [SEARCH]]}
     small = lengths[0] + lengths[1] - 1
     agent = scripted_agent(tokenizer, replies, retriever(failing=["broken"]), max_rollout_tokens=small)
     rollouts = play(agent, "q", samples=3)
     assert [rollout.status for rollout in rollouts] == [SEARCH_FAILED, TRUNCATED, TRUNCATED]
-    check_searches([rollouts], step=1)
+    check_searches(rollouts, step=1)
 
 
 # Limits.
