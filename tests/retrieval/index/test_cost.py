@@ -24,9 +24,7 @@ from calibadv.retrieval.index.open import open_corpus, sample_corpus
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read even by root")
 @pytest.mark.parametrize("opener", [open_corpus, sample_corpus])
 def test_a_corpus_that_cannot_be_read_is_not_blamed_on_the_folder(opener: Callable[[str], Any]) -> None:
-    with pytest.raises(
-        ValueError, match=r"corpus '/proc/self/mem' cannot be read \(Input/output error\); check its"
-    ):
+    with pytest.raises(ValueError, match=r"corpus '/proc/self/mem' cannot be read \(Input/output error\); check its"):
         opener("/proc/self/mem")
 
 
