@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,26 @@ class RollbackError(RuntimeError):
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(f"CollapseGuard went back to a healthy checkpoint; to go on: --ckpt_path {checkpoint}")
         self.checkpoint = checkpoint
+
+
+@contextmanager
+def naming_part(
+    call: str,
+    advice: str,
+    passing: tuple[type[Exception], ...] = (UserError, ServiceError, StopRequestedError),
+) -> Iterator[None]:
+    """Report an error of a part, a user's perhaps, as a UserError that names the call that raised it.
+
+    Errors that are for the user already, and those of memory, whose message has its own advice, pass as they are.
+    """
+    try:
+        yield
+    except passing:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{call} raised {type(error).__name__} ({one_line(error)}){advice}") from error
 
 
 _LONGEST = 300

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from calibadv.errors import ServiceError, StopRequestedError, ToolError, UserError, is_out_of_memory, one_line, shown
+from calibadv.errors import ToolError, UserError, naming_part, shown
 from calibadv.interfaces import Tool
 from calibadv.types import Metrics, ToolCall, ToolResult
 
@@ -79,18 +79,10 @@ def _run(tool: Tool, calls: Sequence[ToolCall]) -> Sequence[ToolResult | ToolErr
     """Call a tool, which may be a user's: its results are checked, and its errors taken apart."""
     name = type(tool).__name__
     try:
-        results: Any = tool.call([call.arguments for call in calls])
+        with naming_part(f"{name}.call", "; mend it, or return a ToolError for a call that cannot be made"):
+            results: Any = tool.call([call.arguments for call in calls])
     except ToolError as error:
         return [error] * len(calls)
-    except (UserError, ServiceError, StopRequestedError):
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"{name}.call raised {type(error).__name__} ({one_line(error)}); mend it, or return a ToolError for a call "
-            "that cannot be made"
-        ) from error
     return _checked(results, len(calls), name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from calibadv.errors import PartialRetrievalError, RetrievalError, UserError, is_out_of_memory, one_line
+from calibadv.errors import PartialRetrievalError, RetrievalError, UserError, naming_part
 from calibadv.interfaces import Retriever
 from calibadv.types import Document, ScoredDocument
 
@@ -20,20 +20,13 @@ def search_outcomes(retriever: Retriever, queries: Sequence[str], top_k: int) ->
     """
     name, partial = type(retriever).__name__, False
     try:
-        results: Any = retriever.search(queries, top_k)
+        advice = "; mend it, or raise RetrievalError where a search cannot be made"
+        with naming_part(f"{name}.search", advice, passing=(UserError, RetrievalError)):
+            results: Any = retriever.search(queries, top_k)
     except PartialRetrievalError as error:
         results, partial = error.results, True
     except RetrievalError as error:
         return [error] * len(queries)
-    except UserError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"{name}.search raised {type(error).__name__} ({one_line(error)}); mend it, or raise RetrievalError where "
-            "a search cannot be made"
-        ) from error
     source = f"{name}.search {'raised PartialRetrievalError with' if partial else 'returned'}"
     _check_results(results, len(queries), source)
     return [

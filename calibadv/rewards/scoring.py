@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from calibadv.errors import ServiceError, StopRequestedError, UserError, is_number, is_out_of_memory, one_line, shown
+from calibadv.errors import UserError, is_number, naming_part, shown
 from calibadv.interfaces import Reward
 from calibadv.rewards.answer import cover_match, exact_match, f1
 from calibadv.types import Question, Rollout
@@ -41,17 +41,9 @@ def _score(rollout: Rollout, reward: Reward) -> Rollout:
 
 def _ask(reward: Reward, answer: str, question: Question) -> float:
     """An answer's score; no error becomes one."""
-    try:
+    advice = f" on question '{question.id}', answer {shown(answer)}; a reward scores any text that a policy may write"
+    with naming_part(type(reward).__name__, advice):
         score = reward.score(answer, question)
-    except (UserError, ServiceError, StopRequestedError):  # these are for the user as they are
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"{type(reward).__name__} raised {type(error).__name__} ({one_line(error)}) on question '{question.id}', "
-            f"answer {shown(answer)}; a reward scores any text that a policy may write"
-        ) from error
     return checked_score(score, reward, question.id)
 
 
