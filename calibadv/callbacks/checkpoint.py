@@ -17,7 +17,7 @@ from calibadv.distributed import raised_by_all
 from calibadv.errors import RollbackError, StopRequestedError, UserError, one_line
 from calibadv.io.files import remove, replace_durably
 from calibadv.runs.checkpoints import CheckpointFile, write_digests
-from calibadv.runs.folder import RunFolder, step_of
+from calibadv.runs.folder import RunFolder
 from calibadv.training.optimization import find_non_finite
 
 
@@ -144,10 +144,10 @@ class RolloutCheckpoint(Callback):
         self.saved = not reason
         if self.saved:
             return f"rollout step {step}, the last one that was finished, is saved"
-        stands = max(RunFolder(Path(trainer.default_root_dir)).step_checkpoints(), key=step_of, default=None)
+        stands = next(iter(RunFolder(Path(trainer.default_root_dir)).checkpoints_newest_first()), None)
         if stands is None:
             return f"nothing is saved, since {reason}; there is no checkpoint, and {_steps(step)} lost"
-        return f"nothing is saved, since {reason}; {stands.name} stands, and {_steps(step - step_of(stands))} lost"
+        return f"nothing is saved, since {reason}; {stands.name} stands, and {_steps(step - self._saved_step)} lost"
 
     def _save_at_the_end(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> str:
         """Save, in the middle of whatever Lightning was doing; returns why that is not possible."""
@@ -174,20 +174,26 @@ class RolloutCheckpoint(Callback):
             logger.save()  # points that a resumed run will not write again
         try:
             self._write(trainer, pl_module, partial)
-            if trainer.is_global_zero:
-                replace_durably(partial, path)
+            _agree(self._file.failure if trainer.is_global_zero else None, path, pl_module)
+            _agree(self._put_in_place(folder, partial, path) if trainer.is_global_zero else None, path, pl_module)
         finally:
             if trainer.is_global_zero and partial.exists():
                 remove(partial)
         self._saved_step = pl_module.rollout_step
-        if trainer.is_global_zero:
+
+    def _put_in_place(self, folder: RunFolder, partial: Path, path: Path) -> str | None:
+        """Give a written checkpoint its names, and remove old ones; returns why that is not possible."""
+        try:
+            replace_durably(partial, path)
             folder.link_last(path)
-            if self.keep:
-                for old in folder.step_checkpoints()[: -self.keep]:
-                    remove(old)
+            for old in folder.step_checkpoints()[: -self.keep] if self.keep else ():
+                remove(old)
+        except OSError as error:
+            return error.strerror or str(error)
+        return None
 
     def _write(self, trainer: Trainer, pl_module: Any, partial: Path) -> None:
-        """Write a checkpoint; all processes learn of an error of the one that writes."""
+        """Write a checkpoint, unless training has diverged."""
         names = pl_module.processes.gather(find_non_finite(pl_module.model, trainer.optimizers[0]))
         if name := next(filter(None, names), None):
             raise UserError(
@@ -197,13 +203,16 @@ class RolloutCheckpoint(Callback):
         trainer.save_checkpoint(partial, weights_only=False)
         if partial.is_dir():
             write_digests(partial, pl_module.processes)
-        failure = self._file.failure if trainer.is_global_zero else None
-        failures = [told for told in pl_module.processes.gather(failure) if told]
-        if failures:
-            raise UserError(
-                f"the checkpoint of rollout step {pl_module.rollout_step} cannot be written to {partial.parent} "
-                f"({failures[0]}); make room there"
-            )
+
+
+def _agree(failure: str | None, checkpoint: Path, pl_module: Any) -> None:
+    """Raise on all processes the failure of the one that writes."""
+    failures = [told for told in pl_module.processes.gather(failure) if told]
+    if failures:
+        raise UserError(
+            f"the checkpoint of rollout step {pl_module.rollout_step} cannot be written to {checkpoint.parent} "
+            f"({failures[0]}); make room there"
+        )
 
 
 def rewind(trainer: Trainer, rollout_steps: int) -> None:

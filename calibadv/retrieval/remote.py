@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import override
@@ -33,6 +33,8 @@ _WRONG_URL = "is this url that of a retrieval server?"
 _REMEDIES = {404: "correct the path of url", 413: "lower batch_size", 422: "correct what it names"}
 # A server that has refused so many single queries of a batch and answered none is assumed to refuse all of them.
 _MAX_REFUSED = 8
+# Addresses that have answered in this process; a run that goes back to a checkpoint makes its client anew.
+_answered: set[str] = set()
 
 _Fault = Literal["outage", "busy", "error", "refusal"]
 """Failure of an attempt: the server is unreachable, is overloaded, failed (500) or refused it (400, 413, 422)."""
@@ -89,7 +91,7 @@ class Remote(Retriever):
         self._batch_size = batch_size
         self._backoff = backoff
         self._patience = patience
-        self._has_answered = self._is_down = False
+        self._is_down = False
         self._turns = itertools.count()
         self._pool = open_pool(_CONNECTIONS)
 
@@ -98,17 +100,23 @@ class Remote(Retriever):
         check_search(queries, top_k)
         nonempty = [query for query in queries if query.strip()]
         batches = [nonempty[i : i + self._batch_size] for i in range(0, len(nonempty), self._batch_size)]
+        outages: list[OutageError] = []
         threads = min(len(self._urls), len(batches))
         if threads > 1:
-            with ThreadPoolExecutor(threads) as pool:
-                answers = list(pool.map(lambda batch: self._search_batch(batch, top_k), batches))
+            with ThreadPool(threads) as pool:  # of daemon threads: one that hangs does not keep the process alive
+                answers = pool.map(lambda batch: self._search_batch(batch, top_k, outages), batches)
         else:
-            answers = [self._search_batch(batch, top_k) for batch in batches]
+            answers = [self._search_batch(batch, top_k, outages) for batch in batches]
         outcomes = itertools.chain.from_iterable(answers)
         return unwrap([next(outcomes) if query.strip() else [] for query in queries])
 
-    def _search_batch(self, queries: list[str], top_k: int) -> list[SearchOutcome]:
-        """Search for one batch; a refused batch is halved, without a pause, down to single queries."""
+    def _search_batch(self, queries: list[str], top_k: int, outages: list[OutageError]) -> list[SearchOutcome]:
+        """Search for one batch; a refused batch is halved, without a pause, down to single queries.
+
+        After an outage the batches that follow are not sent: each could hang until its timeout.
+        """
+        if outages:
+            return [outages[0]] * len(queries)
         outcomes: list[SearchOutcome] = []
         waiting = [queries]  # a stack
         refused, answered = 0, False
@@ -126,6 +134,7 @@ class Remote(Retriever):
                 outcomes += [error] * len(batch)
             except RetrievalError as error:  # independent of the queries: the rest would fail too
                 outcomes += [error] * (len(queries) - len(outcomes))
+                outages += [error] if isinstance(error, OutageError) else []
                 break
         return outcomes
 
@@ -142,7 +151,8 @@ class Remote(Retriever):
                 failure = error
             else:
                 found = _parse(url, answer, len(queries), top_k)
-                self._has_answered, self._is_down = True, False
+                self._is_down = False
+                _answered.update(self._urls)
                 return found
             if attempt + 1 >= self._max_attempts(failure.fault, halved):
                 raise self._give_up(url, failure, attempt + 1)
@@ -164,7 +174,7 @@ class Remote(Retriever):
         if failure.fault == "outage":
             self._is_down = True
             # Before the first response, an outage cannot be told from a wrong address.
-            return OutageError(message, self._patience if self._has_answered else 0.0)
+            return OutageError(message, self._patience if _answered.intersection(self._urls) else 0.0)
         return RetrievalError(message) if failure.fault == "busy" else _RefusedError(message)
 
     def _pause(self, attempts: int, requested: float) -> None:

@@ -95,7 +95,10 @@ def check_optimizer(states: Sequence[Any], trained: Sequence[nn.Parameter]) -> N
     """
     content = states[0] if len(states) == 1 and isinstance(states[0], dict) else {}
     state, groups = content.get("state", {}), content.get("param_groups", [])
-    wrong = next((f"parameter {index}" for index, values in state.items() if not _fits(values, trained, index)), None)
+    expected = {"exp_avg"} if any("betas" in group for group in groups) else set()
+    expected.update(*(values for values in state.values() if isinstance(values, dict)))
+    fits = {index: _fits(values, trained, index) and not expected.difference(values) for index, values in state.items()}
+    wrong = next((f"parameter {index}" for index, fit in fits.items() if not fit), None)
     grouped = sum(len(group.get("params", ())) for group in groups)
     if wrong or grouped != len(trained) or len(state) not in (0, len(trained)):
         where = wrong or f"{len(state)} of {len(trained)} parameters"

@@ -22,8 +22,9 @@ from calibadv.rewards.scoring import score_rollouts
 from calibadv.training.metrics import Stopwatch
 from calibadv.types import Group, Metrics, Question, Rollout, RolloutStatus
 
-# A retriever that fails this often is down; going on would train on what is left by chance.
-_MAX_FAILED_SHARE = 0.5
+# A retriever that fails this often is down; going on would train on what is left by chance. Fewer failures than the
+# second number say little where rollouts are left: a policy that hardly searches would stop at its first one.
+_MAX_FAILED_SHARE, _MIN_FAILED = 0.5, 3
 
 
 @dataclass(slots=True)
@@ -142,7 +143,7 @@ def check_searches(rollouts: Iterable[Rollout], step: int) -> None:
     rollouts = list(rollouts)
     failed = sum(rollout.status is RolloutStatus.SEARCH_FAILED for rollout in rollouts)
     made = sum(map(count_searches, rollouts))
-    if failed > _MAX_FAILED_SHARE * made:
+    if failed > _MAX_FAILED_SHARE * made and (failed >= _MIN_FAILED or failed == len(rollouts)):
         raise RetrievalError(
             f"{failed} of {made} searches of step {step} failed (limit: half of them); see the warnings above, and "
             "bring the retriever back before you resume"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -135,6 +136,49 @@ def test_a_request_to_stop_ends_the_wait(make: Callable[..., Agent], server: Ser
     looks = iter([False, False, True])
     with pytest.raises(StopRequestedError):
         play(make(REPLIES, remote), *REPLIES, waiting=Waiting(60.0, lambda: next(looks)))
+
+
+class Hanging(Retriever):
+    """Does not answer until it is released."""
+
+    def __init__(self) -> None:
+        self.top_k = 2
+        self.released = Event()
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[ScoredDocument]]:
+        self.released.wait(30)
+        return [[] for _ in queries]
+
+
+@pytest.fixture
+def hanging() -> Iterator[Hanging]:
+    made = Hanging()
+    yield made
+    made.released.set()
+
+
+def test_a_request_to_stop_leaves_a_search_that_hangs(
+    make: Callable[..., Agent], hanging: Hanging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calibadv.agent.patience._GRACE", 0.3)
+    with pytest.raises(StopRequestedError, match=r"^asked to stop, and the retriever has not answered for \d s$"):
+        play(make(REPLIES, hanging), *REPLIES, waiting=Waiting(60.0, lambda: True))
+
+
+def test_a_search_that_is_only_slow_is_finished_after_a_request_to_stop(
+    make: Callable[..., Agent], hanging: Hanging
+) -> None:
+    def stop() -> bool:
+        hanging.released.set()
+        return True
+
+    rollouts = play(make({"a": [[SEARCH, ANSWER]]}, hanging), "a", waiting=Waiting(60.0, stop))
+    assert [rollout.status for rollout in rollouts] == [ANSWERED]
+
+
+def test_a_search_that_hangs_does_not_outlast_the_process_group(make: Callable[..., Agent], hanging: Hanging) -> None:
+    with pytest.raises(RetrievalError, match=r"^the retriever has not answered for \d s$"):
+        play(make(REPLIES, hanging), *REPLIES, waiting=Waiting(0.3, never))
 
 
 @pytest.mark.parametrize(("patience", "cap"), [(0.3, 60.0), (60.0, 0.3)])

@@ -356,10 +356,15 @@ def test_searches_are_counted_and_not_rollouts(tokenizer: AgentTokenizer, length
     replies = {"a": [[capital, capital, search("broken")]] * 2 + [[capital, ANSWER]]}
     agent = scripted_agent(tokenizer, replies, retriever(failing=["broken"]), max_searches=3)
     check_searches(play(agent, "a", samples=3), step=1)
-    # A rollout that does not search adds none: 1 of 1.
-    agent = scripted_agent(tokenizer, {"a": [[search("broken")], [ANSWER]]}, retriever(failing=["broken"]))
+    # A rollout that does not search adds none: 3 of 3.
+    agent = scripted_agent(tokenizer, {"a": [[search("broken")]] * 3 + [[ANSWER]]}, retriever(failing=["broken"]))
+    rollouts = play(agent, "a", samples=4)
+    with pytest.raises(RetrievalError, match=r"^3 of 3 searches"):
+        check_searches(rollouts, step=1)
+    # A policy that hardly searches goes on, 2 of 2, unless no rollout is left.
+    check_searches(rollouts[1:], step=1)
     with pytest.raises(RetrievalError, match=r"^1 of 1 searches"):
-        check_searches(play(agent, "a", samples=2), step=1)
+        check_searches(rollouts[:1], step=1)
     # A search whose observation does not fit was made: 1 of 3.
     replies = {"q": [[search("broken")], [SEARCH], [SEARCH]]}
     small = lengths[0] + lengths[1] - 1

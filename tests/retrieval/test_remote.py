@@ -168,6 +168,25 @@ def test_a_server_that_is_slow() -> None:
     )
 
 
+def test_batches_behind_an_outage_are_not_sent() -> None:
+    """Each would hang until its timeout, while a run waits."""
+    never = threading.Event()
+    with Scripted(lambda number, body: Reply(200, b"", after=never)) as server:
+        with pytest.raises(RetrievalError, match="gave no answer within"):
+            Remote(server.url, timeout=0.1, retries=0, batch_size=1).search(["a", "b", "c"], 3)
+        never.set()
+        assert [body["queries"] for body in server.requests] == [["a"]]
+
+
+def test_a_new_client_knows_that_the_server_has_answered_in_this_process() -> None:
+    """A run that goes back to a checkpoint makes its client anew."""
+    with Scripted(lambda number, body: good(body)) as server:
+        assert Remote(server.url).search(["a"], 3)
+    with pytest.raises(OutageError) as caught:
+        Remote(server.url, retries=0, patience=7.0).search(["a"], 3)
+    assert caught.value.patience == 7.0
+
+
 class Dripping(Reply):
     """Sends the start of an answer and then one piece every so often, for a time that a test would not wait."""
 
