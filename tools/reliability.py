@@ -4,7 +4,7 @@
     python tools/reliability.py outages                            a retrieval server that is gone for 5, 20 and 90 s
     python tools/reliability.py failures                           1, 20 and 100 % of the queries fail
     python tools/reliability.py disk                               a full disk at every kind of write (needs root)
-    python tools/reliability.py sigterm                            SIGTERM while the retriever is waited for
+    python tools/reliability.py sigterm                            SIGTERM while the retriever is waited for, or hangs
 
 Each prints one table, and ends with status 1 if a promise is broken. Runs are six steps of the quickstart, one thread.
 """
@@ -216,6 +216,8 @@ class Service:
         self.retriever = BM25(corpus="embedded", top_k=2)
         self.refused = refused
         self.port = 0
+        self.answers = threading.Event()
+        self.answers.set()
         self.open()
 
     def open(self) -> None:
@@ -225,6 +227,7 @@ class Service:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 wanted = parse_request(self.rfile.read(int(self.headers["Content-Length"])), 2, 10**6, 100)
+                service.answers.wait()
                 bad = any(map(service.refused, wanted.queries))
                 found = {"error": "a query cannot be answered"}
                 if not bad:
@@ -299,26 +302,31 @@ def failures(root: Path) -> Iterator[tuple[str, str, bool]]:
 
 
 def sigterm(root: Path) -> Iterator[tuple[str, str, bool]]:
-    """Ask a run to stop while it waits for the server."""
+    """Ask a run to stop while it waits for the server, which is gone or accepts and does not answer."""
     service = Service()
     assert fit(root, "whole", *service.words)[0] == 0
-    process = start(fit_command(root, "run", *service.words))
-    wait_for(root / "run/rollouts/train-step-000003.jsonl")
-    service.close()
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "wait" in line:
-            break
-    began = time.monotonic()
-    process.terminate()
-    process.communicate()
-    seconds = time.monotonic() - began
-    checkpoints = [path.stem[-1] for path in RunFolder(root / "run").step_checkpoints()]
-    service.open()
-    status, output = fit(root, "run", *service.words, *AUTO)
-    found = differences(sums(root / "whole"), sums(root / "run")) if status == 0 else output.splitlines()[-1]
-    text = f"status {process.returncode} after {seconds:.1f} s, checkpoints {', '.join(checkpoints)}; then {found}"
-    yield "SIGTERM while it waits", text, process.returncode == 143 and found == "identical"
+    for case, run in (("SIGTERM while it waits", "gone"), ("SIGTERM while a search hangs", "hangs")):
+        process = start(fit_command(root, run, *service.words))
+        wait_for(root / run / "rollouts/train-step-000003.jsonl")
+        assert process.stdout is not None
+        if run == "gone":
+            service.close()
+            next(line for line in process.stdout if "wait" in line)
+        else:
+            service.answers.clear()
+            time.sleep(5)
+        began = time.monotonic()
+        process.terminate()
+        process.communicate()
+        seconds = time.monotonic() - began
+        checkpoints = [path.stem[-1] for path in RunFolder(root / run).step_checkpoints()]
+        if run == "gone":
+            service.open()
+        service.answers.set()
+        status, output = fit(root, run, *service.words, *AUTO)
+        found = differences(sums(root / "whole"), sums(root / run)) if status == 0 else output.splitlines()[-1]
+        text = f"status {process.returncode} after {seconds:.1f} s, checkpoints {', '.join(checkpoints)}; then {found}"
+        yield case, text, process.returncode == 143 and found == "identical"
 
 
 # A full disk
