@@ -55,7 +55,7 @@ from calibadv.training.logprobs import UpdateBatch, compute_old_logprobs, loss_i
 from calibadv.training.metrics import Stopwatch, rollout_metrics, speed_metrics, stability_metrics
 from calibadv.training.minibatches import Batching
 from calibadv.training.objective import Objective
-from calibadv.training.optimization import UpdateMetrics, clip_gradient
+from calibadv.training.optimization import UpdateMetrics, clip_gradient, dump_mini_batch
 from calibadv.training.policy_module import PolicyModule, Schedule
 from calibadv.training.sampling import RolloutSampler, collect_groups
 from calibadv.types import Metrics, Question
@@ -214,8 +214,8 @@ class SearchAgentModule(PolicyModule):
                             self.manual_backward(loss * micro_batch.loss_scale)
                     steps.add(terms, micro_batch)
                 norm = clip_gradient(self.model, self.clip_norm)
-                dump = self.run_folder.nonfinite_step(step)
-                stepped = self.finite_steps.step(optimizer, norm, update, mini_batch, dump, self.processes)
+                dump = partial(dump_mini_batch, update, mini_batch.rows, norm, self.run_folder.nonfinite_step(step))
+                stepped = self.finite_steps.step(optimizer, norm, mini_batch.name, dump, self.processes)
                 steps.close(norm, stepped)
         return self.finish_step(update, {**metrics, **steps.summary()}, timer)
 

@@ -168,6 +168,7 @@ class Rollout:
     prepend_think: bool
     segments: tuple[Segment, ...]
     status: RolloutStatus
+    prompt: str = ""
     prompt_ids: tuple[int, ...] = ()
     messages: tuple[Message, ...] = ()
     answer: str | None = None

@@ -80,8 +80,9 @@ def _start(questions: Sequence[Question], agent: Agent, samples: int, processes:
         first = sampled[question.id]
         sampled[question.id] += samples
         if owner == processes.rank:
-            prompt = check_prompt(question, agent)
-            episodes += [Episode(question, first + n, prompt, list(prompt)) for n in range(samples)]
+            prompt_ids = check_prompt(question, agent)
+            prompt = str(agent.tokenizer.backend.decode(list(prompt_ids)))
+            episodes += [Episode(question, first + n, prompt, prompt_ids, list(prompt_ids)) for n in range(samples)]
     return episodes
 
 

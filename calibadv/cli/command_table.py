@@ -42,6 +42,10 @@ COMMANDS = {
         "Measure whether a corpus holds the answers to questions, and whether a search finds them.",
         "calibadv.cli.retrieval:audit",
     ),
+    "demonstrate": _typed(
+        "Write demonstrations for a warm start: scripted ones, or rollouts that scored well.",
+        "calibadv.cli.demonstrations:demonstrate",
+    ),
     "compare": _typed(
         "Compare trained runs: a report with curves, intervals and paired tests.",
         "calibadv.analysis.compare.command:compare",

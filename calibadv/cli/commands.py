@@ -85,8 +85,18 @@ def _function_parser(prog: str, description: str, function: Callable[..., Any]) 
         text = next(action.help for action in typed._actions if action.dest == flag)
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     _drop_dataclasses(parser)
+    _rename_keywords(parser)
     set_metavars(parser)
     return parser
+
+
+def _rename_keywords(parser: ArgumentParser) -> None:
+    """Give parameters such as ``from_``, whose name would be a keyword of Python, an option without the underscore."""
+    for action in parser._actions:
+        if action.dest.endswith("_"):
+            del parser._option_string_actions[f"--{action.dest}"]
+            action.option_strings = [f"--{action.dest.rstrip('_')}"]
+            parser._option_string_actions[action.option_strings[0]] = action
 
 
 def _drop_dataclasses(parser: ArgumentParser) -> None:

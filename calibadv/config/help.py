@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 VERBS = {
     "fit": "Train a search agent, validating as it goes.",
+    "sft": "Fit a model to demonstrations, as the start of a search agent.",
     "validate": "Answer the validation questions greedily and print the figures.",
     "test": "Answer the test questions greedily and print the figures.",
     "predict": "Answer the test questions greedily and write the rollouts.",
@@ -26,9 +27,11 @@ _METAVARS = {
     "backend": "{bm25,faiss}",
     "config": "NAME_OR_FILE",
     "corpus": "FILE",
+    "from_": "RUN_OR_FILE",
     "index": "DIR",
     "names": "FILE",
     "out": "PATH",
+    "policy": "DIR",
     "query": "TEXT",
     "questions": "FILE",
     "retriever": "NAME_OR_FILE",

@@ -30,7 +30,7 @@ from calibadv.callbacks.rollout_writer import RolloutWriter
 from calibadv.callbacks.run_start import RunStart
 from calibadv.callbacks.tensorboard import TensorBoardPages, swept_settings
 from calibadv.config.errors import explain
-from calibadv.config.files import ConfigFile, Option, configs_folder
+from calibadv.config.files import ConfigFile, Option, configs_folder, read_config
 from calibadv.config.help import OPTION_HELP, VERBS, set_option_help
 from calibadv.config.overlays import check_overlay_order
 from calibadv.config.run_setup import (
@@ -40,6 +40,7 @@ from calibadv.config.run_setup import (
     resolve_start,
     resume_command,
 )
+from calibadv.config.sft import sft_config
 from calibadv.config.threads import limit_threads
 from calibadv.config.trainer_checks import check_checkpoint, check_trainer, is_first_process, run_timestamp
 from calibadv.config.user_errors import WRITE_ERRORS
@@ -50,13 +51,17 @@ from calibadv.policy.precision import check_rate
 from calibadv.runs.folder import StartPoint
 from calibadv.runs.lock import RunLock
 from calibadv.runs.logger import RunTensorBoardLogger
+from calibadv.sft import DemonstrationData, SupervisedModule
 
 
 class CalibadvCLI(LightningCLI):
     """LightningCLI that decides the run folder before anything is built, and writes nothing until all inputs are read.
 
+    Attributes:
+        verb: method of the Trainer that is run.
+
     Args:
-        verb: ``fit``, ``validate``, ``test`` or ``predict``.
+        command: ``fit``, ``sft``, ``validate``, ``test`` or ``predict``.
         settings: config files and options of the command line.
         lock: of the run folder; without one, everything is built and nothing is run.
     """
@@ -64,22 +69,24 @@ class CalibadvCLI(LightningCLI):
     start: StartPoint
     checkpoints: RolloutCheckpoint
 
-    def __init__(self, verb: str, settings: Sequence[ConfigFile | Option], lock: RunLock | None = None) -> None:
-        self.verb = verb
+    def __init__(self, command: str, settings: Sequence[ConfigFile | Option], lock: RunLock | None = None) -> None:
+        self.command = command
+        self.verb = verb = "fit" if command == "sft" else command
         self.settings = settings
         self._lock = lock
         manners = {"exit_on_error": False, "allow_abbrev": False}
-        usage = f"calibadv {verb} [--config NAME_OR_FILE ...] [--option VALUE ...]"
+        usage = f"calibadv {command} [--config NAME_OR_FILE ...] [--option VALUE ...]"
+        module, data = (SupervisedModule, DemonstrationData) if command == "sft" else (SearchAgentModule, QuestionData)
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         super().__init__(
-            SearchAgentModule,
-            QuestionData,
+            module,
+            data,
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={**manners, verb: {**manners, "usage": usage, "description": VERBS[verb]}},
-            args=[verb, *_command_words(settings)],
+            parser_kwargs={**manners, verb: {**manners, "usage": usage, "description": VERBS[command]}},
+            args=[verb, *_command_words(settings, command)],
         )
 
     @override
@@ -128,11 +135,11 @@ class CalibadvCLI(LightningCLI):
             config.verbose = False  # Progress prints the table
         if self.verb == "predict":
             config.return_predictions = False  # RolloutWriter writes them; Lightning would keep all in memory
-        check_start(self.verb, self.start, config.model.rollout_steps, config.ckpt_path)
+        check_start(self.verb, self.start, config.model.get("rollout_steps"), config.ckpt_path)
         config.ckpt_path = self.start.checkpoint and str(self.start.checkpoint)
 
     def _default_name(self) -> str:
-        prefix = [] if self.verb == "fit" else [self.verb]
+        prefix = [] if self.command in ("fit", "sft") else [self.verb]
         names = [setting.path.stem for setting in self.settings if isinstance(setting, ConfigFile)]
         return "-".join([*prefix, *names, f"seed{self.config[self.verb].seed_everything}", run_timestamp()])
 
@@ -140,7 +147,7 @@ class CalibadvCLI(LightningCLI):
     def resume_command(self) -> str:
         """Command that continues this run, or starts it again if it has no checkpoint yet."""
         ckpt_path = "last" if self.start.folder.checkpoints_newest_first() else "auto"
-        return resume_command(self.verb, self.settings, self.start.folder, ckpt_path)
+        return resume_command(self.command, self.settings, self.start.folder, ckpt_path)
 
     def resolved_config(self) -> str:
         """Return the whole config of this run as YAML."""
@@ -169,7 +176,7 @@ class CalibadvCLI(LightningCLI):
         # the state of all callbacks, so they come last.
         before = [
             RunStart(self.start, self.resolved_config()),
-            Results(shlex.join(["calibadv", self.verb, *words])),
+            Results(shlex.join(["calibadv", self.command, *words])),
             TensorBoardPages(swept, rollouts.every_n_rollout_steps),
             rollouts,
         ]
@@ -228,9 +235,12 @@ class ReadingCLI(CalibadvCLI):
         """Build nothing."""
 
 
-def _command_words(settings: Sequence[ConfigFile | Option]) -> list[str]:
+def _command_words(settings: Sequence[ConfigFile | Option], command: str) -> list[str]:
     """Return the words that LightningCLI parses: the packaged base, then the settings, with paths for names."""
-    words = ["--config", str(configs_folder() / "base.yaml")]
-    for setting in settings:
-        words += ["--config", str(setting.path)] if isinstance(setting, ConfigFile) else setting.words
+    words: list[str] = []
+    for setting in [read_config(configs_folder() / "base.yaml"), *settings]:
+        if isinstance(setting, Option):
+            words += setting.words
+        else:
+            words += ["--config", sft_config(setting) if command == "sft" else str(setting.path)]
     return words
