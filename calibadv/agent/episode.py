@@ -55,6 +55,12 @@ class Episode:
         return self.messages[-1].calls
 
 
+def new_episode(question: Question, sample: int, prompt_ids: tuple[int, ...], agent: Agent) -> Episode:
+    """Start an episode with an encoded prompt."""
+    prompt = str(agent.tokenizer.backend.decode(list(prompt_ids)))  # special tokens shown, as the model reads them
+    return Episode(question, sample, prompt, prompt_ids, list(prompt_ids))
+
+
 def unfinished(episodes: Sequence[Episode]) -> list[Episode]:
     """Return the episodes that go on."""
     return [episode for episode in episodes if episode.status is None]

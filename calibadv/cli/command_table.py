@@ -16,16 +16,18 @@ class Command:
         entry: function that is called with the words after the command, if the command has a parser of its own.
         leading: arguments of ``entry`` before the words.
         functions: typed functions whose signatures are the options, by their names; several are subcommands.
+        loads_model: whether libraries are imported whose notices are to be silenced.
     """
 
     summary: str
     entry: str = ""
     leading: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
+    loads_model: bool = False
 
 
-def _typed(summary: str, *functions: str) -> Command:
-    return Command(summary, functions=functions)
+def _typed(summary: str, *functions: str, loads_model: bool = False) -> Command:
+    return Command(summary, functions=functions, loads_model=loads_model)
 
 
 COMMANDS = {
@@ -45,7 +47,12 @@ COMMANDS = {
     "demonstrate": _typed(
         "Write demonstrations for a warm start: scripted ones, or rollouts that scored well.",
         "calibadv.cli.demonstrations:demonstrate",
+        loads_model=True,
     ),
+    "export": _typed(
+        "Write a trained policy as a Hugging Face folder.", "calibadv.export.folder:export", loads_model=True
+    ),
+    "ask": _typed("Ask a trained agent, on the terminal or in a browser.", "calibadv.cli.ask:ask", loads_model=True),
     "compare": _typed(
         "Compare trained runs: a report with curves, intervals and paired tests.",
         "calibadv.analysis.compare.command:compare",

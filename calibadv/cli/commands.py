@@ -17,6 +17,7 @@ from calibadv.cli.command_table import COMMANDS
 from calibadv.config.errors import explain
 from calibadv.config.files import ConfigFile, Option, read_words
 from calibadv.config.help import CommandHelpFormatter, set_metavars
+from calibadv.config.logging import quiet_libraries
 from calibadv.errors import UserError
 
 Functions = dict[str, Callable[..., Any]]
@@ -25,6 +26,8 @@ _new_parser = partial(ArgumentParser, exit_on_error=False, allow_abbrev=False, f
 
 def run_command(command: str, arguments: Sequence[str]) -> int:
     """Run one command, and return its exit status."""
+    if COMMANDS[command].loads_model:
+        quiet_libraries()
     functions = _functions(command)
     parser = command_parser(command)
     try:
@@ -120,6 +123,8 @@ def _joined_lists(arguments: Sequence[str], functions: Functions) -> list[str]:
     """Join the values of each list option, such as ``--config a --config b`` or ``--top_k 2 5``, into one JSON list."""
     kinds = {f"--{name}": kind for function in functions.values() for name, kind in get_type_hints(function).items()}
     settings = read_words(_with_first_option(arguments, functions))
+    if settings and len(functions) == 1 and isinstance(settings[-1], Option):
+        settings[-1:] = _without_trailing(settings[-1], kinds, _first_parameter(next(iter(functions.values()))))
     words = _joined_options([setting for setting in settings if isinstance(setting, Option)], kinds)
     configs = [str(setting.path) for setting in settings if isinstance(setting, ConfigFile)]
     return [*words, "--config", json.dumps(configs)] if configs else words
@@ -131,6 +136,15 @@ def _with_first_option(arguments: Sequence[str], functions: Functions) -> list[s
         (function,) = functions.values()
         return [f"--{_first_parameter(function)}", *arguments]
     return list(arguments)
+
+
+def _without_trailing(last: Option, kinds: Mapping[str, Any], first: str) -> list[Option]:
+    """Take a word behind the last option as the value of the first parameter: ask --model DIR "Who ...?"."""
+    kind = kinds.get(last.name)
+    taken = 1 if kind is bool else 2
+    if kind is None or "list[" in str(kind) or len(last.words) != taken + 1 or last.name == f"--{first}":
+        return [last]
+    return [Option(last.name, last.words[:taken], {}), Option(f"--{first}", (f"--{first}", last.words[-1]), {})]
 
 
 def _joined_options(options: Sequence[Option], kinds: Mapping[str, Any]) -> list[str]:

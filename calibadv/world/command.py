@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calibadv.errors import UserError
+from calibadv.io.files import check_empty
 from calibadv.world.world import build_world
 
 
@@ -50,19 +51,6 @@ def policy(out: Path, seed: int = 0, clean_steps: int = 250, noisy_steps: int = 
     from calibadv.world.warm_start import make_policy
 
     make_policy(out, seed, clean_steps, noisy_steps)
-
-
-def check_empty(out: Path) -> None:
-    """Refuse a folder that holds something.
-
-    Args:
-        out: where to write.
-
-    Raises:
-        UserError: it is a file, or a folder that is not empty.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"out '{out}' exists and is not an empty folder; name another folder, or remove it")
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
