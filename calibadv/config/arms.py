@@ -32,15 +32,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One method of a study.
+    """One method of a study."""
 
-    Attributes:
-        name: also that of its folder.
-        overlays: config files that come after those of all arms.
-    """
-
-    name: str
-    overlays: tuple[ConfigFile, ...] = ()
+    name: str  # unique, and that of its folder in a study
+    overlays: tuple[ConfigFile, ...] = ()  # config files that come after those of all arms
 
 
 def read_arms(words: Sequence[str]) -> list[Arm]:

@@ -24,15 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AnswerTokens:
-    """The first golden answer as the policy would write it at once.
+    """The first golden answer as the policy would write it at once."""
 
-    Attributes:
-        frame: token ids of an empty think and of the tag that opens the answer.
-        answer: token ids of the answer itself, which are judged.
-    """
-
-    frame: tuple[int, ...]
-    answer: tuple[int, ...]
+    frame: tuple[int, ...]  # token ids of an empty think and of the tag that opens the answer
+    answer: tuple[int, ...]  # token ids of the answer itself, which are judged
 
 
 def answer_tokens(rollout: Rollout, tokenizer: AgentTokenizer) -> AnswerTokens:

@@ -16,19 +16,12 @@ from calibadv.study.manifest import StudyManifest
 
 @dataclass(frozen=True, slots=True)
 class StudyRun:
-    """One arm with one seed.
+    """One arm with one seed."""
 
-    Attributes:
-        out: folder of the study.
-        arm: name of the arm.
-        seed: of the run.
-        steps: rollout steps of the whole run.
-    """
-
-    out: Path
+    out: Path  # folder of the study
     arm: str
     seed: int
-    steps: int
+    steps: int  # rollout steps of the whole run
 
     @property
     def name(self) -> str:

@@ -50,17 +50,11 @@ CLEAN = Noise(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """One scripted rollout.
-
-    Attributes:
-        messages: the policy's messages.
-        token_ids: [T] of prompt, messages and observations.
-        weights: [T] weight of each token in the loss: 1 for the policy's, 0.1 for the rest.
-    """
+    """One scripted rollout."""
 
     messages: tuple[str, ...]
-    token_ids: tuple[int, ...]
-    weights: tuple[float, ...]
+    token_ids: tuple[int, ...]  # [T] of prompt, messages and observations
+    weights: tuple[float, ...]  # [T] weight of each token in the loss: 1 for the policy's, 0.1 for the rest
 
 
 class WorldSearch:

@@ -22,30 +22,19 @@ HOP_SHARES = {1: 15, 2: 55, 3: 30}
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Passages and questions about them.
+    """Passages and questions about them."""
 
-    Attributes:
-        documents: one per entity, entities of one kind next to each other.
-        facts: by title of a document, then by relation: the entity that it leads to.
-        questions: by split: train, validation, test; no two share both entity and relation path.
-    """
-
-    documents: tuple[Document, ...]
-    facts: dict[str, dict[str, str]]
-    questions: dict[str, list[Question]]
+    documents: tuple[Document, ...]  # one per entity, entities of one kind next to each other
+    facts: dict[str, dict[str, str]]  # by title of a document, then by relation: the entity that it leads to
+    questions: dict[str, list[Question]]  # by split: train, validation, test; no two share entity and relation path
 
 
 @dataclass(frozen=True, slots=True)
 class RelationPath:
-    """The relations that a question follows, and the entities on the way.
+    """The relations that a question follows, and the entities on the way."""
 
-    Attributes:
-        relations: in the order in which they are followed.
-        entities: the entity that the question names, then the one after each relation; the last is the answer.
-    """
-
-    relations: tuple[str, ...]
-    entities: tuple[str, ...]
+    relations: tuple[str, ...]  # in the order in which they are followed
+    entities: tuple[str, ...]  # the one that the question names, then that after each relation; the last is the answer
 
     @property
     def question(self) -> str:

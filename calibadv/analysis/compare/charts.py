@@ -37,15 +37,10 @@ MAX_BANDS = 4
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """The chart of one metric.
-
-    Attributes:
-        tag: its name.
-        bands: of the arms that have the metric, by the arm's index.
-    """
+    """The chart of one metric."""
 
     tag: str
-    bands: Mapping[int, Band]
+    bands: Mapping[int, Band]  # of the arms that have the metric, by the arm's index
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,21 +118,13 @@ def rename_curves(curves: Curves, names: Mapping[str, str]) -> Curves:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """One metric of one arm, over its seeds.
+    """One metric of one arm, over its seeds."""
 
-    Attributes:
-        steps: [P] where there is a point.
-        mean: [P] over the seeds that have it.
-        low: [P] mean minus one standard deviation, but not below the lowest seed.
-        high: [P] mean plus one standard deviation, but not above the highest seed.
-        seeds: [S, P] each seed, NaN where it has no point; S is 0 where there are more than five.
-    """
-
-    steps: Floats
-    mean: Floats
-    low: Floats
-    high: Floats
-    seeds: Floats
+    steps: Floats  # [P] where there is a point
+    mean: Floats  # [P] over the seeds that have it
+    low: Floats  # [P] mean minus one standard deviation, but not below the lowest seed
+    high: Floats  # [P] mean plus one standard deviation, but not above the highest seed
+    seeds: Floats  # [S, P] each seed, NaN where it has no point; S is 0 where there are more than five
 
 
 def step_windows(curves: Iterable[Curve]) -> list[list[int]]:

@@ -21,17 +21,11 @@ _PAIRED = ("final_f1", "final_em")
 
 @dataclass(frozen=True, slots=True)
 class ArmScores:
-    """The finished runs of an arm.
+    """The finished runs of an arm."""
 
-    Attributes:
-        runs: [S] in the order of their seeds.
-        questions: [Q] identities of the questions that all of them answered; empty if they are not known.
-        reason: the reason for that.
-    """
-
-    runs: tuple[RunScores, ...]
-    questions: tuple[str, ...]
-    reason: str
+    runs: tuple[RunScores, ...]  # [S] in the order of their seeds
+    questions: tuple[str, ...]  # [Q] identities of the questions that all of them answered; empty if they are not known
+    reason: str  # the reason that they are not known; empty if they are
 
     def matrix(self, measure: str) -> Floats:
         """[S, Q] scores of a measure that every run has; without questions [S, 1]."""

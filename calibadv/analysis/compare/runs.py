@@ -25,27 +25,16 @@ _DIGITS = re.compile(r"(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The content of one run folder.
-
-    Attributes:
-        path: the folder.
-        label: its name in the report: the path below the common folder of all runs.
-        seed: None if unknown.
-        settings: the resolved config, flat, without what may differ in an arm; None for a run of another program.
-        results: content of results.json; empty without one.
-        curves: by our names.
-        planned: rollout steps that the config asks for; None for a run of another program.
-        notes: remarks on this run for the warnings of the report.
-    """
+    """The content of one run folder; ``settings`` and ``planned`` are None for a run of another program."""
 
     path: Path
-    label: str
-    seed: int | None
-    settings: Mapping[str, Any] | None
-    results: Mapping[str, Any]
-    curves: Curves
-    planned: int | None
-    notes: Sequence[str] = field(default=())
+    label: str  # its name in the report: the path below the common folder of all runs
+    seed: int | None  # None if unknown
+    settings: Mapping[str, Any] | None  # the resolved config, flat, without what may differ in an arm
+    results: Mapping[str, Any]  # content of results.json; empty without one
+    curves: Curves  # by our names
+    planned: int | None  # rollout steps that the config asks for
+    notes: Sequence[str] = field(default=())  # remarks for the warnings of the report
 
     @property
     def is_calibadv_run(self) -> bool:

@@ -26,19 +26,12 @@ MEASURES = ("final_f1", "final_em", "best_f1", "best_em", "untrained_f1", "untra
 
 @dataclass(frozen=True)
 class RunScores:
-    """The results of one run that is finished.
-
-    Attributes:
-        run: the run.
-        questions: [Q] identity of each question, in one order for all runs; empty if unknown.
-        by_question: [Q] scores by measure, NaN where a search failed; empty if unknown.
-        reason: the reason that there are none by question; empty if there are.
-    """
+    """The results of one run that is finished."""
 
     run: Run
-    questions: tuple[str, ...]
-    by_question: Mapping[str, Floats]
-    reason: str
+    questions: tuple[str, ...]  # [Q] identity of each question, in one order for all runs; empty if unknown
+    by_question: Mapping[str, Floats]  # [Q] scores by measure, NaN where a search failed; empty if unknown
+    reason: str  # the reason that there are none by question; empty if there are
 
     @cached_property
     def outcome(self) -> dict[str, Any]:

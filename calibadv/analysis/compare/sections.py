@@ -27,19 +27,12 @@ _FIRST = ("val/f1", "val/em", "val/format_valid", "val/searches")
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """The charts of a group of curves.
-
-    Attributes:
-        title: of the group.
-        charts: in the order of the runs' curves.
-        constant: curves that are the same number everywhere, with it.
-        single: curves that have one step only.
-    """
+    """The charts of a group of curves."""
 
     title: str
-    charts: Sequence[Chart]
-    constant: Sequence[tuple[str, float]]
-    single: Sequence[str]
+    charts: Sequence[Chart]  # in the order of the runs' curves
+    constant: Sequence[tuple[str, float]]  # curves that are the same number everywhere, with it
+    single: Sequence[str]  # curves that have one step only
 
 
 def curve_sections(arms: Sequence[Arm]) -> list[Section]:

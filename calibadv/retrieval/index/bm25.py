@@ -157,19 +157,12 @@ class InvertedIndex:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """P postings of a block of documents, sorted by word and document.
+    """P postings of a block of documents, sorted by word and document."""
 
-    Attributes:
-        words: [W] the different words.
-        document_counts: [W] number of documents of each word.
-        rows: [P] document of each posting.
-        counts: [P] occurrences of the word in the document.
-    """
-
-    words: NDArray[np.int64]
-    document_counts: NDArray[np.int64]
-    rows: NDArray[np.int32]
-    counts: NDArray[np.int32]
+    words: NDArray[np.int64]  # [W] the different words
+    document_counts: NDArray[np.int64]  # [W] number of documents of each word
+    rows: NDArray[np.int32]  # [P] document of each posting
+    counts: NDArray[np.int32]  # [P] occurrences of the word in the document
 
 
 def _import_bm25s() -> Any:
