@@ -73,9 +73,7 @@ class RollbackError(RuntimeError):
 
 @contextmanager
 def naming_part(
-    call: str,
-    advice: str,
-    passing: tuple[type[Exception], ...] = (UserError, ServiceError, StopRequestedError),
+    call: str, advice: str, passing: tuple[type[Exception], ...] = (UserError, ServiceError, StopRequestedError)
 ) -> Iterator[None]:
     """Report an error of a part, a user's perhaps, as a UserError that names the call that raised it.
 

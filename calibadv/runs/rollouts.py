@@ -61,10 +61,7 @@ def _segment_to_json(segment: Segment) -> Record:
 
 
 def write_rollouts(
-    path: Path,
-    rollouts: Sequence[Rollout],
-    estimated: TurnValues | None = None,
-    calibrated: TurnValues | None = None,
+    path: Path, rollouts: Sequence[Rollout], estimated: TurnValues | None = None, calibrated: TurnValues | None = None
 ) -> None:
     """Write rollouts to a file, which appears whole or not at all.
 

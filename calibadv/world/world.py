@@ -129,11 +129,7 @@ def _make_question(path: RelationPath, ids: dict[str, str]) -> Question:
         question=path.question,
         golden_answers=[path.entities[-1]],
         data_source=f"world-{hops}hop",
-        metadata={
-            "hops": hops,
-            "supporting_ids": [ids[title] for title in evidence],
-            "supporting_titles": evidence,
-        },
+        metadata={"hops": hops, "supporting_ids": [ids[title] for title in evidence], "supporting_titles": evidence},
     )
 
 
