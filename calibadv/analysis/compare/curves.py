@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 
+from calibadv.analysis.statistics import Floats
 from calibadv.errors import UserError
 
 Curve = dict[int, float]
 Curves = dict[str, Curve]
-Floats = NDArray[np.float64]
 
 _EVENT_FILES = "*tfevents*"
 _MAX_POINTS = 60
@@ -109,11 +108,6 @@ def read_name_map(path: Path, known: Iterable[Any]) -> dict[str, str]:
         if not any(pattern.fullmatch(ours) for pattern in patterns):
             raise UserError(f"name map '{path}': '{ours}' is not one of our curves, which docs/curves.md lists")
     return dict(content)
-
-
-def rename_curves(curves: Curves, names: Mapping[str, str]) -> Curves:
-    """Return the curves of another program under our names."""
-    return {ours: curves[theirs] for ours, theirs in names.items() if theirs in curves}
 
 
 @dataclass(frozen=True, slots=True)

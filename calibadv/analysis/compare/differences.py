@@ -10,8 +10,8 @@ import numpy as np
 
 from calibadv.analysis.compare.arms import Arm
 from calibadv.analysis.compare.runs import Run
-from calibadv.analysis.compare.scores import Floats, RunScores
-from calibadv.analysis.statistics import bootstrap_complete_cases, holm_correction, sign_flip_test, smallest_p
+from calibadv.analysis.compare.scores import RunScores
+from calibadv.analysis.statistics import Floats, bootstrap_complete_cases, holm_correction, sign_flip_test, smallest_p
 from calibadv.runs.summary import final_validations
 
 DIGITS = 6  # of every fraction in results.json

@@ -37,18 +37,13 @@ def render_html(
         {"name": arm.name, "index": index, "style": style}
         for index, (arm, style) in enumerate(zip(arms, styles(len(arms)), strict=True))
     ]
-    template = _environment(escape=True).get_template("page.html")
-    page: str = template.render(**_shared(results, timing, arms), sections=sections, legend=legend)
-    return page
+    return _render("page.html", escape=True, **_shared(results, timing, arms), sections=sections, legend=legend)
 
 
 def render_markdown(results: Results, timing: Mapping[str, Any], arms: Sequence[Arm], has_figure: bool) -> str:
     """Render report.md, which has no curves."""
-    template = _environment(escape=False).get_template("report.md")
-    page: str = template.render(
-        **_shared(results, timing, arms), has_figure=has_figure, has_bands=len(arms) <= MAX_BANDS
-    )
-    return page
+    shared = _shared(results, timing, arms)
+    return _render("report.md", escape=False, **shared, has_figure=has_figure, has_bands=len(arms) <= MAX_BANDS)
 
 
 def draw_charts(sections: Sequence[Section], names: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -58,7 +53,7 @@ def draw_charts(sections: Sequence[Section], names: Sequence[str]) -> Iterator[t
         yield chart.tag, chart_svg(chart, names, f"c{number}-")
 
 
-def _environment(escape: bool) -> Any:
+def _render(name: str, escape: bool, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -77,7 +72,7 @@ def _environment(escape: bool) -> Any:
         "code": _code,
         "duration": _duration,
     }
-    return environment
+    return environment.get_template(name).render(**values)
 
 
 def _shared(results: Results, timing: Mapping[str, Any], arms: Sequence[Arm]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from calibadv.analysis.compare.curve_docs import known_tags
-from calibadv.analysis.compare.curves import Curves, event_files, read_curves, rename_curves
+from calibadv.analysis.compare.curves import Curves, event_files, read_curves
 from calibadv.errors import UserError
 from calibadv.runs.folder import STUDY_FILE, RunFolder
 from calibadv.runs.settings import changed_settings, method_settings
@@ -90,10 +90,10 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    if _is_run(folder):
+    if event_files(folder) or _is_ours(folder):
         yield folder
-        return
-    yield from _below(folder)
+    else:
+        yield from _below(folder)
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -119,10 +119,6 @@ def _arms_of_study(folder: Path) -> list[str]:
 
 def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in _DIGITS.split(path.name)]
-
-
-def _is_run(folder: Path) -> bool:
-    return bool(event_files(folder)) or _is_ours(folder)
 
 
 def _is_ours(folder: Path) -> bool:
@@ -182,7 +178,8 @@ def _validation_curves(validations: Sequence[Mapping[str, float]]) -> Curves:
 
 def _read_foreign(path: Path, label: str, names: Mapping[str, str]) -> Run:
     read = read_curves(path)
-    curves = rename_curves(read, names) if names else {tag: read[tag] for tag in read if _is_known(tag)}
+    ours_of = names or {tag: tag for tag in read if _is_known(tag)}
+    curves = {ours: read[theirs] for ours, theirs in ours_of.items() if theirs in read}
     if not curves:
         raise _without_known_curves(path, sorted(read), bool(names))
     missing = [f"{ours} ({theirs})" for ours, theirs in names.items() if ours not in curves]

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibadv.analysis.compare.runs import Run
+from calibadv.analysis.statistics import Floats
 from calibadv.rewards.answer import F1
 from calibadv.rewards.scoring import score_rollouts
 from calibadv.runs.folder import RunFolder
 from calibadv.runs.rollouts import read_rollouts
 from calibadv.runs.summary import final_validations, summarize_run
 
-Floats = NDArray[np.float64]
 MEASURES = ("final_f1", "final_em", "best_f1", "best_em", "untrained_f1", "untrained_em")
 
 
