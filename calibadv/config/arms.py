@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from calibadv.config.files import ConfigFile, read_config, resolve_config
 from calibadv.errors import UserError
 
+REPORT = "report"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Options of fit that a study sets for each run, by the first part of their names.
 PER_RUN_OPTIONS = {
     "run": "every run has the folder OUT/ARM/seedK; give --out",
@@ -22,12 +24,6 @@ def check_not_per_run(key: str, shown: str) -> None:
     reason = PER_RUN_OPTIONS.get(key.partition(".")[0])
     if reason:
         raise UserError(f"{shown} is set by the study: {reason}")
-
-
-REPORT = "report"
-
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,10 +49,7 @@ from calibadv.runs.logger import RunTensorBoardLogger
 class CalibadvCLI(LightningCLI):
     """LightningCLI that decides the run folder before anything is built, and writes nothing until all inputs are read.
 
-    Args:
-        verb: ``fit``, ``validate``, ``test`` or ``predict``.
-        settings: config files and options of the command line.
-        lock: of the run folder; without one, everything is built and nothing is run.
+    Without the lock of a run folder, everything is built and nothing is run.
     """
 
     start: StartPoint
@@ -195,11 +192,7 @@ class CalibadvCLI(LightningCLI):
 
 
 class ReadingCLI(CalibadvCLI):
-    """Reads and checks the settings of ``fit``, and builds nothing.
-
-    Args:
-        settings: config files and options.
-    """
+    """Reads and checks the settings of ``fit``, and builds nothing."""
 
     def __init__(self, settings: Sequence[ConfigFile | Option]) -> None:
         check_overlay_order(settings)

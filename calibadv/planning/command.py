@@ -74,11 +74,7 @@ class PlanOptions:
 
 
 class PlanCLI(ReadingCLI):
-    """Reads the settings of a run and the options of ``plan``.
-
-    Args:
-        arguments: the command line behind ``plan``.
-    """
+    """Reads the settings of a run and the options of ``plan``, from the command line behind it."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         super().__init__(read_words(arguments))

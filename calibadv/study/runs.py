@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from signal import Signals
+from subprocess import Popen
 
 import yaml
 
@@ -81,6 +83,17 @@ class StudyRun:
         """The last line that the run has printed."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
+
+
+@dataclass
+class StudyState:
+    """The runs of a study by status; failed ones with the reason."""
+
+    waiting: list[StudyRun]
+    finished: list[StudyRun]
+    running: dict[StudyRun, Popen[bytes]] = field(default_factory=dict)
+    failed: dict[StudyRun, str] = field(default_factory=dict)
+    stopped_by: Signals | None = None
 
 
 def arm_config_path(out: Path, arm: str) -> Path:

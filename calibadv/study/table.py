@@ -14,8 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from calibadv.study.runner import StudyState
-from calibadv.study.runs import StudyRun
+from calibadv.study.runs import StudyRun, StudyState
 
 _REFRESH_SECONDS = 2.0
 # The time left is estimated from the whole call: shorter periods vary too much, since progress is seen at checkpoints.
@@ -25,12 +24,7 @@ RunProgress = dict[StudyRun, tuple[int, float | None]]
 
 
 class ConsoleView:
-    """Shows the progress of a study on a console.
-
-    Args:
-        runs: all of the study.
-        console: to print on.
-    """
+    """Shows the progress of a study on a console."""
 
     def __init__(self, runs: Sequence[StudyRun], console: Console) -> None:
         self.runs = runs

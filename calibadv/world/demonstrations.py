@@ -58,11 +58,7 @@ class Demonstration:
 
 
 class WorldSearch:
-    """BM25 over the documents of one small world.
-
-    Args:
-        documents: title and text of each are indexed.
-    """
+    """BM25 over titles and texts of the documents of one small world."""
 
     def __init__(self, documents: Sequence[Document]) -> None:
         import bm25s  # type: ignore[import-untyped]
@@ -121,12 +117,6 @@ class _ScriptedAgent:
     """Follows the path of a question, one search per relation, and makes mistakes at random.
 
     It does not notice its own mistakes: it goes on from whatever the search returned.
-
-    Args:
-        path: of the question.
-        facts: of the world.
-        noise: probabilities of its mistakes.
-        rng: draws the mistakes.
     """
 
     def __init__(self, path: RelationPath, facts: dict[str, dict[str, str]], noise: Noise, rng: Random) -> None:
