@@ -225,14 +225,7 @@ def _finds_documents(rollouts: Sequence[Rollout], num_turns: int) -> NDArray[np.
 
 
 def answer_mask(batch: RolloutBatch) -> Tensor:
-    """The trained tokens of the answer turns.
-
-    Args:
-        batch: B rollouts.
-
-    Returns:
-        [B, T] bool.
-    """
+    """The trained tokens of the answer turns: [B, T] bool."""
     return batch.loss_mask & (batch.turn_ids == batch.answer_turn[:, None])
 
 
@@ -254,15 +247,7 @@ def turn_values(batch: RolloutBatch, per_token: Tensor) -> list[list[float] | No
 
 
 def to_device(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
-    """Move the tensors of a batch.
-
-    Args:
-        batch: B rollouts.
-        device: where to.
-
-    Returns:
-        The same batch there.
-    """
+    """Return the same batch with its tensors on another device."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     tensors: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
     return replace(batch, **tensors, extras={name: value.to(device) for name, value in batch.extras.items()})

@@ -60,11 +60,7 @@ class StopRequestedError(Exception):
 
 
 class RollbackError(RuntimeError):
-    """The run is to go on from an earlier checkpoint; ``calibadv fit`` does so by itself.
-
-    Args:
-        checkpoint: to go on from.
-    """
+    """The run is to go on from an earlier checkpoint; ``calibadv fit`` does so by itself."""
 
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(f"CollapseGuard went back to a healthy checkpoint; to go on: --ckpt_path {checkpoint}")

@@ -64,9 +64,7 @@ _SWEPT = (
 class TensorBoardPages(Callback):
     """Add to TensorBoard's curves what belongs beside them; does nothing with any other logger.
 
-    Args:
-        settings: of the run, flat, as ``swept_settings`` gives them.
-        every_n_rollout_steps: Draw histograms at step 1 and at every so many steps.
+    Settings are flat, as ``swept_settings`` gives them. Histograms are drawn at step 1 and at every so many steps.
     """
 
     def __init__(self, settings: Mapping[str, Setting], every_n_rollout_steps: int) -> None:

@@ -187,14 +187,10 @@ def stability_metrics(batch: RolloutBatch, old: BatchLogprobs, garbled_perplexit
 
 
 class Stopwatch:
-    """Collects seconds by stage.
-
-    Attributes:
-        seconds: wall time of each stage, all its measurements so far added up.
-    """
+    """Collects seconds by stage."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # wall time of each stage, all its measurements so far added up
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:

@@ -99,14 +99,10 @@ def tokenize_words(texts: list[str], stopwords: str | list[str], stemmer: str | 
 
 
 class InvertedIndex:
-    """The documents of each word, collected in blocks of documents.
-
-    Attributes:
-        vocabulary: id of each word, in the order of first appearance.
-    """
+    """The documents of each word, collected in blocks of documents."""
 
     def __init__(self) -> None:
-        self.vocabulary: dict[str, int] = {}
+        self.vocabulary: dict[str, int] = {}  # id of each word, in the order of first appearance
         self._lengths: list[NDArray[np.int64]] = []
         self._documents = 0
         self._blocks: list[_Block] = []
