@@ -169,9 +169,7 @@ class QuestionData(LightningDataModule):
     def test_dataloader(self) -> EvaluationQuestions:
         return EvaluationQuestions(self.test_questions)
 
-    @override
-    def predict_dataloader(self) -> EvaluationQuestions:
-        return EvaluationQuestions(self.test_questions)
+    predict_dataloader = test_dataloader
 
 
 def replacement_questions(trainer: Trainer, step: int, asked: Sequence[Question]) -> Iterator[Question]:

@@ -51,7 +51,6 @@ def run_all(runs: Sequence[StudyRun], jobs: int, threads: int, view: ConsoleView
 
 @contextmanager
 def _record_signals() -> Iterator[list[signal.Signals]]:
-    """Record SIGINT and SIGTERM in place of acting on them."""
     received: list[signal.Signals] = []
 
     def record(number: int, frame: FrameType | None) -> None:
@@ -108,7 +107,6 @@ def _stop(state: StudyState, at_once: bool) -> None:
 
 
 def _collect_ended(state: StudyState, view: ConsoleView) -> None:
-    """Move the runs whose processes have ended to their new status."""
     for run, process in list(state.running.items()):
         if process.poll() is None:
             continue

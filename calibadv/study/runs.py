@@ -46,11 +46,6 @@ class StudyRun:
         return self.folder.path.with_name(f".seed{self.seed}.lock")
 
     @property
-    def config(self) -> Path:
-        """The file with the whole config of its arm."""
-        return arm_config_path(self.out, self.arm)
-
-    @property
     def _finished_marker(self) -> Path:
         return self.folder.path / "finished"
 
@@ -75,7 +70,7 @@ class StudyRun:
     @property
     def fit_arguments(self) -> list[str]:
         """The arguments of ``calibadv`` that start, continue or finish the run."""
-        words = ["fit", "--config", str(self.config), "--seed_everything", str(self.seed)]
+        words = ["fit", "--config", str(arm_config_path(self.out, self.arm)), "--seed_everything", str(self.seed)]
         words += ["--run.root", str(self.folder.path.parent), "--run.name", self.folder.path.name]
         return [*words, "--ckpt_path", "auto"]
 

@@ -94,7 +94,6 @@ def demonstrate(tokenizer: AgentTokenizer, seed: int, noise: Noise) -> Iterator[
 def _play(
     agent: Generator[str, list[Document], None], question: str, search: WorldSearch, tokenizer: AgentTokenizer
 ) -> Demonstration:
-    """Let a scripted agent talk with the environment."""
     protocol = SearchProtocol(prepend_think=False, template="short", chat_template="never")
     token_ids = protocol.prompt_ids(question, tokenizer)
     weights = [_REST_WEIGHT] * len(token_ids)
@@ -116,7 +115,7 @@ def _play(
 class _ScriptedAgent:
     """Follows the path of a question, one search per relation, and makes mistakes at random.
 
-    It does not notice its own mistakes: it goes on from whatever the search returned.
+    It does not notice them: it goes on from whatever the search returned.
     """
 
     def __init__(self, path: RelationPath, facts: dict[str, dict[str, str]], noise: Noise, rng: Random) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from calibadv.analysis.compare.arms import Arm
@@ -66,8 +67,8 @@ def _render(name: str, escape: bool, **values: Any) -> str:
     )
     environment.filters |= {
         "share": _share,
-        "figure": _figure,
-        "signed": _signed,
+        "figure": partial(_numbers, form="{:.3f}"),  # 0.652 [0.561, 0.731]
+        "signed": partial(_numbers, form="{:+.3f}"),  # +0.052 [-0.061, +0.131]
         "cell": _cell,
         "code": _code,
         "duration": _duration,
@@ -140,16 +141,6 @@ def _interval_scopes(results: Results) -> str:
 def _share(collapsed: Mapping[str, Any]) -> str:
     """``1 of 10 [0.02, 0.40]``."""
     return f"{collapsed['runs']} of {collapsed['of']} [{collapsed['low']:.2f}, {collapsed['high']:.2f}]"
-
-
-def _figure(entry: Mapping[str, Any] | None) -> str:
-    """``0.652 [0.561, 0.731]``."""
-    return _numbers(entry, "{:.3f}")
-
-
-def _signed(entry: Mapping[str, Any] | None) -> str:
-    """``+0.052 [-0.061, +0.131]``."""
-    return _numbers(entry, "{:+.3f}")
 
 
 def _numbers(entry: Mapping[str, Any] | None, form: str) -> str:
