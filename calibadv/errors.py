@@ -11,6 +11,10 @@ import numpy as np
 
 from calibadv.types import ScoredDocument
 
+# Characters of another error's message, and of a value, in a message.
+_LONGEST, _SHOWN = 300, 80
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+
 
 class UserError(ValueError):
     """A mistake in what the user gave; the message names the value, the limit and the remedy."""
@@ -85,9 +89,6 @@ def naming_part(
         raise UserError(f"{call} raised {type(error).__name__} ({one_line(error)}){advice}") from error
 
 
-_LONGEST = 300
-
-
 def one_line(error: BaseException) -> str:
     """Return the message of an error, in one line."""
     reason = error.strerror if isinstance(error, OSError) else None
@@ -97,10 +98,6 @@ def one_line(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Check whether an error says that there is not enough memory, of the machine or of an accelerator."""
     return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
-
-
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-_SHOWN = 80
 
 
 def is_number(value: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,13 +12,11 @@ from torch import Tensor
 from calibadv.batch import RolloutBatch
 from calibadv.distributed import SINGLE_PROCESS, ProcessGroup
 from calibadv.numerics.masked import check_shapes
+from calibadv.policy.policy import Policy
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.protocol.search import escape_tags
 from calibadv.training.logprobs import compute_logprobs
 from calibadv.types import Rollout
-
-if TYPE_CHECKING:
-    from calibadv.policy.policy import Policy
-    from calibadv.policy.tokenizer import AgentTokenizer
 
 
 @dataclass(frozen=True, slots=True)

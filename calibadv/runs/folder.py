@@ -175,12 +175,19 @@ class RunFolder:
 
 @dataclass(frozen=True, slots=True)
 class StartPoint:
-    """The folder of a run and the checkpoint that it starts from, if any."""
+    """The folder of a run and the checkpoint that it starts from.
+
+    Attributes:
+        folder: of the run.
+        checkpoint: to start from, or None.
+        resumed_from: rollout steps done at the checkpoint, None for a run that starts from nothing.
+        starts_over: True if the folder holds an attempt that ended before its first checkpoint, to be replaced.
+    """
 
     folder: RunFolder
     checkpoint: Path | None = None
-    resumed_from: int | None = None  # rollout steps done at the checkpoint
-    starts_over: bool = False  # the folder holds an attempt that ended before its first checkpoint, to be replaced
+    resumed_from: int | None = None
+    starts_over: bool = False
 
 
 def step_of(path: Path) -> int:

@@ -22,11 +22,17 @@ HOP_SHARES = {1: 15, 2: 55, 3: 30}
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Passages and questions about them."""
+    """Passages and questions about them.
 
-    documents: tuple[Document, ...]  # one per entity, entities of one kind next to each other
-    facts: dict[str, dict[str, str]]  # by title of a document, then by relation: the entity that it leads to
-    questions: dict[str, list[Question]]  # by split: train, validation, test; no two share entity and relation path
+    Attributes:
+        documents: one per entity, entities of one kind next to each other.
+        facts: by title of a document, then by relation: the entity that it leads to.
+        questions: by split: train, validation, test; no two share both entity and relation path.
+    """
+
+    documents: tuple[Document, ...]
+    facts: dict[str, dict[str, str]]
+    questions: dict[str, list[Question]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,6 @@ from calibadv.errors import UserError
 Curve = dict[int, float]
 Curves = dict[str, Curve]
 
-_EVENT_FILES = "*tfevents*"
 _MAX_POINTS = 60
 # With more seeds, single seeds have no lines of their own.
 _MAX_SEED_LINES = 5
@@ -26,7 +25,7 @@ _MAX_SEED_LINES = 5
 
 def event_files(folder: Path) -> list[Path]:
     """The event files that lie directly in a folder."""
-    return sorted(path for path in folder.glob(_EVENT_FILES) if path.is_file())
+    return sorted(path for path in folder.glob("*tfevents*") if path.is_file())
 
 
 def read_curves(folder: Path) -> Curves:

@@ -16,11 +16,17 @@ from calibadv.types import Rollout
 
 @dataclass(frozen=True, slots=True)
 class ReplayArm:
-    """A named method."""
+    """A named method.
 
-    name: str  # unique among the arms of a call
+    Attributes:
+        name: unique among the arms of a call.
+        method: reward, estimator and calibrators.
+        ignored_settings: settings of its own overlays that do not affect the advantages of given rollouts.
+    """
+
+    name: str
     method: Method
-    ignored_settings: tuple[str, ...] = ()  # of its own overlays, those that do not affect given rollouts
+    ignored_settings: tuple[str, ...] = ()
 
     def apply(self, rollouts: Sequence[Rollout]) -> ReplayedBatch:
         """Score a batch of rollouts and compute its advantages."""

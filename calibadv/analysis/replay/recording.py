@@ -17,11 +17,17 @@ from calibadv.types import Rollout
 
 @dataclass(frozen=True, slots=True)
 class RecordedRollouts:
-    """B recorded rollouts."""
+    """B recorded rollouts.
 
-    files: list[Path] = field(default_factory=list)  # [B] the file of each
-    records: list[Record] = field(default_factory=list)  # [B] JSON objects
-    rollouts: list[Rollout] = field(default_factory=list)  # [B] the same, parsed
+    Attributes:
+        files: [B] the file of each.
+        records: [B] JSON objects.
+        rollouts: [B] the same, parsed.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    rollouts: list[Rollout] = field(default_factory=list)
 
     def batches(self) -> list[list[int]]:
         """Rows of each batch: the rollouts of one step of one file, as in training."""
