@@ -82,11 +82,9 @@ class EvaluationQuestions:
         self.questions = questions
 
     def __len__(self) -> int:
-        """Number of lists."""
         return math.ceil(len(self.questions) / EVALUATION_BATCH)
 
     def __iter__(self) -> Iterator[list[Question]]:
-        """Yield the lists."""
         for start in range(0, len(self.questions), EVALUATION_BATCH):
             yield self.questions[start : start + EVALUATION_BATCH]
 

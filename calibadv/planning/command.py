@@ -54,7 +54,6 @@ class PlanOptions:
     """Mean tokens of a rollout that the policy writes; by default as many as there may be."""
 
     def __post_init__(self) -> None:
-        """Check that all numbers are positive."""
         for name, value in vars(self).items():
             if isinstance(value, int | float) and value <= 0:
                 raise UserError(f"--{name} is {value}; it must be above 0")

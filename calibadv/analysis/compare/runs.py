@@ -152,7 +152,6 @@ def _read_ours(path: Path, label: str) -> Run:
     inside = [found.relative_to(path).as_posix() for found in _below(path) if _is_ours(found)]
     if inside:
         notes.append(f"{label}: the runs inside its folder are not compared ({', '.join(inside)}); move them out")
-    validations = _validation_curves(results.get("validations", ()))
     seed = last.get("seed_everything")
     return Run(
         path=path,
@@ -160,7 +159,7 @@ def _read_ours(path: Path, label: str) -> Run:
         seed=seed if isinstance(seed, int) else None,
         settings=method_settings(last),
         results=results,
-        curves={**curves, **validations},
+        curves={**curves, **_validation_curves(results.get("validations", ()))},
         planned=int(last["model"]["rollout_steps"]),
         notes=notes,
     )

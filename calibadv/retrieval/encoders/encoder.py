@@ -98,7 +98,6 @@ def _contents(document: Document) -> str:
 
 
 def _own_prompts(name: str, declared: dict[str, str]) -> tuple[str, str]:
-    """The model's own prompts of queries and of passages."""
     words = Path(name).name.lower()
     if not any(declared.values()) and _E5.search(words) and "instruct" not in words:
         return "query: ", "passage: "
