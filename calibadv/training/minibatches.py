@@ -135,7 +135,7 @@ class Batching:
         Returns:
             The mini-batches, each with the micro-batches of this rank.
         """
-        blocks = mini_batches(batch, self.mini_batches, self.seed, step)
+        blocks = self.blocks(batch, step)
         nonzero = advantages.any(dim=1).tolist()
         return [
             MiniBatch(
@@ -147,6 +147,10 @@ class Batching:
             )
             for number, rows in enumerate(blocks, 1)
         ]
+
+    def blocks(self, batch: RolloutBatch, step: int) -> list[list[int]]:
+        """Return the rows of each mini-batch."""
+        return mini_batches(batch, self.mini_batches, self.seed, step)
 
     def _micro_batches(
         self,
