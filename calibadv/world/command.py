@@ -53,14 +53,7 @@ def policy(out: Path, seed: int = 0, clean_steps: int = 250, noisy_steps: int = 
 
 
 def check_empty(out: Path) -> None:
-    """Refuse a folder that holds something.
-
-    Args:
-        out: where to write.
-
-    Raises:
-        UserError: it is a file, or a folder that is not empty.
-    """
+    """Refuse to write into a file, or into a folder that is not empty."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out '{out}' exists and is not an empty folder; name another folder, or remove it")
 
