@@ -160,6 +160,8 @@ def collate(rollouts: Sequence[Rollout]) -> RolloutBatch:
     included = _included(rollouts, groups)
     answer_turn = np.array([len(rollout.policy_segments) - 1 for rollout in rollouts])
     num_turns = int(answer_turn.max()) + 1
+    correctness = [[value or 0.0 for value in rollout.step_correctness] for rollout in rollouts]
+    finds = [[found is not None for found in rollout.turn_documents] for rollout in rollouts]
     return RolloutBatch(
         rollouts=tuple(rollouts),
         token_ids=torch.from_numpy(token_ids),
@@ -170,8 +172,8 @@ def collate(rollouts: Sequence[Rollout]) -> RolloutBatch:
         group_ids=torch.from_numpy(group_ids),
         rewards=torch.tensor([rollout.score for rollout in rollouts], dtype=torch.float32),
         included=torch.from_numpy(included),
-        step_correctness=torch.from_numpy(_step_correctness(rollouts, num_turns)),
-        finds_documents=torch.from_numpy(_finds_documents(rollouts, num_turns)),
+        step_correctness=_per_turn(correctness, num_turns, torch.float32),
+        finds_documents=_per_turn(finds, num_turns, torch.bool),
         sampled_logprobs=torch.from_numpy(logprobs),
     )
 
@@ -209,30 +211,14 @@ def _included(rollouts: Sequence[Rollout], groups: Sequence[Sequence[int]]) -> N
     return included
 
 
-def _step_correctness(rollouts: Sequence[Rollout], num_turns: int) -> NDArray[np.float32]:
-    correctness = np.zeros((len(rollouts), num_turns), dtype=np.float32)
-    for row, rollout in enumerate(rollouts):
-        correctness[row, : len(rollout.step_correctness)] = [value or 0.0 for value in rollout.step_correctness]
-    return correctness
-
-
-def _finds_documents(rollouts: Sequence[Rollout], num_turns: int) -> NDArray[np.bool_]:
-    finds = np.zeros((len(rollouts), num_turns), dtype=np.bool_)
-    for row, rollout in enumerate(rollouts):
-        documents = rollout.turn_documents
-        finds[row, : len(documents)] = [found is not None for found in documents]
-    return finds
+def _per_turn(values: Sequence[Sequence[float]], num_turns: int, dtype: torch.dtype) -> Tensor:
+    """[B, K], 0 where a rollout has no value."""
+    padded = [[*row, *[0] * (num_turns - len(row))] for row in values]
+    return torch.tensor(padded, dtype=dtype)
 
 
 def answer_mask(batch: RolloutBatch) -> Tensor:
-    """The trained tokens of the answer turns.
-
-    Args:
-        batch: B rollouts.
-
-    Returns:
-        [B, T] bool.
-    """
+    """The trained tokens of the answer turns: [B, T] bool."""
     return batch.loss_mask & (batch.turn_ids == batch.answer_turn[:, None])
 
 
@@ -254,15 +240,7 @@ def turn_values(batch: RolloutBatch, per_token: Tensor) -> list[list[float] | No
 
 
 def to_device(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
-    """Move the tensors of a batch.
-
-    Args:
-        batch: B rollouts.
-        device: where to.
-
-    Returns:
-        The same batch there.
-    """
+    """Return the same batch with its tensors on another device."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     tensors: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
     return replace(batch, **tensors, extras={name: value.to(device) for name, value in batch.extras.items()})

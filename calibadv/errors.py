@@ -11,6 +11,10 @@ import numpy as np
 
 from calibadv.types import ScoredDocument
 
+# Characters of another error's message, and of a value, in a message.
+_LONGEST, _SHOWN = 300, 80
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+
 
 class UserError(ValueError):
     """A mistake in what the user gave; the message names the value, the limit and the remedy."""
@@ -60,11 +64,7 @@ class StopRequestedError(Exception):
 
 
 class RollbackError(RuntimeError):
-    """The run is to go on from an earlier checkpoint; ``calibadv fit`` does so by itself.
-
-    Args:
-        checkpoint: to go on from.
-    """
+    """The run is to go on from an earlier checkpoint; ``calibadv fit`` does so by itself."""
 
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(f"CollapseGuard went back to a healthy checkpoint; to go on: --ckpt_path {checkpoint}")
@@ -73,9 +73,7 @@ class RollbackError(RuntimeError):
 
 @contextmanager
 def naming_part(
-    call: str,
-    advice: str,
-    passing: tuple[type[Exception], ...] = (UserError, ServiceError, StopRequestedError),
+    call: str, advice: str, passing: tuple[type[Exception], ...] = (UserError, ServiceError, StopRequestedError)
 ) -> Iterator[None]:
     """Report an error of a part, a user's perhaps, as a UserError that names the call that raised it.
 
@@ -91,9 +89,6 @@ def naming_part(
         raise UserError(f"{call} raised {type(error).__name__} ({one_line(error)}){advice}") from error
 
 
-_LONGEST = 300
-
-
 def one_line(error: BaseException) -> str:
     """Return the message of an error, in one line."""
     reason = error.strerror if isinstance(error, OSError) else None
@@ -103,10 +98,6 @@ def one_line(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Check whether an error says that there is not enough memory, of the machine or of an accelerator."""
     return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
-
-
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-_SHOWN = 80
 
 
 def is_number(value: Any) -> bool:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calibadv.engines._stop import stop_reason
 from calibadv.errors import UserError, is_number, shown
 from calibadv.interfaces import Engine, StreamingEngine
 from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.types import Completion, Question
-
-if TYPE_CHECKING:
-    pass
 
 # A logit minus the logsumexp of all of them, in half precision, may round to just above 0 where a token is certain.
 _ROUNDING = 1e-3

@@ -17,13 +17,8 @@ Outcome = list[ToolResult] | ToolError
 class Environment:
     """Runs calls through tools, batched over all messages that wait.
 
-    With several tools, the ids of documents are prefixed by the tool that found them, so that none are mixed up.
-
-    Args:
-        tools: each with a name of its own.
-
-    Raises:
-        UserError: there is no tool, or two have one name.
+    Each tool has a name of its own. With several, the ids of documents are prefixed by the tool that found them, so
+    that none are mixed up.
     """
 
     def __init__(self, tools: Sequence[Tool]) -> None:

@@ -26,20 +26,12 @@ Label = tuple[str, str]  # of a document: ``id`` or ``title``, and its value
 
 @dataclass(frozen=True, slots=True)
 class CoverageAudit:
-    """Coverage of a set of questions.
-
-    Attributes:
-        questions: number of questions.
-        answer_coverage: share of the questions one of whose gold answers occurs in the corpus; None if that is not
-            readable.
-        labelled: number of questions that name their supporting documents; ``recall`` is the mean over these.
-        recall: mean share of the supporting documents among the first k, by k; None if ``labelled`` is 0.
-    """
+    """Coverage of a set of questions; shares are None where they cannot be known."""
 
     questions: int
-    answer_coverage: float | None
-    labelled: int
-    recall: dict[int, float | None]
+    answer_coverage: float | None  # share of the questions one of whose gold answers occurs in the corpus
+    labelled: int  # questions that name their supporting documents; recall is the mean over these
+    recall: dict[int, float | None]  # by k: mean share of the supporting documents among the first k
 
 
 def audit_coverage(

@@ -14,17 +14,11 @@ from calibadv.types import Metrics
 
 @dataclass(frozen=True, slots=True)
 class NegativeTurns:
-    """The tokens and search turns of a batch with a negative advantage.
+    """The tokens and search turns of a batch with a negative advantage."""
 
-    Attributes:
-        tokens: [N] indices in the flattened [B, T], those of answer turns included.
-        turns: [N] indices of their turns in the flattened [B, K].
-        searches: [B, K] bool, True at search turns among them whose tools find documents.
-    """
-
-    tokens: Tensor
-    turns: Tensor
-    searches: Tensor
+    tokens: Tensor  # [N] indices in the flattened [B, T], those of answer turns included
+    turns: Tensor  # [N] indices of their turns in the flattened [B, K]
+    searches: Tensor  # [B, K] bool, True at search turns among them whose tools find documents
 
 
 def find_negative_turns(batch: RolloutBatch, advantages: Tensor) -> NegativeTurns:

@@ -76,7 +76,7 @@ class Progress(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit":
-            self._finish_evaluation(trainer, pl_module)
+            self.on_test_end(trainer, pl_module)
         elif trainer.is_global_zero and not trainer.sanity_checking:
             figures = [f"{n} {v:.3f}" for n, v in pl_module.evaluation.items() if n in _FIGURES]
             shown = "  ".join(filter(None, (*figures, without_result(pl_module.evaluation))))
@@ -92,7 +92,9 @@ class Progress(Callback):
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._finish_evaluation(trainer, pl_module)
+        self._stop()
+        if trainer.is_global_zero:
+            self.console.print(evaluation_table(pl_module.evaluation))
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -106,9 +108,7 @@ class Progress(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._stop()
 
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._stop()
+    on_train_end = on_predict_end
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -125,11 +125,6 @@ class Progress(Callback):
     def _stop(self) -> None:
         if self._bar.live.is_started:  # rich would print an empty line
             self._bar.stop()
-
-    def _finish_evaluation(self, trainer: Trainer, pl_module: Any) -> None:
-        self._stop()
-        if trainer.is_global_zero:
-            self.console.print(evaluation_table(pl_module.evaluation))
 
 
 def evaluation_table(metrics: dict[str, float]) -> Table:

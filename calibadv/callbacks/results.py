@@ -24,9 +24,7 @@ class Results(Callback):
     """Write ``results.json`` into the run folder after every validation, test and at the end of training.
 
     Its state travels in checkpoints, so that the file of a resumed run is that of an uninterrupted one but for times.
-
-    Args:
-        command: what the user typed, to be recorded.
+    The command that it records is what the user typed.
     """
 
     def __init__(self, command: str) -> None:

@@ -56,21 +56,11 @@ class RolloutWriter(Callback):
 
     @override
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._evaluated.extend(outputs.rollouts)
 
-    @override
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        self._evaluated.extend(outputs.rollouts)
-
-    @override
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        self._evaluated.extend(outputs.rollouts)
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:

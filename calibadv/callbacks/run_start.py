@@ -19,12 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class RunStart(pl.Callback):
-    """Write the first files of a run, after everything that can be refused has been.
-
-    Args:
-        start: the run folder, and what the run starts from.
-        config: the resolved config of the run, as YAML.
-    """
+    """Write the first files of a run, its resolved config among them, after everything that can be refused has been."""
 
     def __init__(self, start: StartPoint, config: str) -> None:
         self.start = start

@@ -64,9 +64,7 @@ _SWEPT = (
 class TensorBoardPages(Callback):
     """Add to TensorBoard's curves what belongs beside them; does nothing with any other logger.
 
-    Args:
-        settings: of the run, flat, as ``swept_settings`` gives them.
-        every_n_rollout_steps: Draw histograms at step 1 and at every so many steps.
+    Settings are flat, as ``swept_settings`` gives them. Histograms are drawn at step 1 and at every so many steps.
     """
 
     def __init__(self, settings: Mapping[str, Setting], every_n_rollout_steps: int) -> None:
@@ -126,15 +124,11 @@ def swept_settings(config: Mapping[str, Any]) -> dict[str, Setting]:
 
 
 def _calibrators(config: Mapping[str, Any]) -> list[Any]:
-    callbacks = [_arguments(callback) for callback in _look_up(config, "trainer.callbacks") or []]
-    return [calibrator for arguments in callbacks for calibrator in arguments.get("calibrators") or []]
+    callbacks = _look_up(config, "trainer.callbacks") or []
+    return [calibrator for callback in callbacks for calibrator in _look_up(callback, "init_args.calibrators") or []]
 
 
 def _look_up(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = config.get(part) if isinstance(config, Mapping) else None
     return config
-
-
-def _arguments(spec: Any) -> Mapping[str, Any]:
-    return spec.get("init_args") or {} if isinstance(spec, Mapping) else {}

@@ -9,21 +9,13 @@ from calibadv.config.help import PLAN, STUDY, VERBS
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command. Functions are import paths ``module:function``, imported when the command runs.
+    """One command. Functions are import paths ``module:function``, imported when the command runs."""
 
-    Attributes:
-        summary: one line for --help.
-        entry: function that is called with the words after the command, if the command has a parser of its own.
-        leading: arguments of ``entry`` before the words.
-        functions: typed functions whose signatures are the options, by their names; several are subcommands.
-        loads_model: whether libraries are imported whose notices are to be silenced.
-    """
-
-    summary: str
-    entry: str = ""
-    leading: tuple[str, ...] = ()
-    functions: tuple[str, ...] = ()
-    loads_model: bool = False
+    summary: str  # one line for --help
+    entry: str = ""  # function that is called with the words after the command, if the command has a parser of its own
+    leading: tuple[str, ...] = ()  # arguments of entry before the words
+    functions: tuple[str, ...] = ()  # whose signatures are the options; several are subcommands
+    loads_model: bool = False  # the notices of libraries that load models are silenced
 
 
 def _typed(summary: str, *functions: str, loads_model: bool = False) -> Command:

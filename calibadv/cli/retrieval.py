@@ -158,7 +158,6 @@ def _configured_retriever(path: Path) -> Retriever:
 
 
 def _retriever_of(path: Path) -> Any:
-    """Return the part of a config that describes a retriever."""
     content = read_yaml(path)
     model = content.get("model")
     if isinstance(model, dict) and "retriever" in model:

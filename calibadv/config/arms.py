@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from calibadv.config.files import ConfigFile, read_config, resolve_config
 from calibadv.errors import UserError
 
+REPORT = "report"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Options of fit that a study sets for each run, by the first part of their names.
 PER_RUN_OPTIONS = {
     "run": "every run has the folder OUT/ARM/seedK; give --out",
@@ -24,23 +26,12 @@ def check_not_per_run(key: str, shown: str) -> None:
         raise UserError(f"{shown} is set by the study: {reason}")
 
 
-REPORT = "report"
-
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One method of a study.
+    """One method of a study."""
 
-    Attributes:
-        name: also that of its folder.
-        overlays: config files that come after those of all arms.
-    """
-
-    name: str
-    overlays: tuple[ConfigFile, ...] = ()
+    name: str  # unique, and that of its folder in a study
+    overlays: tuple[ConfigFile, ...] = ()  # config files that come after those of all arms
 
 
 def read_arms(words: Sequence[str]) -> list[Arm]:

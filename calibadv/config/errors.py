@@ -30,8 +30,6 @@ _SEAMS = {
     "loss": interfaces.PolicyLoss,
     "regularizers": interfaces.Regularizer,
 }
-
-
 _TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
 _TYPE_NAMES |= {"NoneType": "null"}
 
@@ -56,6 +54,8 @@ def explain(message: str, options: Collection[str] = (), verb: str = "") -> str:
 def _cause(message: str) -> str:
     for pattern, describe in _CAUSES:
         if found := re.search(pattern, message):
+            if isinstance(describe, str):
+                return describe.format(found[0], *found.groups())
             return describe(found, message[: found.start()])
     return " ".join(line.strip() for line in _KEY.sub("", message).splitlines() if line.strip(" :"))
 
@@ -95,10 +95,6 @@ def _no_attribute(found: re.Match[str], before: str) -> str:
     return f"'{name}' is not in {module}; it has {_listed(getattr(import_module(module), '__all__', ()))}"
 
 
-def _no_module(found: re.Match[str], before: str) -> str:
-    return f"'{found[1]}' cannot be imported ({found[2]}); install it, or correct the path package.module.Class"
-
-
 def _no_option(found: re.Match[str], before: str) -> str:
     class_path = _CLASS.findall(before)[-1] if _CLASS.search(before) else ""
     name, accepted = class_path.rpartition(".")[2], options_of(class_path) if class_path else ()
@@ -112,28 +108,12 @@ def _no_class(found: re.Match[str], before: str) -> str:
     return f"no class is called '{found[1]}'; give a known name{known} or a dotted path such as package.module.Class"
 
 
-def _not_a_choice(found: re.Match[str], before: str) -> str:
-    return f"'{found[2]}' is not accepted; choose one of {found[1]}"
-
-
 def _not_a_type(found: re.Match[str], before: str) -> str:
     return f"'{found[2]}' is not accepted; it must be {_TYPE_NAMES.get(found[1], found[1])}"
 
 
-def _linked(found: re.Match[str], before: str) -> str:
-    return f"{found[1]} is set by --{found[2]} only; give that"
-
-
 def _no_command(found: re.Match[str], before: str) -> str:
     return f"the command is missing; choose {' or '.join(found[1].split(','))}"
-
-
-def _wrong_command(found: re.Match[str], before: str) -> str:
-    return f"there is no command '{found[1]}'; choose one of {found[2]}"
-
-
-def _no_value(found: re.Match[str], before: str) -> str:
-    return f"{found[1]} has no value; give it one"
 
 
 def _none_of_types(found: re.Match[str], before: str) -> str:
@@ -142,17 +122,24 @@ def _none_of_types(found: re.Match[str], before: str) -> str:
     return f"'{found[2]}' is not accepted; it must be {' or '.join(accepted)}"
 
 
-_CAUSES: list[tuple[str, Callable[[re.Match[str], str], str]]] = [
+# Patterns of causes, each with its description: a template of the pattern's groups, or a function.
+_CAUSES: list[tuple[str, str | Callable[[re.Match[str], str], str]]] = [
     (r"module '([\w.]+)' has no attribute '(\w+)'", _no_attribute),
-    (r"class_path '([\w.]+)':\s+(No module named '[\w.]+')", _no_module),
+    (
+        r"class_path '([\w.]+)':\s+(No module named '[\w.]+')",
+        "'{1}' cannot be imported ({2}); install it, or correct the path package.module.Class",
+    ),
     (r"Expected a dot import path string: (\S+)", _no_class),
     (r"Option '([^']+)' is not accepted", _no_option),
-    (r"Expected a typing\.Literal\[([^\]]+)\]\. Got value: (.+)", _not_a_choice),
+    (r"Expected a typing\.Literal\[([^\]]+)\]\. Got value: (.+)", "'{2}' is not accepted; choose one of {1}"),
     (r"Expected a <class '(\w+)'>\. Got value: (.+)", _not_a_type),
-    (r'Linked "([^"]+)" must be given via "([^"]+)"', _linked),
+    (r'Linked "([^"]+)" must be given via "([^"]+)"', "{1} is set by --{2} only; give that"),
     (r'expected "subcommand" to be one of \{(.+)\}', _no_command),
-    (r"subcommand: invalid choice: '(.+)' \(choose from (.+)\)", _wrong_command),
-    (r"argument (--[\w.+]+)(?:(?:, |/)--[\w.+]+)*: expected (?:one|at least one) argument", _no_value),
+    (r"subcommand: invalid choice: '(.+)' \(choose from (.+)\)", "there is no command '{1}'; choose one of {2}"),
+    (
+        r"argument (--[\w.+]+)(?:(?:, |/)--[\w.+]+)*: expected (?:one|at least one) argument",
+        "{1} has no value; give it one",
+    ),
     (r"Errors:\s+((?:- Expected a [^\n]+\s+){2,})Given value type: [^\n]+\s+Given value: ([^\n]+)", _none_of_types),
 ]
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import re
 from argparse import Action
-from typing import TYPE_CHECKING
 
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from typing_extensions import override
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
 
 VERBS = {
     "fit": "Train a search agent, validating as it goes.",

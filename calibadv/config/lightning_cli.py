@@ -33,13 +33,7 @@ from calibadv.config.errors import explain
 from calibadv.config.files import ConfigFile, Option, configs_folder, read_config
 from calibadv.config.help import OPTION_HELP, VERBS, set_option_help
 from calibadv.config.overlays import check_overlay_order
-from calibadv.config.run_setup import (
-    RunOptions,
-    check_start,
-    locate,
-    resolve_start,
-    resume_command,
-)
+from calibadv.config.run_setup import RunOptions, check_start, locate, resolve_start, resume_command
 from calibadv.config.sft import sft_config
 from calibadv.config.threads import limit_threads
 from calibadv.config.trainer_checks import check_checkpoint, check_trainer, is_first_process, run_timestamp
@@ -57,13 +51,8 @@ from calibadv.sft import DemonstrationData, SupervisedModule
 class CalibadvCLI(LightningCLI):
     """LightningCLI that decides the run folder before anything is built, and writes nothing until all inputs are read.
 
-    Attributes:
-        verb: method of the Trainer that is run.
-
-    Args:
-        command: ``fit``, ``sft``, ``validate``, ``test`` or ``predict``.
-        settings: config files and options of the command line.
-        lock: of the run folder; without one, everything is built and nothing is run.
+    Without the lock of a run folder, everything is built and nothing is run. ``verb`` is the method of the Trainer that
+    runs the command.
     """
 
     start: StartPoint
@@ -208,11 +197,7 @@ class CalibadvCLI(LightningCLI):
 
 
 class ReadingCLI(CalibadvCLI):
-    """Reads and checks the settings of ``fit``, and builds nothing.
-
-    Args:
-        settings: config files and options.
-    """
+    """Reads and checks the settings of ``fit``, and builds nothing."""
 
     def __init__(self, settings: Sequence[ConfigFile | Option]) -> None:
         check_overlay_order(settings)

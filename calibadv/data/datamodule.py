@@ -82,11 +82,9 @@ class EvaluationQuestions:
         self.questions = questions
 
     def __len__(self) -> int:
-        """Number of lists."""
         return math.ceil(len(self.questions) / EVALUATION_BATCH)
 
     def __iter__(self) -> Iterator[list[Question]]:
-        """Yield the lists."""
         for start in range(0, len(self.questions), EVALUATION_BATCH):
             yield self.questions[start : start + EVALUATION_BATCH]
 
@@ -169,9 +167,7 @@ class QuestionData(LightningDataModule):
     def test_dataloader(self) -> EvaluationQuestions:
         return EvaluationQuestions(self.test_questions)
 
-    @override
-    def predict_dataloader(self) -> EvaluationQuestions:
-        return EvaluationQuestions(self.test_questions)
+    predict_dataloader = test_dataloader
 
 
 def replacement_questions(trainer: Trainer, step: int, asked: Sequence[Question]) -> Iterator[Question]:

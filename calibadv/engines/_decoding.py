@@ -21,29 +21,17 @@ from calibadv.types import Completion, DrawKey, Sampling, StopReason
 class DecodingBatch:
     """Rows that are decoded together.
 
-    Attributes:
-        prompt_indices: index of each row's prompt.
-        rows: the same as a tensor [N].
-        cache: keys and values of all tokens that the model has read.
-        mask: [N, W] bool, the columns of the cache that hold a token.
-        logits: [N, V] of the next token, float32.
-        steps: number of drawn tokens that the model has read.
-
-    Args:
-        model: reads the prompts.
-        prompts: N prompts.
-        cache: holds the first tokens of some of them.
-        cached: number of tokens of each prompt in the cache.
-        pad_id: pads shorter prompts on the left; always masked.
+    The cache holds the first tokens of some of the prompts, of each as many as ``cached`` says. Shorter prompts are
+    padded on the left, and padding is always masked.
     """
 
-    logits: Tensor
+    logits: Tensor  # [N, V] of the next token, float32
 
     def __init__(
         self, model: nn.Module, prompts: list[Sequence[int]], cache: DynamicCache, cached: list[int], pad_id: int
     ) -> None:
         self.cache = cache
-        self.steps = 0
+        self.steps = 0  # drawn tokens that the model has read
         device = next(model.parameters()).device
         width = max(cached)
         distinct = dict.fromkeys(map(tuple, prompts))
@@ -53,9 +41,9 @@ class DecodingBatch:
         if width:
             columns = torch.arange(width, device=device)
             mask = torch.cat([columns >= width - torch.tensor(cached, device=device)[:, None], mask], dim=1)
-        self.mask = mask
+        self.mask = mask  # [N, W] bool, the columns of the cache that hold a token
         self._positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, width:]
-        self.prompt_indices = list(range(len(new)))
+        self.prompt_indices = list(range(len(new)))  # of each row; ``rows`` is the same as a tensor [N]
         self._forward(model, token_ids)
         if once:
             index = {prompt: row for row, prompt in enumerate(distinct)}
@@ -91,23 +79,12 @@ class DecodingBatch:
 
 
 class SampledTokens:
-    """The tokens drawn for B prompts.
-
-    Attributes:
-        keys: key of the draws of each prompt.
-        reasons: stop reason of each; None for those that go on or have met ``max_tokens``.
-        searched: True for those that have ended with a search.
-
-    Args:
-        keys: of the B prompts.
-        sampling: temperature and the largest number of tokens.
-        device: of the model.
-    """
+    """The tokens drawn for B prompts."""
 
     def __init__(self, keys: list[DrawKey], sampling: Sampling, device: torch.device) -> None:
-        self.keys = keys
-        self.reasons: list[StopReason | None] = [None] * len(keys)
-        self.searched = [False] * len(keys)
+        self.keys = keys  # of the draws of each prompt
+        self.reasons: list[StopReason | None] = [None] * len(keys)  # None also for those that met ``max_tokens``
+        self.searched = [False] * len(keys)  # True for those that have ended with a search
         self._temperature = sampling.temperature
         self._lengths = [sampling.max_tokens] * len(keys)
         uniforms = np.stack([keyed_uniforms(key, sampling.max_tokens) for key in keys])

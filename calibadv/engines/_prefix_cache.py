@@ -74,17 +74,11 @@ def make_cache(model: nn.Module) -> DynamicCache:
 
 @dataclass(frozen=True, slots=True)
 class _CacheBlock:
-    """Rows that were stored together, padded on the left.
+    """Rows that were stored together, padded on the left."""
 
-    Attributes:
-        layers: keys and values [rows, H, columns, D] of each layer.
-        turns: key of the turn of each row.
-        token_ids: tokens of each row that the model has read.
-    """
-
-    layers: list[tuple[Tensor, Tensor]]
-    turns: list[DrawKey]
-    token_ids: list[tuple[int, ...]]
+    layers: list[tuple[Tensor, Tensor]]  # keys and values [rows, H, columns, D] of each layer
+    turns: list[DrawKey]  # key of the turn of each row
+    token_ids: list[tuple[int, ...]]  # tokens of each row that the model has read
 
 
 @dataclass(frozen=True, slots=True)

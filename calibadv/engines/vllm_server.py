@@ -48,12 +48,7 @@ class VLLMServerEngine(StreamingEngine):
     """
 
     def __init__(
-        self,
-        url: str,
-        weights_folder: str,
-        dtype: Dtype = "bfloat16",
-        concurrency: int = 256,
-        timeout: float = 600.0,
+        self, url: str, weights_folder: str, dtype: Dtype = "bfloat16", concurrency: int = 256, timeout: float = 600.0
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"url is '{url}'; give the server's address, with http:// or https://")

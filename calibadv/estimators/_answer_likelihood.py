@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,26 +12,19 @@ from torch import Tensor
 from calibadv.batch import RolloutBatch
 from calibadv.distributed import SINGLE_PROCESS, ProcessGroup
 from calibadv.numerics.masked import check_shapes
+from calibadv.policy.policy import Policy
+from calibadv.policy.tokenizer import AgentTokenizer
 from calibadv.protocol.search import escape_tags
 from calibadv.training.logprobs import compute_logprobs
 from calibadv.types import Rollout
 
-if TYPE_CHECKING:
-    from calibadv.policy.policy import Policy
-    from calibadv.policy.tokenizer import AgentTokenizer
-
 
 @dataclass(frozen=True, slots=True)
 class AnswerTokens:
-    """The first golden answer as the policy would write it at once.
+    """The first golden answer as the policy would write it at once."""
 
-    Attributes:
-        frame: token ids of an empty think and of the tag that opens the answer.
-        answer: token ids of the answer itself, which are judged.
-    """
-
-    frame: tuple[int, ...]
-    answer: tuple[int, ...]
+    frame: tuple[int, ...]  # token ids of an empty think and of the tag that opens the answer
+    answer: tuple[int, ...]  # token ids of the answer itself, which are judged
 
 
 def answer_tokens(rollout: Rollout, tokenizer: AgentTokenizer) -> AnswerTokens:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from calibadv.batch import RolloutBatch
+from calibadv.distributed import ProcessGroup
 from calibadv.errors import UserError
 from calibadv.estimators._answer_likelihood import answer_likelihoods, turn_gains
 from calibadv.estimators._broadcast import broadcast_turn_values
 from calibadv.estimators._validation import check_gamma
 from calibadv.interfaces import AdvantageEstimator
 from calibadv.numerics.advantages import discounted_sums, gain_rewards
+from calibadv.policy.policy import Policy
 from calibadv.types import Metrics
-
-if TYPE_CHECKING:
-    from calibadv.distributed import ProcessGroup
-    from calibadv.policy.policy import Policy
 
 _GAINS = "turn_gains"
 

@@ -5,14 +5,7 @@ docstring (that is what ``--help`` prints), and name it in a config. See docs/ex
 """
 
 from calibadv.interfaces.environment import Engine, Protocol, Retriever, StreamingEngine, Tool
-from calibadv.interfaces.method import (
-    AdvantageEstimator,
-    Calibrator,
-    GroupFilter,
-    PolicyLoss,
-    Regularizer,
-    Reward,
-)
+from calibadv.interfaces.method import AdvantageEstimator, Calibrator, GroupFilter, PolicyLoss, Regularizer, Reward
 
 __all__ = [
     "AdvantageEstimator",

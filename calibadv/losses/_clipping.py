@@ -19,7 +19,4 @@ def check_clips(clip_low: float, clip_high: float) -> None:
 
 def clip_fractions(low: Tensor, high: Tensor, inputs: LossInputs) -> Metrics:
     """Clipped tokens / trained tokens of the mini-batch; sums over micro-batches."""
-    return {
-        "clip_low": low.sum().item() / inputs.denominator,
-        "clip_high": high.sum().item() / inputs.denominator,
-    }
+    return {"clip_low": low.sum().item() / inputs.denominator, "clip_high": high.sum().item() / inputs.denominator}

@@ -54,7 +54,6 @@ class PlanOptions:
     """Mean tokens of a rollout that the policy writes; by default as many as there may be."""
 
     def __post_init__(self) -> None:
-        """Check that all numbers are positive."""
         for name, value in vars(self).items():
             if isinstance(value, int | float) and value <= 0:
                 raise UserError(f"--{name} is {value}; it must be above 0")
@@ -74,11 +73,7 @@ class PlanOptions:
 
 
 class PlanCLI(ReadingCLI):
-    """Reads the settings of a run and the options of ``plan``.
-
-    Args:
-        arguments: the command line behind ``plan``.
-    """
+    """Reads the settings of a run and the options of ``plan``, from the command line behind it."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         super().__init__(read_words(arguments))

@@ -13,21 +13,13 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One accelerator, by its vendor's data sheet (dense rates, without sparsity).
+    """One accelerator, by its vendor's data sheet (dense rates, without sparsity)."""
 
-    Attributes:
-        memory: bytes that a process can use.
-        tflops: 10^12 operations per second in bfloat16.
-        tflops32: the same in float32, without TF32, which torch does not use by default.
-        bandwidth: bytes per second of its memory.
-        link: bytes per second that it sends to its neighbours in the machine.
-    """
-
-    memory: float
-    tflops: float
-    tflops32: float
-    bandwidth: float
-    link: float
+    memory: float  # bytes that a process can use
+    tflops: float  # 10^12 operations per second in bfloat16
+    tflops32: float  # the same in float32, without TF32, which torch does not use by default
+    bandwidth: float  # bytes per second of its memory
+    link: float  # bytes per second that it sends to its neighbours in the machine
 
 
 GPUS = {
@@ -40,21 +32,13 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Bytes per number, by the tensor that holds it, and what a layer keeps for its backward pass.
+    """Bytes per number, by the tensor that holds it, and what a layer keeps for its backward pass."""
 
-    Attributes:
-        weights: of stored weights, gradients and the optimizer's two averages.
-        compute: of a factor in a matrix product.
-        stream: of the hidden states between two layers.
-        keys: of a rotated key in the cache of the transformers engine.
-        kept_per_hidden: bytes per token and unit of hidden width that the norms and matrix products of a layer keep.
-    """
-
-    weights: int
-    compute: int
-    stream: int
-    keys: int
-    kept_per_hidden: int
+    weights: int  # of stored weights, gradients and the optimizer's two averages
+    compute: int  # of a factor in a matrix product
+    stream: int  # of the hidden states between two layers
+    keys: int  # of a rotated key in the cache of the transformers engine
+    kept_per_hidden: int  # bytes per token and unit of hidden width that the norms and matrix products of a layer keep
 
 
 PRECISIONS = {
@@ -68,110 +52,60 @@ PRECISIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """The sampling engine.
+    """The sampling engine."""
 
-    Attributes:
-        kind: the trainer's own model, vLLM inside the process, or a service elsewhere.
-        batch_size: rollouts decoded together, of the transformers engine.
-        dtype_bytes: of a number in vLLM's copy.
-        memory_share: of the device, for vLLM.
-        kv_cache: bytes of vLLM's cache in place of the share.
-        sleeps: vLLM frees its memory between rollouts.
-        tensor_parallel: devices over which vLLM spreads a layer.
-    """
-
-    kind: Literal["transformers", "vllm", "elsewhere"]
-    batch_size: int = 256
-    dtype_bytes: int = 2
-    memory_share: float = 0.4
-    kv_cache: float | None = None
-    sleeps: bool = False
-    tensor_parallel: int = 1
+    kind: Literal["transformers", "vllm", "elsewhere"]  # the trainer's own model, vLLM in the process, or a service
+    batch_size: int = 256  # rollouts decoded together, of the transformers engine
+    dtype_bytes: int = 2  # of a number in vLLM's copy
+    memory_share: float = 0.4  # of the device, for vLLM
+    kv_cache: float | None = None  # bytes of vLLM's cache in place of the share
+    sleeps: bool = False  # vLLM frees its memory between rollouts
+    tensor_parallel: int = 1  # devices over which vLLM spreads a layer
 
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """Assumed rates and sizes, which no config holds.
+    """Assumed rates and sizes, which no config holds."""
 
-    Attributes:
-        mfu: share of the peak rate that passes through the model reach (model FLOP utilisation).
-        bandwidth_share: share of the memory's bandwidth that decoding reaches.
-        launch_seconds: per layer and decoded token, of the transformers engine, which starts kernels from Python.
-        link_share: share of the link's rate that collectives reach.
-        network: bytes per second that one device sends to other machines (400 Gb/s each).
-        vllm_rows: maximum number of requests that vLLM decodes together.
-        reserve: bytes of a device for CUDA, NCCL and fragments.
-        logit_bytes: of one logit with its softmax, logarithm and gradients, at the peak.
-        tensor_bytes: of one token in all tensors [B, T] of a step together.
-    """
-
-    mfu: float = 0.4
-    bandwidth_share: float = 0.6
-    launch_seconds: float = 1e-3
-    link_share: float = 0.7
-    network: float = 50e9
-    vllm_rows: int = 256
-    reserve: float = 2 * GIB
-    logit_bytes: int = 16
-    tensor_bytes: int = 42
+    mfu: float = 0.4  # share of the peak rate that passes through the model reach (model FLOP utilisation)
+    bandwidth_share: float = 0.6  # share of the memory's bandwidth that decoding reaches
+    launch_seconds: float = 1e-3  # per layer and decoded token, of the transformers engine: kernels start from Python
+    link_share: float = 0.7  # share of the link's rate that collectives reach
+    network: float = 50e9  # bytes per second that one device sends to other machines (400 Gb/s each)
+    vllm_rows: int = 256  # maximum number of requests that vLLM decodes together
+    reserve: float = 2 * GIB  # bytes of a device for CUDA, NCCL and fragments
+    logit_bytes: int = 16  # of one logit with its softmax, logarithm and gradients, at the peak
+    tensor_bytes: int = 42  # of one token in all tensors [B, T] of a step together
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run: its model, its devices and its settings.
-
-    Attributes:
-        shape: of the policy.
-        trained: parameters that are trained: all, or those of the adapters.
-        gpu: each device.
-        precision: of the trainer.
-        sampler: the engine.
-        lora: adapters are trained.
-        holds_reference: a frozen copy of the policy is kept (KL coefficient above 0, no adapters).
-        runs_reference: a reference computes log-probabilities (KL coefficient above 0).
-        processes: one per device, over all machines.
-        nodes: machines.
-        sharded: FSDP2; otherwise several processes use DDP.
-        bucket_view: DDP's gradients are views of its buckets.
-        checkpointing: activations are recomputed in the backward pass.
-        questions: per rollout step.
-        group_size: rollouts per question.
-        mini_batches: optimizer steps per rollout step.
-        micro_batch_tokens: maximum tokens of a forward pass.
-        max_rollout_tokens: maximum length of a rollout.
-        mean_rollout_tokens: mean length of a rollout.
-        mean_policy_tokens: mean number of tokens of a rollout that the policy writes.
-        max_turns: maximum number of messages of a rollout.
-        rollout_steps: of the run.
-        validations: of the run.
-        validation_questions: per validation.
-        assumed: rates and sizes that no config holds.
-    """
+    """A run: its model, its devices and its settings."""
 
     shape: ModelShape
-    trained: int
+    trained: int  # parameters that are trained: all, or those of the adapters
     gpu: Gpu
     precision: Precision
     sampler: Sampler
-    questions: int
+    questions: int  # per rollout step
     group_size: int
     max_rollout_tokens: int
     mean_rollout_tokens: int
-    mean_policy_tokens: int
-    max_turns: int
-    lora: bool = False
-    holds_reference: bool = False
-    runs_reference: bool = False
-    processes: int = 1
+    mean_policy_tokens: int  # of a rollout
+    max_turns: int  # maximum number of messages of a rollout
+    lora: bool = False  # adapters are trained
+    holds_reference: bool = False  # a frozen copy of the policy is kept (KL coefficient above 0, no adapters)
+    runs_reference: bool = False  # a reference computes log-probabilities (KL coefficient above 0)
+    processes: int = 1  # one per device, over all machines
     nodes: int = 1
-    sharded: bool = False
-    bucket_view: bool = False
-    checkpointing: bool = False
-    mini_batches: int = 1
-    micro_batch_tokens: int = 16384
+    sharded: bool = False  # FSDP2; otherwise several processes use DDP
+    bucket_view: bool = False  # DDP's gradients are views of its buckets
+    checkpointing: bool = False  # activations are recomputed in the backward pass
+    mini_batches: int = 1  # optimizer steps per rollout step
+    micro_batch_tokens: int = 16384  # maximum tokens of a forward pass
     rollout_steps: int = 1
     validations: int = 0
-    validation_questions: int = 0
+    validation_questions: int = 0  # per validation
     assumed: Assumptions = field(default_factory=Assumptions)
 
     @property

@@ -175,12 +175,10 @@ def remedies(job: Job) -> tuple[list[str], Job]:
 
 def _excess(job: Job) -> float:
     """Bytes that a run lacks; 0 if it fits."""
-    lacking = (
-        0.0
-        if rows_at_once(job, job.max_rollout_tokens)
-        else engine_weights(job) + _VLLM_OVERHEAD + job.max_rollout_tokens * kv_bytes(job)
-    )
-    return max(0.0, peak(job) - job.gpu.memory) + lacking
+    lacking = max(0.0, peak(job) - job.gpu.memory)
+    if rows_at_once(job, job.max_rollout_tokens):
+        return lacking
+    return lacking + engine_weights(job) + _VLLM_OVERHEAD + job.max_rollout_tokens * kv_bytes(job)
 
 
 def _changes(job: Job) -> Iterator[tuple[str, Job]]:

@@ -12,27 +12,16 @@ from calibadv.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a causal language model.
+    """Sizes of a causal language model."""
 
-    Attributes:
-        parameters: all of them, tied ones once.
-        layer_parameters: those of one layer.
-        layers: number of layers.
-        hidden: width of the states between layers.
-        query_width: attention heads x width of a head.
-        kv_width: key-value heads x width of a head.
-        intermediate: width of the feed-forward part.
-        vocabulary: rows of the output layer.
-    """
-
-    parameters: int
-    layer_parameters: int
+    parameters: int  # all of them, tied ones once
+    layer_parameters: int  # those of one layer
     layers: int
-    hidden: int
-    query_width: int
-    kv_width: int
-    intermediate: int
-    vocabulary: int
+    hidden: int  # width of the states between layers
+    query_width: int  # attention heads x width of a head
+    kv_width: int  # key-value heads x width of a head
+    intermediate: int  # width of the feed-forward part
+    vocabulary: int  # rows of the output layer
 
     @property
     def head_parameters(self) -> int:

@@ -28,17 +28,7 @@ def policy_folder() -> Path:
 
 
 def check_model_folder(name: str) -> Path:
-    """Find a model folder, before anything is loaded.
-
-    Args:
-        name: a folder, or ``embedded``.
-
-    Returns:
-        The folder.
-
-    Raises:
-        UserError: there is no such folder, or it holds no model.
-    """
+    """Find a model folder, or that of ``embedded``, before anything is loaded; a UserError if it holds no model."""
     folder = policy_folder() if name == "embedded" else Path(name)
     if not folder.is_dir():
         raise UserError(f"model.policy '{name}' is not a folder; give a Hugging Face model folder, or 'embedded'")
@@ -139,14 +129,8 @@ def _fit_embedding(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase)
 def check_positions(policy: Policy, limit: int) -> None:
     """See that the model has a position for every token of a rollout.
 
-    Rotary positions go on beyond what the config names, at the cost of quality, and are left to the user.
-
-    Args:
-        policy: as loaded.
-        limit: the most tokens of a rollout.
-
-    Raises:
-        UserError: it has learned positions, and fewer of them.
+    Learned positions must be as many. Rotary ones go on beyond what the config names, at the cost of quality, and are
+    left to the user.
     """
     config: Any = policy.model.config
     positions = getattr(config, "max_position_embeddings", None)
@@ -157,14 +141,7 @@ def check_positions(policy: Policy, limit: int) -> None:
 
 
 def enable_checkpointing(policy: Policy) -> None:
-    """Compute activations again in the backward pass instead of keeping them.
-
-    Args:
-        policy: as loaded.
-
-    Raises:
-        UserError: its model cannot.
-    """
+    """Compute activations again in the backward pass instead of keeping them; a UserError if the model cannot."""
     model: Any = policy.model
     if not getattr(model, "supports_gradient_checkpointing", True):
         raise UserError(f"{type(model).__name__} cannot compute activations again; unset model.gradient_checkpointing")

@@ -22,11 +22,7 @@ LOGITS_AT_ONCE = 2**25
 
 
 def forward_logprobs(
-    model: nn.Module,
-    batch: RolloutBatch,
-    rows: Sequence[int],
-    temperature: float,
-    logits_at_once: int = LOGITS_AT_ONCE,
+    model: nn.Module, batch: RolloutBatch, rows: Sequence[int], temperature: float, logits_at_once: int = LOGITS_AT_ONCE
 ) -> tuple[Tensor, Tensor]:
     """Run the model over some rollouts."""
     length = int(batch.attention_mask[rows].sum(dim=1).max().item())

@@ -44,11 +44,7 @@ def with_adapters(model: Any, lora: Lora) -> Any:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=lora.target_modules,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
     try:
         with same_for_every_seed(), warnings.catch_warnings():

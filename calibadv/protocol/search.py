@@ -53,7 +53,6 @@ class SearchProtocol(Protocol):
     """Passages are cut to so many tokens before they are shown; by default they are shown whole."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         for name in ("max_searches", "max_turn_tokens", "max_rollout_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"protocol.{name} is {getattr(self, name)}; it must be at least 1")

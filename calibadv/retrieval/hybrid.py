@@ -72,7 +72,6 @@ class Hybrid(Retriever):
 
 
 def _check_corpora(corpora: Sequence[Sequence[Document]]) -> None:
-    """Refuse corpora of different sizes or checksums."""
     sizes = sorted({len(corpus) for corpus in corpora})
     if len(sizes) > 1:
         raise UserError(

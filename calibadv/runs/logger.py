@@ -12,10 +12,8 @@ from typing_extensions import override
 class RunTensorBoardLogger(TensorBoardLogger):
     """TensorBoard logger of a run folder, which writes nothing before ``open`` and no hyperparameter file.
 
-    Args:
-        folder: of the run; event files are written directly into it.
-        resumed_from: rollout steps done at the checkpoint; later points of earlier event files are hidden. None for
-            a run that starts from nothing.
+    Event files are written directly into the folder. Points of earlier ones after ``resumed_from``, the rollout steps
+    done at the checkpoint, are hidden.
     """
 
     def __init__(self, folder: Path, resumed_from: int | None) -> None:

@@ -62,10 +62,7 @@ def _segment_to_json(segment: Segment) -> Record:
 
 
 def write_rollouts(
-    path: Path,
-    rollouts: Sequence[Rollout],
-    estimated: TurnValues | None = None,
-    calibrated: TurnValues | None = None,
+    path: Path, rollouts: Sequence[Rollout], estimated: TurnValues | None = None, calibrated: TurnValues | None = None
 ) -> None:
     """Write rollouts to a file, which appears whole or not at all.
 
@@ -81,12 +78,7 @@ def write_rollouts(
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write JSON lines to a file, which appears whole or not at all.
-
-    Args:
-        path: file to make or replace; its folder is made.
-        records: JSON objects.
-    """
+    """Write JSON objects as the lines of a file, which appears whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -99,32 +91,15 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 
 
 def read_rollouts(path: Path) -> Iterator[Rollout]:
-    """Read the rollouts of a file.
-
-    Args:
-        path: JSON lines.
-
-    Yields:
-        One rollout per line that is not blank.
-
-    Raises:
-        UserError: a line is not a rollout; the message names the file, the line and the remedy.
-    """
+    """Yield the rollouts of a file as ``read_records`` does."""
     for _, rollout in read_records(path):
         yield rollout
 
 
 def read_records(path: Path) -> Iterator[tuple[Record, Rollout]]:
-    """Read the rollouts of a file, each with its record.
+    """Yield each rollout of a file, behind its JSON object with any unknown keys.
 
-    Args:
-        path: JSON lines.
-
-    Yields:
-        The JSON object, with any unknown keys, and its rollout.
-
-    Raises:
-        UserError: a line is not a rollout; the message names the file, the line and the remedy.
+    Blank lines are skipped. For a line that is no rollout, a UserError names the file, the line and the remedy.
     """
     for number, record in read_jsonl(path, "rollout file"):
         try:

@@ -27,8 +27,8 @@ from calibadv.study.arms import ArmCLI, resolve_arms
 from calibadv.study.fingerprints import source_fingerprints
 from calibadv.study.manifest import StudyManifest
 from calibadv.study.options import LIST_OPTIONS, StudyOptions, read_options, split_options
-from calibadv.study.runner import StudyState, run_all
-from calibadv.study.runs import study_runs, write_arm_config
+from calibadv.study.runner import run_all
+from calibadv.study.runs import StudyState, study_runs, write_arm_config
 from calibadv.study.table import ConsoleView
 
 _LOCK = ".study.lock"
@@ -69,9 +69,8 @@ def study(arguments: Sequence[str]) -> int:
     options, given = read_study(arguments)
     plan_study(given, options.folder, options.baseline)  # refuses before anything is written
     with _lock_folder(options.folder):
-        manifest = plan_study(
-            given, options.folder, options.baseline
-        )  # a study that has just ended may have extended it
+        # A study that has just ended may have extended it.
+        manifest = plan_study(given, options.folder, options.baseline)
         manifest.write(options.folder)
         for arm, config in manifest.arms.items():
             write_arm_config(options.folder, arm, config)

@@ -21,21 +21,13 @@ _MAX_SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class StudyManifest:
-    """Everything that the results of a study depend on.
+    """Everything that the results of a study depend on."""
 
-    Attributes:
-        arms: the whole config of each, by name.
-        seeds: every arm is trained with each.
-        threads: CPU threads of each run.
-        versions: of Python and of the packages.
-        sources: digests of the code and of the files that the settings name, of ``calibadv.study.fingerprints``.
-    """
-
-    arms: dict[str, Settings]
-    seeds: list[int]
-    threads: int
-    versions: dict[str, str]
-    sources: dict[str, str]
+    arms: dict[str, Settings]  # the whole config of each, by name
+    seeds: list[int]  # every arm is trained with each
+    threads: int  # CPU threads of each run
+    versions: dict[str, str]  # of Python and of the packages
+    sources: dict[str, str]  # digests of the code and of the files that the settings name
 
     @classmethod
     def read(cls, out: Path) -> StudyManifest | None:

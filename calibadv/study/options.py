@@ -39,7 +39,6 @@ class StudyOptions:
     """The arm that the report compares the others with; by default grpo, or else the first."""
 
     def __post_init__(self) -> None:
-        """Check counts and seeds."""
         for name, value in (("jobs", self.jobs), ("threads", self.threads)):
             if value is not None and value < 1:
                 raise UserError(f"--{name} is {value}; it must be at least 1")

@@ -9,11 +9,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import FrameType
-from typing import Protocol
 
-from calibadv.study.runs import StudyRun
+from calibadv.study.runs import StudyRun, StudyState
+from calibadv.study.table import ConsoleView
 
 _POLL_SECONDS = 0.2
 _THREADS = (
@@ -25,31 +24,7 @@ _THREADS = (
 )
 
 
-@dataclass
-class StudyState:
-    """The runs of a study by status; failed ones with the reason."""
-
-    waiting: list[StudyRun]
-    finished: list[StudyRun]
-    running: dict[StudyRun, subprocess.Popen[bytes]] = field(default_factory=dict)
-    failed: dict[StudyRun, str] = field(default_factory=dict)
-    stopped_by: signal.Signals | None = None
-
-
-class ProgressView(Protocol):
-    """Display of the progress of a study."""
-
-    def update(self, state: StudyState) -> None:
-        """Show the current state; called several times a second."""
-
-    def stopping(self, state: StudyState, at_once: bool) -> None:
-        """Report that the runs were asked to stop, or were killed."""
-
-    def ended(self, run: StudyRun, state: StudyState) -> None:
-        """Report that a run has ended or failed."""
-
-
-def run_all(runs: Sequence[StudyRun], jobs: int, threads: int, view: ProgressView) -> StudyState:
+def run_all(runs: Sequence[StudyRun], jobs: int, threads: int, view: ConsoleView) -> StudyState:
     """Train all runs that are not finished.
 
     The first Ctrl-C or SIGTERM lets every run finish its step and save; the second one ends them at once.
@@ -76,7 +51,6 @@ def run_all(runs: Sequence[StudyRun], jobs: int, threads: int, view: ProgressVie
 
 @contextmanager
 def _record_signals() -> Iterator[list[signal.Signals]]:
-    """Record SIGINT and SIGTERM in place of acting on them."""
     received: list[signal.Signals] = []
 
     def record(number: int, frame: FrameType | None) -> None:
@@ -132,8 +106,7 @@ def _stop(state: StudyState, at_once: bool) -> None:
             process.wait()
 
 
-def _collect_ended(state: StudyState, view: ProgressView) -> None:
-    """Move the runs whose processes have ended to their new status."""
+def _collect_ended(state: StudyState, view: ConsoleView) -> None:
     for run, process in list(state.running.items()):
         if process.poll() is None:
             continue

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from signal import Signals
+from subprocess import Popen
 
 import yaml
 
@@ -16,19 +18,12 @@ from calibadv.study.manifest import StudyManifest
 
 @dataclass(frozen=True, slots=True)
 class StudyRun:
-    """One arm with one seed.
+    """One arm with one seed."""
 
-    Attributes:
-        out: folder of the study.
-        arm: name of the arm.
-        seed: of the run.
-        steps: rollout steps of the whole run.
-    """
-
-    out: Path
+    out: Path  # folder of the study
     arm: str
     seed: int
-    steps: int
+    steps: int  # rollout steps of the whole run
 
     @property
     def name(self) -> str:
@@ -49,11 +44,6 @@ class StudyRun:
     def lock(self) -> Path:
         """The lock that is held by the process that trains it."""
         return self.folder.path.with_name(f".seed{self.seed}.lock")
-
-    @property
-    def config(self) -> Path:
-        """The file with the whole config of its arm."""
-        return arm_config_path(self.out, self.arm)
 
     @property
     def _finished_marker(self) -> Path:
@@ -80,7 +70,7 @@ class StudyRun:
     @property
     def fit_arguments(self) -> list[str]:
         """The arguments of ``calibadv`` that start, continue or finish the run."""
-        words = ["fit", "--config", str(self.config), "--seed_everything", str(self.seed)]
+        words = ["fit", "--config", str(arm_config_path(self.out, self.arm)), "--seed_everything", str(self.seed)]
         words += ["--run.root", str(self.folder.path.parent), "--run.name", self.folder.path.name]
         return [*words, "--ckpt_path", "auto"]
 
@@ -88,6 +78,17 @@ class StudyRun:
         """The last line that the run has printed."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
+
+
+@dataclass
+class StudyState:
+    """The runs of a study by status; failed ones with the reason."""
+
+    waiting: list[StudyRun]
+    finished: list[StudyRun]
+    running: dict[StudyRun, Popen[bytes]] = field(default_factory=dict)
+    failed: dict[StudyRun, str] = field(default_factory=dict)
+    stopped_by: Signals | None = None
 
 
 def arm_config_path(out: Path, arm: str) -> Path:

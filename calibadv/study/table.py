@@ -14,8 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from calibadv.study.runner import StudyState
-from calibadv.study.runs import StudyRun
+from calibadv.study.runs import StudyRun, StudyState
 
 _REFRESH_SECONDS = 2.0
 # The time left is estimated from the whole call: shorter periods vary too much, since progress is seen at checkpoints.
@@ -25,12 +24,7 @@ RunProgress = dict[StudyRun, tuple[int, float | None]]
 
 
 class ConsoleView:
-    """Shows the progress of a study on a console.
-
-    Args:
-        runs: all of the study.
-        console: to print on.
-    """
+    """Shows the progress of a study on a console."""
 
     def __init__(self, runs: Sequence[StudyRun], console: Console) -> None:
         self.runs = runs
@@ -105,7 +99,7 @@ def arm_table(runs: Sequence[StudyRun], state: StudyState, progress: RunProgress
     table.add_column("running: step and last validation F1")
     for arm, total in Counter(run.arm for run in runs).items():
         groups = (state.finished, state.waiting, state.failed, state.running)
-        finished, waiting, failed, running = (_of_arm(group, arm) for group in groups)
+        finished, waiting, failed, running = ([run for run in group if run.arm == arm] for group in groups)
         table.add_row(
             arm,
             f"{len(finished)}/{total}",
@@ -120,10 +114,6 @@ def arm_table(runs: Sequence[StudyRun], state: StudyState, progress: RunProgress
 def _mean_f1(scores: Iterable[float | None]) -> str:
     known = [score for score in scores if score is not None]
     return f"{fmean(known):.3f}" if known else ""
-
-
-def _of_arm(runs: Iterable[StudyRun], arm: str) -> list[StudyRun]:
-    return [run for run in runs if run.arm == arm]
 
 
 def _running(run: StudyRun, step: int, f1: float | None) -> str:

@@ -50,7 +50,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
-    """Run the command line ``calibadv fit ...``."""
     quiet_environment()
     sleep_while_waiting()
     verb, *arguments = words

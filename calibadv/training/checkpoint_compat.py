@@ -16,17 +16,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunIdentity:
-    """The fingerprint of a run, which its checkpoints hold.
+    """The fingerprint of a run, which its checkpoints hold."""
 
-    Attributes:
-        seed: seed of all draws.
-        protocol: settings of the protocol.
-        reference: digest of the reference's weights; empty for the policy without adapters, None without a reference.
-    """
-
-    seed: int
-    protocol: Mapping[str, Any]
-    reference: str | None
+    seed: int  # seed of all draws
+    protocol: Mapping[str, Any]  # settings of the protocol
+    reference: str | None  # digest of its weights; empty for the policy without adapters, None without one
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Return the entries of a checkpoint."""

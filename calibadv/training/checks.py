@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 
@@ -14,17 +13,13 @@ from calibadv.data.datamodule import QuestionData
 from calibadv.errors import UserError
 from calibadv.interfaces import AdvantageEstimator, GroupFilter
 from calibadv.policy.precision import check_precision
+from calibadv.training.importance_sampling import TruncatedImportanceSampling
 from calibadv.training.objective import Objective
-
-if TYPE_CHECKING:
-    from calibadv.training.importance_sampling import TruncatedImportanceSampling
 
 log = logging.getLogger(__name__)
 
 # Of a larger file only the longest questions are checked before the run: encoding all would take minutes.
 _PROMPTS_CHECKED = 5000
-
-
 _AT_LEAST = {
     **dict.fromkeys(("rollout_steps", "group_size", "mini_batches", "micro_batch_tokens"), 1),
     **dict.fromkeys(("warmup_steps", "kl_coef", "learning_rate", "weight_decay", "clip_norm"), 0),

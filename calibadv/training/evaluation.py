@@ -26,26 +26,17 @@ log = logging.getLogger(__name__)
 
 
 class EvaluationModule(pl.LightningModule):
-    """The half of a LightningModule that evaluates a policy.
-
-    Attributes:
-        sampler: samples and scores rollouts.
-        seed: seed of all draws.
-        rollout_step: rollout steps done.
-        validated_step: the rollout step of the last validation, -1 before the first.
-        evaluation: metrics of the last validation or test.
-        stop_requested: whether a signal asked the run to stop.
-    """
+    """The half of a LightningModule that evaluates a policy."""
 
     sampler: RolloutSampler
-    seed: int
-    rollout_step: int = 0
-    validated_step: int = -1
-    stop_requested: bool = False
+    seed: int  # of all draws
+    rollout_step: int = 0  # rollout steps done
+    validated_step: int = -1  # the rollout step of the last validation, -1 before the first
+    stop_requested: bool = False  # by a signal
 
     def __init__(self) -> None:
         super().__init__()
-        self.evaluation: Metrics = {}
+        self.evaluation: Metrics = {}  # of the last validation or test
         self._evaluated: list[Rollout] = []
 
     @property
@@ -70,13 +61,7 @@ class EvaluationModule(pl.LightningModule):
     def validation_step(self, questions: list[Question], batch_idx: int) -> Any:
         return EvaluationOutput(self.evaluate(questions))
 
-    @override
-    def test_step(self, questions: list[Question], batch_idx: int) -> Any:
-        return EvaluationOutput(self.evaluate(questions))
-
-    @override
-    def predict_step(self, questions: list[Question], batch_idx: int) -> Any:
-        return EvaluationOutput(self.evaluate(questions))
+    test_step = predict_step = validation_step
 
     @float32_by_default()
     def evaluate(self, questions: Sequence[Question]) -> list[Rollout]:

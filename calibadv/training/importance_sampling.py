@@ -25,7 +25,6 @@ class TruncatedImportanceSampling:
     """The largest weight."""
 
     def __post_init__(self) -> None:
-        """Check the cap."""
         if self.cap < 1:
             raise UserError(f"model.sampler_correction.cap is {self.cap}; it must be at least 1")
 

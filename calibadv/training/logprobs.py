@@ -17,34 +17,21 @@ from calibadv.training.minibatches import LossNormalizer, partition_micro_batche
 
 @dataclass(frozen=True, slots=True)
 class BatchLogprobs:
-    """Log-probabilities of a rollout batch by the trainer's model, before its update.
+    """Log-probabilities of a rollout batch by the trainer's model, before its update."""
 
-    Attributes:
-        logprobs: [B, T] of the tokens, 0 outside the loss mask.
-        entropy: [B, T] of the full softmax that each token was drawn from, 0 outside the loss mask.
-        reference: [B, T] log-probabilities of the reference, or None.
-    """
-
-    logprobs: Tensor
-    entropy: Tensor
-    reference: Tensor | None = None
+    logprobs: Tensor  # [B, T] of the tokens, 0 outside the loss mask
+    entropy: Tensor  # [B, T] of the full softmax that each token was drawn from, 0 outside the loss mask
+    reference: Tensor | None = None  # [B, T] log-probabilities of the reference, or None
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateBatch:
-    """A rollout batch with everything that its update needs.
+    """A rollout batch with everything that its update needs."""
 
-    Attributes:
-        batch: B rollouts.
-        estimated: [B, T] advantages of the estimator.
-        advantages: [B, T] advantages after calibration.
-        old: log-probabilities that the ratio and the KL compare with.
-    """
-
-    batch: RolloutBatch
-    estimated: Tensor
-    advantages: Tensor
-    old: BatchLogprobs
+    batch: RolloutBatch  # B rollouts
+    estimated: Tensor  # [B, T] advantages of the estimator
+    advantages: Tensor  # [B, T] advantages after calibration
+    old: BatchLogprobs  # log-probabilities that the ratio and the KL compare with
 
     def with_engine_logprobs(self) -> UpdateBatch:
         """Return the same update with the engine's log-probabilities as the old ones."""

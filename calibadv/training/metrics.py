@@ -21,12 +21,7 @@ from calibadv.rewards.evidence import true_step_correctness
 from calibadv.training.logprobs import BatchLogprobs
 from calibadv.types import Metrics, Rollout, RolloutStatus
 
-_UNFINISHED = (
-    RolloutStatus.TRUNCATED,
-    RolloutStatus.INVALID,
-    RolloutStatus.OUT_OF_TURNS,
-    RolloutStatus.SEARCH_FAILED,
-)
+_UNFINISHED = (RolloutStatus.TRUNCATED, RolloutStatus.INVALID, RolloutStatus.OUT_OF_TURNS, RolloutStatus.SEARCH_FAILED)
 
 
 def rollout_metrics(batch: RolloutBatch, estimated: Tensor, calibrated: Tensor) -> Metrics:
@@ -113,11 +108,7 @@ def credit_metrics(batch: RolloutBatch, estimated: Tensor) -> Metrics:
         if negative.any():
             gold.extend(_correct(true_step_correctness(rollout) or (), negative))
     return _without_empty(
-        {
-            "credit/step_correctness": found,
-            "credit/mispenalised": silver,
-            "credit/true_mispenalised": gold,
-        }
+        {"credit/step_correctness": found, "credit/mispenalised": silver, "credit/true_mispenalised": gold}
     )
 
 
@@ -196,14 +187,10 @@ def stability_metrics(batch: RolloutBatch, old: BatchLogprobs, garbled_perplexit
 
 
 class Stopwatch:
-    """Collects seconds by stage.
-
-    Attributes:
-        seconds: wall time of each stage, all its measurements so far added up.
-    """
+    """Collects seconds by stage."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # wall time of each stage, all its measurements so far added up
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:

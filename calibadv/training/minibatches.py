@@ -20,15 +20,10 @@ from calibadv.types import DrawKey
 
 @dataclass(frozen=True, slots=True)
 class LossNormalizer:
-    """Denominators of the sums of a mini-batch, over all ranks.
+    """Denominators of the sums of a mini-batch, over all ranks."""
 
-    Attributes:
-        tokens: trained tokens, those without advantage included.
-        rollouts: rollouts with a trained token.
-    """
-
-    tokens: float
-    rollouts: int
+    tokens: float  # trained tokens, those without advantage included
+    rollouts: int  # rollouts with a trained token
 
     @staticmethod
     def from_rows(batch: RolloutBatch, rows: Sequence[int]) -> LossNormalizer:
@@ -39,41 +34,24 @@ class LossNormalizer:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """The rollouts of one forward pass.
+    """The rollouts of one forward pass."""
 
-    Attributes:
-        rows: rows of the rollout batch.
-        is_padding: whether it is only there to keep the collectives of the ranks in step, and contributes nothing.
-        needs_grad: whether it has a gradient; the others are passed through the model for metrics only.
-        is_last: whether it is the last with a gradient in its mini-batch, after which the ranks add theirs up.
-        loss_scale: factor of its loss: the number of ranks, since these take the mean of gradients that are parts of
-            one sum; 0 for padding.
-    """
-
-    rows: list[int]
-    is_padding: bool
-    needs_grad: bool
-    is_last: bool
-    loss_scale: float
+    rows: list[int]  # rows of the rollout batch
+    is_padding: bool  # whether it is only there to keep the collectives of the ranks in step, and contributes nothing
+    needs_grad: bool  # whether it has a gradient; the others are passed through the model for metrics only
+    is_last: bool  # whether it is the last with a gradient in its mini-batch, after which the ranks add theirs up
+    loss_scale: float  # number of ranks, since these take the mean of gradients that are parts of one sum; 0 if padding
 
 
 @dataclass(frozen=True, slots=True)
 class MiniBatch:
-    """The rollouts of one optimizer step.
+    """The rollouts of one optimizer step."""
 
-    Attributes:
-        name: what to call it in messages.
-        rows: rows of the rollout batch, those of all ranks.
-        size: denominators of its sums.
-        micro_batches: the forward passes of this rank, those with a gradient first.
-        has_advantage: whether any of its advantages is not 0.
-    """
-
-    name: str
-    rows: list[int]
-    size: LossNormalizer
-    micro_batches: list[MicroBatch]
-    has_advantage: bool
+    name: str  # what to call it in messages
+    rows: list[int]  # rows of the rollout batch, those of all ranks
+    size: LossNormalizer  # denominators of its sums
+    micro_batches: list[MicroBatch]  # the forward passes of this rank, those with a gradient first
+    has_advantage: bool  # whether any of its advantages is not 0
 
 
 def mini_batches(batch: RolloutBatch, count: int, seed: int, step: int) -> list[list[int]]:

@@ -30,27 +30,17 @@ from calibadv.training.optimization import FiniteSteps, trained_parameters
 
 
 class PolicyModule(EvaluationModule):
-    """The half of a LightningModule that holds a policy and what is saved of it.
-
-    Attributes:
-        policy: model and tokenizer.
-        model: the policy's model, whose parameters are trained.
-        reference: the policy before training, None without a KL.
-        rollout_steps: rollout steps of the whole run.
-        lr_factor: factor of all learning rates, lowered by a guard.
-        finite_steps: makes optimizer steps, and counts those that are skipped.
-        config: the resolved config of a run of the command line, as YAML.
-    """
+    """The half of a LightningModule that holds a policy and what is saved of it."""
 
     policy: Policy
-    model: torch.nn.Module
-    reference: Reference | None
-    rollout_steps: int
+    model: torch.nn.Module  # that of the policy, whose parameters are trained
+    reference: Reference | None  # None without a KL
+    rollout_steps: int  # of the whole run
     make_optimizer: OptimizerCallable
     make_scheduler: LRSchedulerCallable | None
     schedule: Schedule
-    lr_factor: float = 1.0
-    config: str = ""
+    lr_factor: float = 1.0  # of all learning rates, lowered by a guard
+    config: str = ""  # the resolved config of a run of the command line, as YAML
 
     def __init__(self) -> None:
         super().__init__()

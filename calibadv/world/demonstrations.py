@@ -50,25 +50,15 @@ CLEAN = Noise(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """One scripted rollout.
-
-    Attributes:
-        messages: the policy's messages.
-        token_ids: [T] of prompt, messages and observations.
-        weights: [T] weight of each token in the loss: 1 for the policy's, 0.1 for the rest.
-    """
+    """One scripted rollout."""
 
     messages: tuple[str, ...]
-    token_ids: tuple[int, ...]
-    weights: tuple[float, ...]
+    token_ids: tuple[int, ...]  # [T] of prompt, messages and observations
+    weights: tuple[float, ...]  # [T] weight of each token in the loss: 1 for the policy's, 0.1 for the rest
 
 
 class WorldSearch:
-    """BM25 over the documents of one small world.
-
-    Args:
-        documents: title and text of each are indexed.
-    """
+    """BM25 over titles and texts of the documents of one small world."""
 
     def __init__(self, documents: Sequence[Document]) -> None:
         import bm25s  # type: ignore[import-untyped]
@@ -104,7 +94,6 @@ def demonstrate(tokenizer: AgentTokenizer, seed: int, noise: Noise) -> Iterator[
 def _play(
     agent: Generator[str, list[Document], None], question: str, search: WorldSearch, tokenizer: AgentTokenizer
 ) -> Demonstration:
-    """Let a scripted agent talk with the environment."""
     protocol = SearchProtocol(prepend_think=False, template="short", chat_template="never")
     token_ids = protocol.prompt_ids(question, tokenizer)
     weights = [_REST_WEIGHT] * len(token_ids)
@@ -126,13 +115,7 @@ def _play(
 class _ScriptedAgent:
     """Follows the path of a question, one search per relation, and makes mistakes at random.
 
-    It does not notice its own mistakes: it goes on from whatever the search returned.
-
-    Args:
-        path: of the question.
-        facts: of the world.
-        noise: probabilities of its mistakes.
-        rng: draws the mistakes.
+    It does not notice them: it goes on from whatever the search returned.
     """
 
     def __init__(self, path: RelationPath, facts: dict[str, dict[str, str]], noise: Noise, rng: Random) -> None:

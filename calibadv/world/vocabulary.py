@@ -17,19 +17,12 @@ _STARTS = (
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of entity.
+    """One kind of entity."""
 
-    Attributes:
-        name: used in ids of documents.
-        count: entities of this kind in a world.
-        relations: its two relations, each with the kind of its values.
-        parts: the possible words at each position of a name.
-    """
-
-    name: str
-    count: int
-    relations: dict[str, str]
-    parts: tuple[tuple[str, ...], ...]
+    name: str  # used in ids of documents
+    count: int  # entities of this kind in a world
+    relations: dict[str, str]  # its two relations, each with the kind of its values
+    parts: tuple[tuple[str, ...], ...]  # the possible words at each position of a name
 
 
 def _parts(*endings: str) -> tuple[tuple[str, ...], ...]:

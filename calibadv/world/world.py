@@ -37,15 +37,10 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class RelationPath:
-    """The relations that a question follows, and the entities on the way.
+    """The relations that a question follows, and the entities on the way."""
 
-    Attributes:
-        relations: in the order in which they are followed.
-        entities: the entity that the question names, then the one after each relation; the last is the answer.
-    """
-
-    relations: tuple[str, ...]
-    entities: tuple[str, ...]
+    relations: tuple[str, ...]  # in the order in which they are followed
+    entities: tuple[str, ...]  # the one that the question names, then that after each relation; the last is the answer
 
     @property
     def question(self) -> str:
@@ -140,11 +135,7 @@ def _make_question(path: RelationPath, ids: dict[str, str]) -> Question:
         question=path.question,
         golden_answers=[path.entities[-1]],
         data_source=f"world-{hops}hop",
-        metadata={
-            "hops": hops,
-            "supporting_ids": [ids[title] for title in evidence],
-            "supporting_titles": evidence,
-        },
+        metadata={"hops": hops, "supporting_ids": [ids[title] for title in evidence], "supporting_titles": evidence},
     )
 
 

@@ -23,15 +23,10 @@ _SEED_SUFFIX = re.compile(r"[-_=.]?(?:seed)?[-_=.]?(\d+)$")
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One method in its setting, with a run per seed.
+    """One method in its setting, with a run per seed."""
 
-    Attributes:
-        name: unique in the comparison.
-        runs: in the order of their seeds.
-    """
-
-    name: str
-    runs: tuple[Run, ...]
+    name: str  # unique, and that of its folder in a study
+    runs: tuple[Run, ...]  # in the order of their seeds
 
     @property
     def is_calibadv_run(self) -> bool:

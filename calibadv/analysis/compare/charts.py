@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,15 +37,10 @@ MAX_BANDS = 4
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """The chart of one metric.
-
-    Attributes:
-        tag: its name.
-        bands: of the arms that have the metric, by the arm's index.
-    """
+    """The chart of one metric."""
 
     tag: str
-    bands: Mapping[int, Band]
+    bands: Mapping[int, Band]  # of the arms that have the metric, by the arm's index
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +99,9 @@ def figure_png(chart: Chart, names: Sequence[str], title: str) -> bytes:
 
 def _without_seed_lines(chart: Chart) -> Chart:
     """The chart without seed lines and, with many arms, without bands: a figure cannot hide them."""
-    shown = len(chart.bands) <= MAX_BANDS
-    bands = {
-        index: Band(
-            band.steps, band.mean, band.low if shown else band.mean, band.high if shown else band.mean, band.seeds[:0]
-        )
-        for index, band in chart.bands.items()
-    }
+    bands = {index: replace(band, seeds=band.seeds[:0]) for index, band in chart.bands.items()}
+    if len(bands) > MAX_BANDS:
+        bands = {index: replace(band, low=band.mean, high=band.mean) for index, band in bands.items()}
     return Chart(chart.tag, bands)
 
 

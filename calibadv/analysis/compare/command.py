@@ -81,13 +81,13 @@ def write_report(out: Path, results: Results, arms: Sequence[Arm], command: str 
     total = sum(len(section.charts) for section in sections)
     pictures = dict(tracked(draw_charts(sections, arm_names), "Drawing", total))
     drawn = [(section, [pictures[entry.tag] for entry in section.charts]) for section in sections]
+    headline = make_chart(_HEADLINE, arms)
     contents: dict[str, str | bytes] = {
         "report.html": render_html(results, timing, arms, drawn),
+        "report.md": render_markdown(results, timing, arms, has_figure=bool(headline.bands)),
         "timing.json": _json(timing),
         "results.json": _json(results),
     }
-    headline = make_chart(_HEADLINE, arms)
-    contents["report.md"] = render_markdown(results, timing, arms, has_figure=bool(headline.bands))
     if headline.bands:
         contents["figure.svg"] = figure_svg(headline, arm_names, _HEADLINE_TITLE)
         contents["figure.png"] = figure_png(headline, arm_names, _HEADLINE_TITLE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -33,14 +32,9 @@ def known_tags() -> tuple[re.Pattern[str], ...]:
 
 
 @cache
-def _definitions() -> tuple[tuple[re.Pattern[str], str], ...]:
-    return tuple(_read_definitions())
-
-
-def _read_definitions() -> Iterator[tuple[re.Pattern[str], str]]:
-    for tags, text in _ROW.findall(_page()):
-        for tag in _TAG.findall(tags):
-            yield _pattern(tag), _LINK.sub(r"\1", text).replace("`", "")
+def _definitions() -> list[tuple[re.Pattern[str], str]]:
+    rows = [(tags, _LINK.sub(r"\1", text).replace("`", "")) for tags, text in _ROW.findall(_page())]
+    return [(_pattern(tag), text) for tags, text in rows for tag in _TAG.findall(tags)]
 
 
 def curve_description(tag: str) -> str:

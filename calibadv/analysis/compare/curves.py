@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 
+from calibadv.analysis.statistics import Floats
 from calibadv.errors import UserError
 
 Curve = dict[int, float]
 Curves = dict[str, Curve]
-Floats = NDArray[np.float64]
 
-_EVENT_FILES = "*tfevents*"
 _MAX_POINTS = 60
 # With more seeds, single seeds have no lines of their own.
 _MAX_SEED_LINES = 5
@@ -27,7 +25,7 @@ _MAX_SEED_LINES = 5
 
 def event_files(folder: Path) -> list[Path]:
     """The event files that lie directly in a folder."""
-    return sorted(path for path in folder.glob(_EVENT_FILES) if path.is_file())
+    return sorted(path for path in folder.glob("*tfevents*") if path.is_file())
 
 
 def read_curves(folder: Path) -> Curves:
@@ -111,28 +109,15 @@ def read_name_map(path: Path, known: Iterable[Any]) -> dict[str, str]:
     return dict(content)
 
 
-def rename_curves(curves: Curves, names: Mapping[str, str]) -> Curves:
-    """Return the curves of another program under our names."""
-    return {ours: curves[theirs] for ours, theirs in names.items() if theirs in curves}
-
-
 @dataclass(frozen=True, slots=True)
 class Band:
-    """One metric of one arm, over its seeds.
+    """One metric of one arm, over its seeds."""
 
-    Attributes:
-        steps: [P] where there is a point.
-        mean: [P] over the seeds that have it.
-        low: [P] mean minus one standard deviation, but not below the lowest seed.
-        high: [P] mean plus one standard deviation, but not above the highest seed.
-        seeds: [S, P] each seed, NaN where it has no point; S is 0 where there are more than five.
-    """
-
-    steps: Floats
-    mean: Floats
-    low: Floats
-    high: Floats
-    seeds: Floats
+    steps: Floats  # [P] where there is a point
+    mean: Floats  # [P] over the seeds that have it
+    low: Floats  # [P] mean minus one standard deviation, but not below the lowest seed
+    high: Floats  # [P] mean plus one standard deviation, but not above the highest seed
+    seeds: Floats  # [S, P] each seed, NaN where it has no point; S is 0 where there are more than five
 
 
 def step_windows(curves: Iterable[Curve]) -> list[list[int]]:

@@ -10,8 +10,8 @@ import numpy as np
 
 from calibadv.analysis.compare.arms import Arm
 from calibadv.analysis.compare.runs import Run
-from calibadv.analysis.compare.scores import Floats, RunScores
-from calibadv.analysis.statistics import bootstrap_complete_cases, holm_correction, sign_flip_test, smallest_p
+from calibadv.analysis.compare.scores import RunScores
+from calibadv.analysis.statistics import Floats, bootstrap_complete_cases, holm_correction, sign_flip_test, smallest_p
 from calibadv.runs.summary import final_validations
 
 DIGITS = 6  # of every fraction in results.json
@@ -21,17 +21,11 @@ _PAIRED = ("final_f1", "final_em")
 
 @dataclass(frozen=True, slots=True)
 class ArmScores:
-    """The finished runs of an arm.
+    """The finished runs of an arm."""
 
-    Attributes:
-        runs: [S] in the order of their seeds.
-        questions: [Q] identities of the questions that all of them answered; empty if they are not known.
-        reason: the reason for that.
-    """
-
-    runs: tuple[RunScores, ...]
-    questions: tuple[str, ...]
-    reason: str
+    runs: tuple[RunScores, ...]  # [S] in the order of their seeds
+    questions: tuple[str, ...]  # [Q] identities of the questions that all of them answered; empty if they are not known
+    reason: str  # the reason that they are not known; empty if they are
 
     def matrix(self, measure: str) -> Floats:
         """[S, Q] scores of a measure that every run has; without questions [S, 1]."""

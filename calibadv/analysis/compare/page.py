@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from calibadv.analysis.compare.arms import Arm
@@ -37,18 +38,13 @@ def render_html(
         {"name": arm.name, "index": index, "style": style}
         for index, (arm, style) in enumerate(zip(arms, styles(len(arms)), strict=True))
     ]
-    template = _environment(escape=True).get_template("page.html")
-    page: str = template.render(**_shared(results, timing, arms), sections=sections, legend=legend)
-    return page
+    return _render("page.html", escape=True, **_shared(results, timing, arms), sections=sections, legend=legend)
 
 
 def render_markdown(results: Results, timing: Mapping[str, Any], arms: Sequence[Arm], has_figure: bool) -> str:
     """Render report.md, which has no curves."""
-    template = _environment(escape=False).get_template("report.md")
-    page: str = template.render(
-        **_shared(results, timing, arms), has_figure=has_figure, has_bands=len(arms) <= MAX_BANDS
-    )
-    return page
+    shared = _shared(results, timing, arms)
+    return _render("report.md", escape=False, **shared, has_figure=has_figure, has_bands=len(arms) <= MAX_BANDS)
 
 
 def draw_charts(sections: Sequence[Section], names: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -58,7 +54,7 @@ def draw_charts(sections: Sequence[Section], names: Sequence[str]) -> Iterator[t
         yield chart.tag, chart_svg(chart, names, f"c{number}-")
 
 
-def _environment(escape: bool) -> Any:
+def _render(name: str, escape: bool, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -71,13 +67,13 @@ def _environment(escape: bool) -> Any:
     )
     environment.filters |= {
         "share": _share,
-        "figure": _figure,
-        "signed": _signed,
+        "figure": partial(_numbers, form="{:.3f}"),  # 0.652 [0.561, 0.731]
+        "signed": partial(_numbers, form="{:+.3f}"),  # +0.052 [-0.061, +0.131]
         "cell": _cell,
         "code": _code,
         "duration": _duration,
     }
-    return environment
+    return environment.get_template(name).render(**values)
 
 
 def _shared(results: Results, timing: Mapping[str, Any], arms: Sequence[Arm]) -> dict[str, Any]:
@@ -145,16 +141,6 @@ def _interval_scopes(results: Results) -> str:
 def _share(collapsed: Mapping[str, Any]) -> str:
     """``1 of 10 [0.02, 0.40]``."""
     return f"{collapsed['runs']} of {collapsed['of']} [{collapsed['low']:.2f}, {collapsed['high']:.2f}]"
-
-
-def _figure(entry: Mapping[str, Any] | None) -> str:
-    """``0.652 [0.561, 0.731]``."""
-    return _numbers(entry, "{:.3f}")
-
-
-def _signed(entry: Mapping[str, Any] | None) -> str:
-    """``+0.052 [-0.061, +0.131]``."""
-    return _numbers(entry, "{:+.3f}")
 
 
 def _numbers(entry: Mapping[str, Any] | None, form: str) -> str:

@@ -21,17 +21,11 @@ _DASHES: tuple[Any, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """Color and line style of an arm.
-
-    Attributes:
-        light: color on a light page.
-        dark: color on a dark page.
-        dash: line style, as matplotlib takes it.
-    """
+    """Color of an arm on a light and on a dark page, and its line style."""
 
     light: str
     dark: str
-    dash: Any
+    dash: Any  # as matplotlib takes it
 
     @property
     def dash_array(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from calibadv.analysis.compare.curve_docs import known_tags
-from calibadv.analysis.compare.curves import Curves, event_files, read_curves, rename_curves
+from calibadv.analysis.compare.curves import Curves, event_files, read_curves
 from calibadv.errors import UserError
 from calibadv.runs.folder import STUDY_FILE, RunFolder
 from calibadv.runs.settings import changed_settings, method_settings
@@ -25,27 +25,16 @@ _DIGITS = re.compile(r"(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The content of one run folder.
-
-    Attributes:
-        path: the folder.
-        label: its name in the report: the path below the common folder of all runs.
-        seed: None if unknown.
-        settings: the resolved config, flat, without what may differ in an arm; None for a run of another program.
-        results: content of results.json; empty without one.
-        curves: by our names.
-        planned: rollout steps that the config asks for; None for a run of another program.
-        notes: remarks on this run for the warnings of the report.
-    """
+    """The content of one run folder; ``settings`` and ``planned`` are None for a run of another program."""
 
     path: Path
-    label: str
-    seed: int | None
-    settings: Mapping[str, Any] | None
-    results: Mapping[str, Any]
-    curves: Curves
-    planned: int | None
-    notes: Sequence[str] = field(default=())
+    label: str  # its name in the report: the path below the common folder of all runs
+    seed: int | None  # None if unknown
+    settings: Mapping[str, Any] | None  # the resolved config, flat, without what may differ in an arm
+    results: Mapping[str, Any]  # content of results.json; empty without one
+    curves: Curves  # by our names
+    planned: int | None  # rollout steps that the config asks for
+    notes: Sequence[str] = field(default=())  # remarks for the warnings of the report
 
     @property
     def is_calibadv_run(self) -> bool:
@@ -101,10 +90,10 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    if _is_run(folder):
+    if event_files(folder) or _is_ours(folder):
         yield folder
-        return
-    yield from _below(folder)
+    else:
+        yield from _below(folder)
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -130,10 +119,6 @@ def _arms_of_study(folder: Path) -> list[str]:
 
 def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in _DIGITS.split(path.name)]
-
-
-def _is_run(folder: Path) -> bool:
-    return bool(event_files(folder)) or _is_ours(folder)
 
 
 def _is_ours(folder: Path) -> bool:
@@ -167,7 +152,6 @@ def _read_ours(path: Path, label: str) -> Run:
     inside = [found.relative_to(path).as_posix() for found in _below(path) if _is_ours(found)]
     if inside:
         notes.append(f"{label}: the runs inside its folder are not compared ({', '.join(inside)}); move them out")
-    validations = _validation_curves(results.get("validations", ()))
     seed = last.get("seed_everything")
     return Run(
         path=path,
@@ -175,7 +159,7 @@ def _read_ours(path: Path, label: str) -> Run:
         seed=seed if isinstance(seed, int) else None,
         settings=method_settings(last),
         results=results,
-        curves={**curves, **validations},
+        curves={**curves, **_validation_curves(results.get("validations", ()))},
         planned=int(last["model"]["rollout_steps"]),
         notes=notes,
     )
@@ -193,7 +177,8 @@ def _validation_curves(validations: Sequence[Mapping[str, float]]) -> Curves:
 
 def _read_foreign(path: Path, label: str, names: Mapping[str, str]) -> Run:
     read = read_curves(path)
-    curves = rename_curves(read, names) if names else {tag: read[tag] for tag in read if _is_known(tag)}
+    ours_of = names or {tag: tag for tag in read if any(pattern.fullmatch(tag) for pattern in known_tags())}
+    curves = {ours: read[theirs] for ours, theirs in ours_of.items() if theirs in read}
     if not curves:
         raise _without_known_curves(path, sorted(read), bool(names))
     missing = [f"{ours} ({theirs})" for ours, theirs in names.items() if ours not in curves]
@@ -213,10 +198,6 @@ def _not_finite(curves: Curves, label: str) -> list[str]:
     counts = {tag: sum(not math.isfinite(value) for value in curve.values()) for tag, curve in curves.items()}
     found = [f"{tag} ({count} steps)" for tag, count in counts.items() if count]
     return [f"{label}: not finite, and so not drawn: {', '.join(found)}"] if found else []
-
-
-def _is_known(tag: str) -> bool:
-    return any(pattern.fullmatch(tag) for pattern in known_tags())
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -11,34 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibadv.analysis.compare.runs import Run
+from calibadv.analysis.statistics import Floats
 from calibadv.rewards.answer import F1
 from calibadv.rewards.scoring import score_rollouts
 from calibadv.runs.folder import RunFolder
 from calibadv.runs.rollouts import read_rollouts
 from calibadv.runs.summary import final_validations, summarize_run
 
-Floats = NDArray[np.float64]
 MEASURES = ("final_f1", "final_em", "best_f1", "best_em", "untrained_f1", "untrained_em")
 
 
 @dataclass(frozen=True)
 class RunScores:
-    """The results of one run that is finished.
-
-    Attributes:
-        run: the run.
-        questions: [Q] identity of each question, in one order for all runs; empty if unknown.
-        by_question: [Q] scores by measure, NaN where a search failed; empty if unknown.
-        reason: the reason that there are none by question; empty if there are.
-    """
+    """The results of one run that is finished."""
 
     run: Run
-    questions: tuple[str, ...]
-    by_question: Mapping[str, Floats]
-    reason: str
+    questions: tuple[str, ...]  # [Q] identity of each question, in one order for all runs; empty if unknown
+    by_question: Mapping[str, Floats]  # [Q] scores by measure, NaN where a search failed; empty if unknown
+    reason: str  # the reason that there are none by question; empty if there are
 
     @cached_property
     def outcome(self) -> dict[str, Any]:

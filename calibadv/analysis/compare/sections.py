@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from calibadv.analysis.compare.arms import Arm
 from calibadv.analysis.compare.charts import Chart
-from calibadv.analysis.compare.curves import Curve, seed_band, step_windows
+from calibadv.analysis.compare.curves import seed_band, step_windows
 
 # In this order, each with the curves of a prefix.
 _GROUPS = {
@@ -27,19 +27,12 @@ _FIRST = ("val/f1", "val/em", "val/format_valid", "val/searches")
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """The charts of a group of curves.
-
-    Attributes:
-        title: of the group.
-        charts: in the order of the runs' curves.
-        constant: curves that are the same number everywhere, with it.
-        single: curves that have one step only.
-    """
+    """The charts of a group of curves."""
 
     title: str
-    charts: Sequence[Chart]
-    constant: Sequence[tuple[str, float]]
-    single: Sequence[str]
+    charts: Sequence[Chart]  # in the order of the runs' curves
+    constant: Sequence[tuple[str, float]]  # curves that are the same number everywhere, with it
+    single: Sequence[str]  # curves that have one step only
 
 
 def curve_sections(arms: Sequence[Arm]) -> list[Section]:
@@ -64,7 +57,7 @@ def _title(tag: str) -> str:
 def _section(title: str, tags: Sequence[str], arms: Sequence[Arm]) -> Section:
     charts, constant, single = [], [], []
     for tag in tags:
-        curves = _curves_of(tag, arms)
+        curves = [run.curves[tag] for arm in arms for run in arm.runs if tag in run.curves]
         values = {value for curve in curves for value in curve.values()}
         if len(values) == 1:
             constant.append((tag, values.pop()))
@@ -74,10 +67,6 @@ def _section(title: str, tags: Sequence[str], arms: Sequence[Arm]) -> Section:
             found = make_chart(tag, arms)
             charts += [found] if found.bands else []
     return Section(title, charts, constant, single)
-
-
-def _curves_of(tag: str, arms: Sequence[Arm]) -> list[Curve]:
-    return [run.curves[tag] for arm in arms for run in arm.runs if tag in run.curves]
 
 
 def make_chart(tag: str, arms: Sequence[Arm]) -> Chart:

@@ -59,9 +59,7 @@ def _arm_scores(runs: Sequence[RunScores]) -> ArmScores:
     reason = next((run.reason for run in runs if run.reason), "")
     if not reason and len({run.questions for run in runs}) > 1:
         reason = f"{runs[0].run.label} and others of its arm were validated on different questions"
-    if reason or not runs:
-        return ArmScores(tuple(runs), (), reason)
-    return ArmScores(tuple(runs), runs[0].questions, "")
+    return ArmScores(tuple(runs), runs[0].questions if runs and not reason else (), reason)
 
 
 def _arm_results(arm: Arm, table: ArmScores, difference: Results | None) -> Results:
@@ -70,6 +68,7 @@ def _arm_results(arm: Arm, table: ArmScores, difference: Results | None) -> Resu
         for run in table.runs
         if run.outcome["collapsed"]
     ]
+    low, high = wilson_interval(len(collapses), len(table.runs)) if table.runs else (np.nan, np.nan)
     results = {
         "name": arm.name,
         "seeds": [run.seed for run in arm.runs],
@@ -77,14 +76,9 @@ def _arm_results(arm: Arm, table: ArmScores, difference: Results | None) -> Resu
         **_measures(table),
         "over": interval_scope(table),
         "questions": len(table.questions) or None,
-        "collapsed": {"runs": len(collapses), "of": len(table.runs), **_share(collapses, table), "when": collapses},
+        "collapsed": {"runs": len(collapses), "of": len(table.runs), "low": low, "high": high, "when": collapses},
     }
     return results if difference is None else {**results, "difference": difference}
-
-
-def _share(collapses: Sequence[Results], table: ArmScores) -> Results:
-    low, high = wilson_interval(len(collapses), len(table.runs)) if table.runs else (np.nan, np.nan)
-    return {"low": low, "high": high}
 
 
 def _measures(table: ArmScores) -> Results:
@@ -210,16 +204,8 @@ def _unequal(arms: Sequence[Arm]) -> dict[str, str]:
         **{name: [run.results.get(name) for run in runs] for name in ("threads", "device")},
         **_versions(runs),
         "the rollout steps asked for": [run.planned for run in runs],
-        "the steps of validation": [_validation_steps(run) for run in finished],
+        "the steps of validation": [[row["step"] for row in run.validations] for run in finished],
     }
-    return _differing(values)
-
-
-def _validation_steps(run: Run) -> list[float]:
-    return [row["step"] for row in run.validations]
-
-
-def _differing(values: Mapping[str, Sequence[Any]]) -> dict[str, str]:
     texts = {name: sorted(set(map(str, found))) for name, found in values.items()}
     return {name: " / ".join(found) for name, found in texts.items() if len(found) > 1}
 

@@ -67,12 +67,7 @@ class _Totals:
 
 
 class Comparison:
-    """Accumulates the results of several methods, batch by batch.
-
-    Args:
-        arms: names of the methods, at least one.
-        recorded: the rollouts.
-    """
+    """Accumulates the results of several methods, at least one, batch by batch."""
 
     def __init__(self, arms: Sequence[str], recorded: RecordedRollouts) -> None:
         self._recorded = recorded

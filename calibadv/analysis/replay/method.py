@@ -37,17 +37,11 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class ReplayedBatch:
-    """A batch of recorded rollouts with the advantages of a method.
+    """A batch of recorded rollouts with the advantages of a method."""
 
-    Attributes:
-        batch: B rollouts with scores and step correctness.
-        estimated: [B, T] advantages of the estimator.
-        calibrated: [B, T] advantages after the calibrators.
-    """
-
-    batch: RolloutBatch
-    estimated: Tensor
-    calibrated: Tensor
+    batch: RolloutBatch  # B rollouts with scores and step correctness
+    estimated: Tensor  # [B, T] advantages of the estimator
+    calibrated: Tensor  # [B, T] advantages after the calibrators
 
     def records(self, recorded: Sequence[Record]) -> list[Record]:
         """The records with the computed values; keys that older files lack are not added."""

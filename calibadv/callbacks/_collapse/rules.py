@@ -56,7 +56,6 @@ class Limits:
     """Steps of the running medians, and of the mean of ``credit/empty_silver``."""
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         for name in (entry.name for entry in fields(self)):
             value, (low, high) = getattr(self, name), _RANGES.get(name, (1.0, math.inf))
             if not low <= value <= high:

@@ -43,17 +43,7 @@ class Corpus(Sequence[Document]):
 
     @abstractmethod
     def row(self, doc_id: str) -> int:
-        """Return the row of a document.
-
-        Args:
-            doc_id: id of the document.
-
-        Returns:
-            The row.
-
-        Raises:
-            UserError: no document has this id.
-        """
+        """Return the row of the document with an id; a UserError if no document has it."""
 
     @property
     @abstractmethod

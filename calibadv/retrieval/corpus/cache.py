@@ -60,11 +60,11 @@ def _convert_once(path: Path, folder: Path) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     lock = FileLock(folder.with_suffix(".lock"))
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         console.print(f"waiting for another process, which converts '{path}' into '{folder}'", markup=False)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         if folder.exists():  # another process has just converted it
             return
         console.print(f"converting '{path}' once, into '{folder}'", markup=False)
@@ -80,5 +80,3 @@ def _convert_once(path: Path, folder: Path) -> None:
         write_atomically(unfinished / _DIGESTS, json.dumps(digests, indent=1) + "\n")
         record_verified(unfinished / _DIGESTS, stamps)
         replace_durably(unfinished, folder)
-    finally:
-        lock.release()

@@ -38,17 +38,11 @@ NumberedDocuments = Generator[tuple[int, Document], None, None]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A source of documents.
+    """A source of documents."""
 
-    Attributes:
-        name: name of the corpus in messages.
-        identity: values that change with the documents: path, size and modification time of a file.
-        read: returns the documents whose number is above the given one, with their numbers, which ascend from 1.
-    """
-
-    name: str
-    identity: dict[str, Any]
-    read: Callable[[int], NumberedDocuments]
+    name: str  # in messages
+    identity: dict[str, Any]  # values that change with the documents: path, size and modification time of a file
+    read: Callable[[int], NumberedDocuments]  # documents with a number above the given one; numbers ascend from 1
 
 
 @dataclass(frozen=True, slots=True)

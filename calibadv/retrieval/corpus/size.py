@@ -33,19 +33,12 @@ _CONVERSION_FACTOR = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A sample of a corpus, with estimates for the whole.
+    """A sample of a corpus, with estimates for the whole."""
 
-    Attributes:
-        documents: up to 2000 documents, evenly spaced in the part that was read.
-        total: number of documents of the whole corpus.
-        exact: True if ``total`` was counted, False if it was estimated.
-        seconds: time to convert the whole corpus.
-    """
-
-    documents: list[Document]
-    total: int
-    exact: bool
-    seconds: float
+    documents: list[Document]  # up to 2000 documents, evenly spaced in the part that was read
+    total: int  # of the whole corpus
+    exact: bool  # counted, not estimated
+    seconds: float  # time to convert the whole corpus
 
     @property
     def corpus_bytes(self) -> int:

@@ -45,11 +45,6 @@ class Encoder:
         batch_size: texts that are encoded at once.
         device: of the model; by default an accelerator, if there is one.
 
-    Attributes:
-        query_prompt: text put before queries; may be empty.
-        passage_prompt: text put before passages; may be empty.
-        dimension: number of components D of a vector.
-
     Raises:
         UserError: there is no such model or it does not load, has no safetensors, compares vectors by a distance, or
             ``batch_size`` is below 1.
@@ -73,7 +68,7 @@ class Encoder:
         own_query, own_passage = _own_prompts(name, self._model.prompts)
         self.query_prompt = own_query if query_prompt is None else query_prompt
         self.passage_prompt = own_passage if passage_prompt is None else passage_prompt
-        self.dimension: int = self.encode_queries(["a"]).shape[1]
+        self.dimension: int = self.encode_queries(["a"]).shape[1]  # D
 
     def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Encode N queries, each truncated to the model's length, as [N, D] vectors."""
@@ -103,7 +98,6 @@ def _contents(document: Document) -> str:
 
 
 def _own_prompts(name: str, declared: dict[str, str]) -> tuple[str, str]:
-    """The model's own prompts of queries and of passages."""
     words = Path(name).name.lower()
     if not any(declared.values()) and _E5.search(words) and "instruct" not in words:
         return "query: ", "passage: "

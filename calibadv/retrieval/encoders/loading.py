@@ -20,17 +20,11 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 @dataclass(frozen=True, slots=True)
 class ModelKind:
-    """A kind of model, for messages and look-ups on the hub.
+    """A kind of model, for messages and look-ups on the hub."""
 
-    Attributes:
-        option: the option that names the model.
-        remedy: valid values of the option.
-        owner: owner of models on the hub that are named without one.
-    """
-
-    option: str
-    remedy: str
-    owner: str
+    option: str  # that names the model
+    remedy: str  # valid values of the option
+    owner: str  # of models on the hub that are named without one
 
 
 def load_model(

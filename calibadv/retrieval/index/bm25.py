@@ -99,14 +99,10 @@ def tokenize_words(texts: list[str], stopwords: str | list[str], stemmer: str | 
 
 
 class InvertedIndex:
-    """The documents of each word, collected in blocks of documents.
-
-    Attributes:
-        vocabulary: id of each word, in the order of first appearance.
-    """
+    """The documents of each word, collected in blocks of documents."""
 
     def __init__(self) -> None:
-        self.vocabulary: dict[str, int] = {}
+        self.vocabulary: dict[str, int] = {}  # id of each word, in the order of first appearance
         self._lengths: list[NDArray[np.int64]] = []
         self._documents = 0
         self._blocks: list[_Block] = []
@@ -157,19 +153,12 @@ class InvertedIndex:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """P postings of a block of documents, sorted by word and document.
+    """P postings of a block of documents, sorted by word and document."""
 
-    Attributes:
-        words: [W] the different words.
-        document_counts: [W] number of documents of each word.
-        rows: [P] document of each posting.
-        counts: [P] occurrences of the word in the document.
-    """
-
-    words: NDArray[np.int64]
-    document_counts: NDArray[np.int64]
-    rows: NDArray[np.int32]
-    counts: NDArray[np.int32]
+    words: NDArray[np.int64]  # [W] the different words
+    document_counts: NDArray[np.int64]  # [W] number of documents of each word
+    rows: NDArray[np.int32]  # [P] document of each posting
+    counts: NDArray[np.int32]  # [P] occurrences of the word in the document
 
 
 def _import_bm25s() -> Any:

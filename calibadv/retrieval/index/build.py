@@ -6,7 +6,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -201,20 +201,14 @@ def _resumable(out: Path) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def _locked(out: Path) -> AbstractContextManager[object]:
     from filelock import FileLock, Timeout
 
     (out / _WORK).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / _WORK / "lock")
     try:
-        lock.acquire(timeout=0)
+        return FileLock(out / _WORK / "lock").acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"another process is writing to out '{out}'; wait for it, or name another folder") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _convert(source: Source, builder: IndexBuilder, out: Path, plan: dict[str, Any], missing: list[Path]) -> Corpus:

@@ -35,15 +35,10 @@ _LARGE_CORPUS = 20_000
 
 
 class IndexBuilder(ABC):
-    """Builder of one type of index.
+    """Builder of one type of index."""
 
-    Attributes:
-        name: name of the type in the manifest.
-        settings: settings for the manifest.
-    """
-
-    name: Backend
-    settings: dict[str, Any]
+    name: Backend  # name of the type in the manifest
+    settings: dict[str, Any]  # settings for the manifest
 
     def check(self, documents: int) -> None:  # noqa: B027  # most types need no check
         """Refuse a corpus with too few documents for this type of index."""

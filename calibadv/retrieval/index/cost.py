@@ -9,40 +9,24 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class IndexCost:
-    """Resources to build and store an index, besides the corpus.
+    """Resources to build and store an index, besides the corpus."""
 
-    Attributes:
-        index_bytes: size of the index on disk.
-        temporary_bytes: size on disk of files that are removed at the end.
-        memory_bytes: peak memory of the process.
-        seconds: time to build the index.
-        unknown: costs that the figures do not include, for the user.
-    """
-
-    index_bytes: int
-    temporary_bytes: int
-    memory_bytes: int
+    index_bytes: int  # on disk
+    temporary_bytes: int  # on disk, of files that are removed at the end
+    memory_bytes: int  # peak of the process
     seconds: float
-    unknown: str = ""
+    unknown: str = ""  # costs that the figures do not include, for the user
 
 
 @dataclass(frozen=True, slots=True)
 class IndexSize:
-    """Size of a FAISS index.
+    """Size of a FAISS index."""
 
-    Attributes:
-        fixed: bytes that do not depend on the number of vectors: centroids of IVF lists and of product quantizers.
-        per_vector: bytes per vector; for an unknown type of index, those of the vector and an id.
-        known: True if the size of the type is known.
-        trained: True if vectors can be added without training.
-        training: bytes of the vectors for training, if the corpus has as many.
-    """
-
-    fixed: int
-    per_vector: float
-    known: bool
-    trained: bool
-    training: int
+    fixed: int  # bytes that do not depend on the number of vectors: centroids of IVF lists and of product quantizers
+    per_vector: float  # bytes per vector; for an unknown type of index, those of the vector and an id
+    known: bool  # True if the size of the type is known
+    trained: bool  # True if vectors can be added without training
+    training: int  # bytes of the vectors for training, if the corpus has as many
 
 
 def index_size(index: Any) -> IndexSize:

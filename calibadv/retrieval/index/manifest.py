@@ -48,23 +48,14 @@ _FILES = {
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The contents of an index folder and the settings of its build.
-
-    Attributes:
-        backend: type of the index.
-        documents: number of documents of the corpus.
-        corpus_checksum: checksum of the corpus.
-        settings: settings of the backend.
-        files: bytes of every file, by its path within the folder.
-        digests: BLAKE2b of every file, as 32 hexadecimal digits; empty in an index of an earlier release.
-    """
+    """The contents of an index folder and the settings of its build."""
 
     backend: Backend
     documents: int
     corpus_checksum: str
-    settings: dict[str, Any]
-    files: dict[str, int]
-    digests: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any]  # of the backend
+    files: dict[str, int]  # bytes of every file, by its path within the folder
+    digests: dict[str, str] = field(default_factory=dict)  # BLAKE2b, by the same paths; empty for an earlier release
 
 
 def write_manifest(folder: Path, backend: Backend, corpus: Corpus, settings: dict[str, Any]) -> Manifest:
