@@ -50,6 +50,7 @@ from calibadv.training.checks import (
     check_replaced,
     check_trainer,
 )
+from calibadv.training.diagnosis import diagnose
 from calibadv.training.importance_sampling import TruncatedImportanceSampling
 from calibadv.training.logprobs import UpdateBatch, compute_old_logprobs, loss_inputs
 from calibadv.training.metrics import Stopwatch, rollout_metrics, speed_metrics, stability_metrics
@@ -255,6 +256,7 @@ class SearchAgentModule(PolicyModule):
     def finish_step(self, update: UpdateBatch, metrics: Metrics, timer: Stopwatch) -> dict[str, StepOutput]:
         """Count the rollout step and log its metrics; the result goes to the callbacks."""
         self.finish_update()
+        self.diagnosis = diagnose(update.batch.rollouts, self.agent.protocol, self.rollout_step)
         metrics = {**metrics, **speed_metrics(update.batch, timer.seconds), **self.agent.environment.metrics()}
         self.log_dict(metrics, logger=False, batch_size=1)  # for callbacks that monitor one
         self.log_at_step(metrics)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from calibadv.config.help import PLAN, STUDY, VERBS
+from calibadv.config.help import PLAN, PROMPT, STUDY, VERBS
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ def _typed(summary: str, *functions: str, loads_model: bool = False) -> Command:
 
 COMMANDS = {
     **{verb: Command(summary, "calibadv.config.verbs:run_verb", (verb,)) for verb, summary in VERBS.items()},
+    "prompt": Command(PROMPT, "calibadv.cli.prompt:prompt"),
     "study": Command(STUDY, "calibadv.study.command:study"),
     "plan": Command(PLAN, "calibadv.planning.command:plan"),
     "index": _typed(

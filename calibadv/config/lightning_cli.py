@@ -46,6 +46,7 @@ from calibadv.runs.folder import StartPoint
 from calibadv.runs.lock import RunLock
 from calibadv.runs.logger import RunTensorBoardLogger
 from calibadv.sft import DemonstrationData, SupervisedModule
+from calibadv.training.evaluation import Prediction
 
 
 class CalibadvCLI(LightningCLI):
@@ -92,6 +93,9 @@ class CalibadvCLI(LightningCLI):
         parser.add_class_arguments(RunOptions, "run")
         parser.add_lightning_class_args(RolloutCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutWriter, "rollouts")
+        if self.command == "predict":
+            parser.add_argument("--samples", type=int, default=1, help=OPTION_HELP["samples"])
+            parser.add_argument("--temperature", type=float, default=0.0, help=OPTION_HELP["temperature"])
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
@@ -150,6 +154,9 @@ class CalibadvCLI(LightningCLI):
         super().instantiate_classes()
         self.model.config = self.resolved_config()
         limit_threads(self.model.model)
+        if self.command == "predict":
+            config = self.config[self.verb]
+            self.model.prediction = Prediction(config.samples, config.temperature)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

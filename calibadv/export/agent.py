@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, lazy_instance  # type: ignore[attr-defined]
 from torch import Tensor
 
 from calibadv.errors import UserError
@@ -16,7 +15,7 @@ from calibadv.interfaces import Protocol
 from calibadv.policy.loading import load_policy
 from calibadv.policy.lora import Lora
 from calibadv.policy.policy import Policy
-from calibadv.protocol.search import SearchProtocol
+from calibadv.protocol.reading import read_protocol
 from calibadv.runs.checkpoints import damage, read_content
 from calibadv.runs.folder import RunFolder
 from calibadv.training.checkpoint_compat import check_weights
@@ -66,7 +65,7 @@ def load_agent(source: Path, policy: str | None = None) -> TrainedAgent:
     checkpoint = _find_checkpoint(source)
     content: dict[str, Any] = read_content(checkpoint)
     settings = _model_settings(content, checkpoint)
-    protocol = _protocol(settings.get("protocol"))
+    protocol = read_protocol(settings.get("protocol"))
     lora = settings.get("lora")
     started_from = policy or str(settings["policy"])
     loaded = load_policy(started_from, Lora(**lora) if lora else None, protocol.tags, protocol.stop_strings)
@@ -82,7 +81,7 @@ def load_agent(source: Path, policy: str | None = None) -> TrainedAgent:
 def _from_folder(folder: Path) -> TrainedAgent:
     file = folder / AGENT_FILE
     settings = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
-    protocol = _protocol(settings.get("protocol"))
+    protocol = read_protocol(settings.get("protocol"))
     policy = load_policy(str(folder), None, protocol.tags, protocol.stop_strings)
     return TrainedAgent(policy, protocol, settings, settings.get("top_k"))
 
@@ -112,14 +111,6 @@ def _model_settings(content: Mapping[str, Any], checkpoint: Path) -> dict[str, A
             raise UserError(f"checkpoint '{checkpoint}' holds no config, since its module was built in Python")
         text = config.read_text("utf-8")
     return dict(yaml.safe_load(text)["model"])
-
-
-def _protocol(settings: Any) -> Protocol:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--protocol", type=Protocol, default=lazy_instance(SearchProtocol))
-    parsed = parser.parse_object({"protocol": settings} if settings else {})
-    protocol: Protocol = parser.instantiate(parsed).protocol
-    return protocol
 
 
 def _weights(checkpoint: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
