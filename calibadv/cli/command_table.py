@@ -58,6 +58,7 @@ COMMANDS = {
     "world": _typed(
         "Export the embedded world, or make its policy again from nothing.",
         "calibadv.world.command:export",
-        "calibadv.world.command:policy",
+        "calibadv.sft.embedded:policy",
+        loads_model=True,
     ),
 }

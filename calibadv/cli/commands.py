@@ -26,9 +26,9 @@ _new_parser = partial(ArgumentParser, exit_on_error=False, allow_abbrev=False, f
 
 def run_command(command: str, arguments: Sequence[str]) -> int:
     """Run one command, and return its exit status."""
+    functions = _functions(command)
     if COMMANDS[command].loads_model:
         quiet_libraries()
-    functions = _functions(command)
     parser = command_parser(command)
     try:
         parsed = parser.instantiate(parser.parse_args(_joined_lists(arguments, functions)))

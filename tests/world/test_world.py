@@ -26,10 +26,8 @@ from calibadv.retrieval import BM25
 from calibadv.rewards.answer import f1
 from calibadv.types import Question, ToolResult
 from calibadv.world import build_world, command, embedded_world, policy_folder
-from calibadv.world.demonstrations import CLEAN, Noise, WorldSearch, demonstrate
 from calibadv.world.tokenizer import build_tokenizer
 from calibadv.world.vocabulary import KINDS
-from calibadv.world.warm_start import make_policy, rate_factor
 
 BARE = SearchProtocol(prepend_think=False)
 ALL_QUESTIONS = [question for split in embedded_world().questions.values() for question in split]
