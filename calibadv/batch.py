@@ -111,11 +111,7 @@ class LossInputs:
 
 
 class EvaluationOutput:
-    """The result of an evaluation step. No dataclass: Lightning takes those apart, and refuses frozen ones within.
-
-    Args:
-        rollouts: one per question, scored.
-    """
+    """Scored rollouts, one per question. No dataclass: Lightning takes those apart, and refuses frozen ones within."""
 
     def __init__(self, rollouts: Sequence[Rollout]) -> None:
         self.rollouts = list(rollouts)
@@ -160,7 +156,6 @@ def collate(rollouts: Sequence[Rollout]) -> RolloutBatch:
     included = _included(rollouts, groups)
     answer_turn = np.array([len(rollout.policy_segments) - 1 for rollout in rollouts])
     num_turns = int(answer_turn.max()) + 1
-    correctness = [[value or 0.0 for value in rollout.step_correctness] for rollout in rollouts]
     finds = [[found is not None for found in rollout.turn_documents] for rollout in rollouts]
     return RolloutBatch(
         rollouts=tuple(rollouts),
@@ -172,7 +167,7 @@ def collate(rollouts: Sequence[Rollout]) -> RolloutBatch:
         group_ids=torch.from_numpy(group_ids),
         rewards=torch.tensor([rollout.score for rollout in rollouts], dtype=torch.float32),
         included=torch.from_numpy(included),
-        step_correctness=_per_turn(correctness, num_turns, torch.float32),
+        step_correctness=_per_turn([rollout.step_correctness for rollout in rollouts], num_turns, torch.float32),
         finds_documents=_per_turn(finds, num_turns, torch.bool),
         sampled_logprobs=torch.from_numpy(logprobs),
     )
@@ -211,9 +206,9 @@ def _included(rollouts: Sequence[Rollout], groups: Sequence[Sequence[int]]) -> N
     return included
 
 
-def _per_turn(values: Sequence[Sequence[float]], num_turns: int, dtype: torch.dtype) -> Tensor:
+def _per_turn(values: Sequence[Sequence[float | None]], num_turns: int, dtype: torch.dtype) -> Tensor:
     """[B, K], 0 where a rollout has no value."""
-    padded = [[*row, *[0] * (num_turns - len(row))] for row in values]
+    padded = [[value or 0 for value in row] + [0] * (num_turns - len(row)) for row in values]
     return torch.tensor(padded, dtype=dtype)
 
 

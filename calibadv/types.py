@@ -45,6 +45,14 @@ class Question:
     data_source: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    def supporting(self) -> tuple[str, list[str]]:
+        """Return the ids, or without ids the titles, by which the metadata names the supporting documents."""
+        for kind in ("id", "title"):
+            labels = self.metadata.get(f"supporting_{kind}s")
+            if isinstance(labels, list) and labels:
+                return kind, list(dict.fromkeys(map(str, labels)))
+        return "", []
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:

@@ -24,24 +24,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Limits of waiting for a retriever that is away or does not answer.
+    """Limits of waiting for a retriever that is away or does not answer."""
 
-    Attributes:
-        cap: the most seconds of one call of ``run_rollouts``, however patient the retriever is.
-        stop_requested: polled all the time; once it is true, waiting ends with a StopRequestedError.
-    """
-
-    cap: float
-    stop_requested: Callable[[], bool]
+    cap: float  # the most seconds of one call of run_rollouts, however patient the retriever is
+    stop_requested: Callable[[], bool]  # polled all the time; once true, waiting ends with a StopRequestedError
 
 
 class PatientEnvironment:
-    """An environment that outlasts outages of its tools, where it may wait.
-
-    Args:
-        environment: runs the calls.
-        waiting: None not to wait: outages are failures like any other.
-    """
+    """An environment that outlasts outages of its tools; without leave to wait, they are failures like any other."""
 
     def __init__(self, environment: Environment, waiting: Waiting | None) -> None:
         self._environment = environment

@@ -110,9 +110,8 @@ def supporting_labels(question: Question) -> frozenset[Label]:
             raise UserError(
                 f"question '{question.id}' has {labels!r:.60} as supporting_{kind}s; it must be a list of {kind}s"
             )
-        if labels:
-            return frozenset((kind, str(label)) for label in labels)
-    return frozenset()
+    kind, found = question.supporting()
+    return frozenset((kind, label) for label in found)
 
 
 def _labels_of(hits: Sequence[ScoredDocument]) -> set[Label]:

@@ -145,11 +145,14 @@ class CollapseGuard(Callback):
         trainer.should_stop = trainer.should_stop or self.stopping
         self._record(trainer, alarms, None if healthy is None else step_of(healthy))
         self._plot(pl_module)
-        if trainer.is_global_zero and self._latest is not None:
-            write_training_rollouts(folder.rollout_file("train", self._latest.step), self._latest)
+        self._keep_rollouts(trainer, folder)
         if healthy is not None:
             self._roll_back(trainer, folder, healthy, pl_module.rollout_step)
         self._write(trainer, folder)
+
+    def _keep_rollouts(self, trainer: Trainer, folder: RunFolder) -> None:
+        if trainer.is_global_zero and self._latest is not None:
+            write_training_rollouts(folder.rollout_file("train", self._latest.step), self._latest)
 
     def _plot(self, pl_module: Any) -> None:
         pl_module.log_at_step({"guard/alarms": float(len(self.events))})

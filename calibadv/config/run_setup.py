@@ -56,8 +56,7 @@ def resolve_start(folder: RunFolder, ckpt_path: str | None) -> StartPoint:
     if ckpt_path == "last" and not candidates:
         raise UserError(_no_checkpoint(folder))
     if ckpt_path == "auto" and _stopped_by_guard(folder, candidates) and not folder.is_finished:
-        # Killed before its end was recorded: repeat the last part. last.ckpt may be a copy of the newest one.
-        candidates = [path for path in candidates[1:] if path != folder.last]
+        candidates = folder.step_checkpoints()[-2::-1]  # killed before its end was recorded: repeat the last part
     if candidates:
         return _start_from(_newest_whole(candidates), folder)
     return _start_over(folder) if folder.holds_run else StartPoint(folder)

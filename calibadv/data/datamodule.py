@@ -51,11 +51,7 @@ def step_positions(step: int, questions_per_step: int) -> range:
 class TrainingQuestions:
     """The endless training order, one list of questions per rollout step.
 
-    Args:
-        questions: what to train on.
-        questions_per_step: Q, the length of each list.
-        seed: of the run.
-        done: gives the rollout steps already done, whenever an iteration begins.
+    ``done`` gives the rollout steps already done, whenever an iteration begins.
     """
 
     def __init__(self, questions: list[Question], questions_per_step: int, seed: int, done: Callable[[], int]) -> None:
@@ -72,11 +68,7 @@ class TrainingQuestions:
 
 
 class EvaluationQuestions:
-    """All questions once, in the order of the file, in lists of at most 64.
-
-    Args:
-        questions: what to evaluate on.
-    """
+    """All questions once, in the order of the file, in lists of at most 64."""
 
     def __init__(self, questions: list[Question]) -> None:
         self.questions = questions

@@ -44,10 +44,6 @@ class Reference:
             moved = exactly(model, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
             model._apply(moved)  # type: ignore[no-untyped-call]
 
-    def checksum(self) -> str:
-        """Tell one reference from another."""
-        return self.digest
-
 
 def make_reference(policy: Policy, lora: Lora | None) -> Reference:
     """Make the reference of a policy that has not been trained yet."""

@@ -111,11 +111,8 @@ class Remote(Retriever):
         return unwrap([next(outcomes) if query.strip() else [] for query in queries])
 
     def _search_batch(self, queries: list[str], top_k: int, outages: list[OutageError]) -> list[SearchOutcome]:
-        """Search for one batch; a refused batch is halved, without a pause, down to single queries.
-
-        After an outage the batches that follow are not sent: each could hang until its timeout.
-        """
-        if outages:
+        """Search for one batch; a refused batch is halved, without a pause, down to single queries."""
+        if outages:  # another batch would hang until its timeout too
             return [outages[0]] * len(queries)
         outcomes: list[SearchOutcome] = []
         waiting = [queries]  # a stack

@@ -123,12 +123,9 @@ def true_step_correctness(rollout: Rollout) -> tuple[float | None, ...] | None:
         One value in [0, 1] per search turn; None where the question's metadata has neither ``supporting_ids`` nor
         ``supporting_titles``.
     """
-    metadata = rollout.question.metadata
-    by_id = bool(metadata.get("supporting_ids"))
-    labels = metadata.get("supporting_ids") or metadata.get("supporting_titles")
+    kind, labels = rollout.question.supporting()
     if not labels:
         return None
-    gold = frozenset(str(label) for label in labels)
     found = rollout.turn_documents
-    turns = [frozenset(doc.id if by_id else doc.title for doc in documents or ()) for documents in found]
-    return _where_found(found, _shares(turns, gold))
+    turns = [frozenset(getattr(document, kind) for document in documents or ()) for documents in found]
+    return _where_found(found, _shares(turns, frozenset(labels)))

@@ -52,13 +52,10 @@ class CheckpointFile(TorchCheckpointIO):
     """Writes a checkpoint straight to its file; Lightning's own makes copies in memory and in the temporary folder.
 
     The other processes wait for the one that writes, so an error is kept until all can raise it.
-
-    Attributes:
-        failure: reason why the last checkpoint could not be written, or None.
     """
 
     def __init__(self) -> None:
-        self.failure: str | None = None
+        self.failure: str | None = None  # reason why the last checkpoint could not be written
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:

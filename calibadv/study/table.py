@@ -99,7 +99,7 @@ def arm_table(runs: Sequence[StudyRun], state: StudyState, progress: RunProgress
     table.add_column("running: step and last validation F1")
     for arm, total in Counter(run.arm for run in runs).items():
         groups = (state.finished, state.waiting, state.failed, state.running)
-        finished, waiting, failed, running = ([run for run in group if run.arm == arm] for group in groups)
+        finished, waiting, failed, running = (_of_arm(group, arm) for group in groups)
         table.add_row(
             arm,
             f"{len(finished)}/{total}",
@@ -114,6 +114,10 @@ def arm_table(runs: Sequence[StudyRun], state: StudyState, progress: RunProgress
 def _mean_f1(scores: Iterable[float | None]) -> str:
     known = [score for score in scores if score is not None]
     return f"{fmean(known):.3f}" if known else ""
+
+
+def _of_arm(runs: Iterable[StudyRun], arm: str) -> list[StudyRun]:
+    return [run for run in runs if run.arm == arm]
 
 
 def _running(run: StudyRun, step: int, f1: float | None) -> str:

@@ -88,21 +88,24 @@ def check_optimizer(states: Sequence[Any], trained: Sequence[nn.Parameter]) -> N
     The optimizer itself would notice other shapes in its first step only, when files of the run are gone already.
     """
     content = states[0] if len(states) == 1 and isinstance(states[0], dict) else {}
-    state, groups = content.get("state", {}), content.get("param_groups", [])
-    expected = {"exp_avg"} if any("betas" in group for group in groups) else set()
-    expected.update(*(values for values in state.values() if isinstance(values, dict)))
-    fits = {index: _fits(values, trained, index) and not expected.difference(values) for index, values in state.items()}
-    wrong = next((f"parameter {index}" for index, fit in fits.items() if not fit), None)
-    grouped = sum(len(group.get("params", ())) for group in groups)
-    if wrong or grouped != len(trained) or len(state) not in (0, len(trained)):
-        where = wrong or f"{len(state)} of {len(trained)} parameters"
+    if misfit := _misfit(content.get("state", {}), content.get("param_groups", []), trained):
         raise UserError(
-            f"the checkpoint's optimizer state does not fit the policy ({where}); resume from another checkpoint"
+            f"the checkpoint's optimizer state does not fit the policy ({misfit}); resume from another checkpoint"
         )
 
 
-def _fits(values: Any, trained: Sequence[nn.Parameter], index: Any) -> bool:
+def _misfit(state: Mapping[Any, Any], groups: Sequence[Any], trained: Sequence[nn.Parameter]) -> str | None:
+    needed = {"exp_avg"} if any("betas" in group for group in groups) else set()
+    wrong = next((f"parameter {n}" for n, values in state.items() if not _fits(values, trained, n, needed)), None)
+    grouped = sum(len(group.get("params", ())) for group in groups)
+    whole = grouped == len(trained) and len(state) in (0, len(trained))
+    return wrong or (None if whole else f"{len(state)} of {len(trained)} parameters")
+
+
+def _fits(values: Any, trained: Sequence[nn.Parameter], index: Any, needed: set[str]) -> bool:
     if not isinstance(values, dict) or not isinstance(index, int) or not 0 <= index < len(trained):
+        return False
+    if not needed <= values.keys():
         return False
     moments = [value for value in values.values() if isinstance(value, Tensor) and value.dim() > 0]
     return all(moment.shape == trained[index].shape for moment in moments)

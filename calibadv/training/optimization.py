@@ -37,21 +37,13 @@ def clip_gradient(model: nn.Module, max_norm: float) -> float:
 
 @dataclass(slots=True)
 class UpdateMetrics:
-    """Metrics of the optimizer steps of one rollout step.
-
-    Attributes:
-        processes: the ranks that train together.
-        learning_rate: that of the rollout step.
-        updates: metrics of each optimizer step that was made.
-        without_advantage: mini-batches whose advantages are all 0.
-        skipped: mini-batches whose gradient was not finite.
-    """
+    """Metrics of the optimizer steps of one rollout step."""
 
     processes: ProcessGroup
     learning_rate: float
-    updates: list[Metrics] = field(default_factory=list)
-    without_advantage: int = 0
-    skipped: int = 0
+    updates: list[Metrics] = field(default_factory=list)  # metrics of each optimizer step that was made
+    without_advantage: int = 0  # mini-batches whose advantages are all 0
+    skipped: int = 0  # mini-batches whose gradient was not finite
     _sums: Metrics = field(default_factory=dict)
 
     def add(self, metrics: Metrics, micro_batch: MicroBatch) -> None:
@@ -86,15 +78,10 @@ class UpdateMetrics:
 
 @dataclass(slots=True)
 class FiniteSteps:
-    """Optimizer steps, except those whose gradient is not finite: one of them would make all parameters NaN.
+    """Optimizer steps, except those whose gradient is not finite: one of them would make all parameters NaN."""
 
-    Attributes:
-        skipped_in_a_row: steps skipped since the last one that was made, over rollout steps and resumes.
-        of_finished_step: the same at the end of the last rollout step, from which a resume goes on.
-    """
-
-    skipped_in_a_row: int = 0
-    of_finished_step: int = 0
+    skipped_in_a_row: int = 0  # steps skipped since the last one that was made, over rollout steps and resumes
+    of_finished_step: int = 0  # the same at the end of the last rollout step, from which a resume goes on
 
     def step(
         self,

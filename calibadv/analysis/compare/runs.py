@@ -177,8 +177,8 @@ def _validation_curves(validations: Sequence[Mapping[str, float]]) -> Curves:
 
 def _read_foreign(path: Path, label: str, names: Mapping[str, str]) -> Run:
     read = read_curves(path)
-    ours_of = names or {tag: tag for tag in read if any(pattern.fullmatch(tag) for pattern in known_tags())}
-    curves = {ours: read[theirs] for ours, theirs in ours_of.items() if theirs in read}
+    tags = names or _known_tags(read)
+    curves = {ours: read[theirs] for ours, theirs in tags.items() if theirs in read}
     if not curves:
         raise _without_known_curves(path, sorted(read), bool(names))
     missing = [f"{ours} ({theirs})" for ours, theirs in names.items() if ours not in curves]
@@ -198,6 +198,10 @@ def _not_finite(curves: Curves, label: str) -> list[str]:
     counts = {tag: sum(not math.isfinite(value) for value in curve.values()) for tag, curve in curves.items()}
     found = [f"{tag} ({count} steps)" for tag, count in counts.items() if count]
     return [f"{label}: not finite, and so not drawn: {', '.join(found)}"] if found else []
+
+
+def _known_tags(curves: Curves) -> dict[str, str]:
+    return {tag: tag for tag in curves if any(pattern.fullmatch(tag) for pattern in known_tags())}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

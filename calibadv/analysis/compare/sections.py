@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from calibadv.analysis.compare.arms import Arm
 from calibadv.analysis.compare.charts import Chart
-from calibadv.analysis.compare.curves import seed_band, step_windows
+from calibadv.analysis.compare.curves import Curve, seed_band, step_windows
 
 # In this order, each with the curves of a prefix.
 _GROUPS = {
@@ -57,7 +57,7 @@ def _title(tag: str) -> str:
 def _section(title: str, tags: Sequence[str], arms: Sequence[Arm]) -> Section:
     charts, constant, single = [], [], []
     for tag in tags:
-        curves = [run.curves[tag] for arm in arms for run in arm.runs if tag in run.curves]
+        curves = _curves_of(tag, arms)
         values = {value for curve in curves for value in curve.values()}
         if len(values) == 1:
             constant.append((tag, values.pop()))
@@ -67,6 +67,10 @@ def _section(title: str, tags: Sequence[str], arms: Sequence[Arm]) -> Section:
             found = make_chart(tag, arms)
             charts += [found] if found.bands else []
     return Section(title, charts, constant, single)
+
+
+def _curves_of(tag: str, arms: Sequence[Arm]) -> list[Curve]:
+    return [run.curves[tag] for arm in arms for run in arm.runs if tag in run.curves]
 
 
 def make_chart(tag: str, arms: Sequence[Arm]) -> Chart:

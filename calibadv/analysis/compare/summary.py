@@ -206,6 +206,10 @@ def _unequal(arms: Sequence[Arm]) -> dict[str, str]:
         "the rollout steps asked for": [run.planned for run in runs],
         "the steps of validation": [[row["step"] for row in run.validations] for run in finished],
     }
+    return _differing(values)
+
+
+def _differing(values: Mapping[str, Sequence[Any]]) -> dict[str, str]:
     texts = {name: sorted(set(map(str, found))) for name, found in values.items()}
     return {name: " / ".join(found) for name, found in texts.items() if len(found) > 1}
 

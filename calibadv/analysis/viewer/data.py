@@ -194,13 +194,10 @@ def _documents(rollout: Rollout) -> Iterator[Document]:
 
 def _gold(question: Question, documents: dict[Document, int]) -> list[list[Any]]:
     """The gold documents that the question names, each with the indexes of its retrieved documents."""
-    by_id = bool(question.metadata.get("supporting_ids"))
-    labels = question.metadata.get("supporting_ids" if by_id else "supporting_titles")
-    if not isinstance(labels, list):
-        return []
+    kind, labels = question.supporting()
     return [
-        [label, [index for document, index in documents.items() if (document.id if by_id else document.title) == label]]
-        for label in dict.fromkeys(str(label) for label in labels)
+        [label, [index for document, index in documents.items() if getattr(document, kind) == label]]
+        for label in labels
     ]
 
 

@@ -52,11 +52,7 @@ class _State:
 
 
 class Watch:
-    """Follows the curves of one run. Each rule speaks once, and again only after its curve has recovered.
-
-    Args:
-        limits: what counts as the beginning of a collapse.
-    """
+    """Follows the curves of one run. Each rule speaks once, and again only after its curve has recovered."""
 
     def __init__(self, limits: Limits) -> None:
         self.rules = rules(limits)
