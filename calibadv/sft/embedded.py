@@ -93,6 +93,7 @@ def _fit(model: Any, tokenizer: PreTrainedTokenizerFast, demonstrations: list[Ro
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            limit_val_batches=0,
             callbacks=[_Bar(data.steps)],
             default_root_dir=folder,
         )
