@@ -107,7 +107,7 @@ def llama_folder(models_root: Path) -> Path:
 @pytest.fixture(scope="session")
 def newline_folder(models_root: Path) -> Path:
     """Byte-level BPE in which a tag's closing ``>`` and a newline are one token."""
-    return byte_level_folder(models_root / "newline", "llama", newline_merge=True)
+    return byte_level_folder(models_root / "newline", "llama", merged_behind="\n")
 
 
 @pytest.fixture(scope="session")
