@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
 from typing_extensions import override
@@ -19,63 +19,36 @@ from calibadv.data.datamodule import EvaluationQuestions, load_questions, questi
 from calibadv.errors import UserError
 from calibadv.io.progress_bar import tracked
 from calibadv.runs.rollouts import read_rollouts
-from calibadv.types import Rollout
+from calibadv.types import Question, Rollout
 
 log = logging.getLogger(__name__)
 
 
-class DemonstrationData(LightningDataModule):
-    """Demonstrations to train on, and questions to validate with.
+class Demonstrations(LightningDataModule):
+    """Demonstrations in memory to train on, and questions to validate with.
 
     Args:
-        train: Rollout file, or list of files, such as 'calibadv demonstrate' writes.
-        validation: Question file, list of files, or ``embedded``. Without one nothing is validated.
+        rollouts: The demonstrations.
         batch_size: Demonstrations of one optimizer step.
         epochs: How often each demonstration is seen.
-        validation_questions: Validate on the first so many; all of them by default.
-        seed: Decides the order of the demonstrations.
-
-    Raises:
-        UserError: a file cannot be read, or a number is below 1.
+        validation: Questions.
+        seed: Decides the order; None for that of ``rollouts``.
     """
 
     def __init__(
         self,
-        train: str | list[str],
-        validation: str | list[str] | None = None,
-        batch_size: int = 24,
+        rollouts: Iterable[Rollout],
+        batch_size: int,
         epochs: int = 1,
-        validation_questions: int | None = None,
-        seed: int = 0,
+        validation: Sequence[Question] = (),
+        seed: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("batch_size", batch_size),
-            ("epochs", epochs),
-            ("validation_questions", validation_questions),
-        ):
-            if value is not None and value < 1:
-                raise UserError(f"data.{name} is {value}; it must be at least 1")
-        paths = [train] if isinstance(train, str) else train
-        self.train = list(chain.from_iterable(read_rollouts(Path(path)) for path in paths))
-        if not self.train:
-            raise UserError(
-                f"data.train {' '.join(paths)} holds no demonstration; make some with 'calibadv demonstrate'"
-            )
-        self.validation_questions = load_questions(validation, "validation")[:validation_questions]
+        self.train = list(rollouts)
         self.batch_size = batch_size
         self.epochs = epochs
+        self.validation_questions = list(validation)
         self.seed = seed
-        self.shuffle = True
-
-    @classmethod
-    def from_rollouts(cls, rollouts: Sequence[Rollout], batch_size: int) -> Self:
-        """Take demonstrations from memory, once, in their order."""
-        data = cls.__new__(cls)
-        LightningDataModule.__init__(data)
-        data.train, data.validation_questions = list(rollouts), []
-        data.batch_size, data.epochs, data.seed, data.shuffle = batch_size, 1, 0, False
-        return data
 
     @property
     def steps(self) -> int:
@@ -123,19 +96,55 @@ class DemonstrationData(LightningDataModule):
         return EvaluationQuestions(self.validation_questions)
 
 
+class DemonstrationData(Demonstrations):
+    """Demonstrations to train on, and questions to validate with.
+
+    Args:
+        train: Rollout file, or list of files, such as 'calibadv demonstrate' writes.
+        validation: Question file, list of files, or ``embedded``. Without one nothing is validated.
+        batch_size: Demonstrations of one optimizer step.
+        epochs: How often each demonstration is seen.
+        validation_questions: Validate on the first so many; all of them by default.
+        seed: Decides the order of the demonstrations.
+
+    Raises:
+        UserError: a file cannot be read, or a number is below 1.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str],
+        validation: str | list[str] | None = None,
+        batch_size: int = 24,
+        epochs: int = 1,
+        validation_questions: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        numbers = {"batch_size": batch_size, "epochs": epochs, "validation_questions": validation_questions}
+        for name, value in numbers.items():
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} is {value}; it must be at least 1")
+        paths = [train] if isinstance(train, str) else train
+        rollouts = list(chain.from_iterable(read_rollouts(Path(path)) for path in paths))
+        if not rollouts:
+            raise UserError(f"data.train {' '.join(paths)} holds no demonstration; 'calibadv demonstrate' makes some")
+        questions = load_questions(validation, "validation")[:validation_questions]
+        super().__init__(rollouts, batch_size, epochs, questions, seed)
+
+
 class TrainingDemonstrations:
     """The endless order of the demonstrations, one list per optimizer step."""
 
-    def __init__(self, data: DemonstrationData, done: Callable[[], int]) -> None:
+    def __init__(self, data: Demonstrations, done: Callable[[], int]) -> None:
         self._data = data
         self._done = done
 
     def __iter__(self) -> Iterator[list[Rollout]]:
         """Yield the demonstrations of the next optimizer step, of the one after it, and so on without end."""
-        data, size = self._data, len(self._data.train)
+        train, seed = self._data.train, self._data.seed
         for step in count(self._done()):
-            positions = step_positions(step, data.batch_size)
-            yield [data.train[question_at(p, data.seed, size) if data.shuffle else p % size] for p in positions]
+            positions = step_positions(step, self._data.batch_size)
+            yield [train[p % len(train) if seed is None else question_at(p, seed, len(train))] for p in positions]
 
 
 def check_protocol(rollout: Rollout, agent: Agent) -> None:

@@ -21,7 +21,7 @@ from calibadv.io.files import check_empty
 from calibadv.io.progress_bar import progress_bar
 from calibadv.retrieval import MemoryRetriever
 from calibadv.rewards import F1
-from calibadv.sft.data import DemonstrationData
+from calibadv.sft.data import Demonstrations
 from calibadv.sft.module import SupervisedModule
 from calibadv.types import Rollout
 from calibadv.world.tokenizer import build_tokenizer
@@ -70,7 +70,7 @@ def policy(out: Path, seed: int = 0, clean_steps: int = 250, noisy_steps: int = 
 
 def _fit(model: Any, tokenizer: PreTrainedTokenizerFast, demonstrations: list[Rollout]) -> Any:
     """Fit a model to demonstrations in their order."""
-    data = DemonstrationData.from_rollouts(demonstrations, _BATCH)
+    data = Demonstrations(demonstrations, _BATCH)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

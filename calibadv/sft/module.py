@@ -24,7 +24,7 @@ from calibadv.policy.logprobs import forward_logprobs
 from calibadv.policy.lora import Lora
 from calibadv.policy.precision import check_rate, float32_by_default
 from calibadv.protocol.search import SearchProtocol
-from calibadv.sft.data import DemonstrationData
+from calibadv.sft.data import Demonstrations
 from calibadv.training.checks import check_numbers, check_replaced, check_trainer
 from calibadv.training.metrics import Stopwatch, shape_metrics
 from calibadv.training.minibatches import partition_micro_batches
@@ -130,7 +130,7 @@ class SupervisedModule(PolicyModule):
         check_positions(self.policy, self.agent.protocol.max_rollout_tokens)
         self.sampler.engine_is_stale = True
         data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, DemonstrationData):
+        if not isinstance(data, Demonstrations):
             raise UserError("supervised training needs demonstrations; give DemonstrationData to fit as datamodule")
         data.encode(self.agent)
         self.rollout_steps = data.steps

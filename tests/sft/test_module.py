@@ -23,7 +23,7 @@ from calibadv.policy.loading import load_policy
 from calibadv.protocol import SearchProtocol
 from calibadv.rewards import F1
 from calibadv.runs.rollouts import write_rollouts
-from calibadv.sft import DemonstrationData, SupervisedModule
+from calibadv.sft import Demonstrations, SupervisedModule
 from calibadv.types import Question, Rollout
 
 PROTOCOL = SearchProtocol(template="short", max_turn_tokens=60, max_rollout_tokens=400)
@@ -101,7 +101,7 @@ def test_the_loss_is_the_weighted_mean_over_the_tokens(llama_folder: Path, tmp_p
     made = Losses(
         str(llama_folder), TransformersEngine(), F1(), PROTOCOL, retriever(), rest_weight=rest_weight, **settings
     )
-    trainer(tmp_path).fit(made, DemonstrationData.from_rollouts(shown, 2))
+    trainer(tmp_path).fit(made, Demonstrations(shown, 2))
     expected = [by_hand(llama_folder, part, rest_weight) for part in (shown[:2], shown[2:])]
     assert losses == pytest.approx(expected, rel=1e-4)
 
@@ -109,7 +109,7 @@ def test_the_loss_is_the_weighted_mean_over_the_tokens(llama_folder: Path, tmp_p
 def test_it_learns(llama_folder: Path, tmp_path: Path) -> None:
     shown = demonstrations(2)
     made = module(llama_folder, learning_rate=3e-3)
-    trainer(tmp_path).fit(made, DemonstrationData.from_rollouts(shown * 20, 2))
+    trainer(tmp_path).fit(made, Demonstrations(shown * 20, 2))
     made.model.save_pretrained(tmp_path / "after")
     made.policy.tokenizer.backend.save_pretrained(tmp_path / "after")
     assert by_hand(tmp_path / "after", shown, 0.0) < 0.5 * by_hand(llama_folder, shown, 0.0)
@@ -123,7 +123,7 @@ def test_what_cannot_be_trained_on_is_left_out(
     first, *rest = other.segments
     special = replace(other, segments=(replace(first, text=f"{first.text}<|endoftext|>"), *rest))
     made = module(llama_folder)
-    data = DemonstrationData.from_rollouts([good, long, special], 2)
+    data = Demonstrations([good, long, special], 2)
     data.encode(made.agent)
     assert [rollout.question.id for rollout in data.train] == ["q0"]
     assert caplog.messages == [
@@ -131,17 +131,17 @@ def test_what_cannot_be_trained_on_is_left_out(
         "1 with a special token of the tokenizer in its text"
     ]
     with pytest.raises(UserError, match=r"^no demonstration of data\.train can be used: 1 with more tokens"):
-        DemonstrationData.from_rollouts([long], 2).encode(made.agent)
+        Demonstrations([long], 2).encode(made.agent)
 
 
 def test_demonstrations_of_another_protocol_are_refused(llama_folder: Path) -> None:
     made = module(llama_folder)
     bare = demonstrations(1, SearchProtocol(prepend_think=False))
     with pytest.raises(UserError, match=r"has prepend_think False and model\.protocol has True"):
-        DemonstrationData.from_rollouts(bare, 2).encode(made.agent)
+        Demonstrations(bare, 2).encode(made.agent)
     foreign = rollout((replace(demonstrations(1)[0].segments[0], text="call[capital]"),), prepend_think=True)
     with pytest.raises(UserError, match=r"valid in the language of model\.protocol"):
-        DemonstrationData.from_rollouts([foreign], 2).encode(made.agent)
+        Demonstrations([foreign], 2).encode(made.agent)
 
 
 def sft(root: Path, name: str, file: Path, *words: str) -> int:
