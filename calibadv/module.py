@@ -14,6 +14,7 @@ from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from typing_extensions import override
 
+from calibadv.agent.diagnosis import diagnose
 from calibadv.agent.environment import Environment
 from calibadv.agent.episode import Agent
 from calibadv.agent.rollout import Draws, check_engine
@@ -50,7 +51,6 @@ from calibadv.training.checks import (
     check_replaced,
     check_trainer,
 )
-from calibadv.training.diagnosis import diagnose
 from calibadv.training.importance_sampling import TruncatedImportanceSampling
 from calibadv.training.logprobs import UpdateBatch, compute_old_logprobs, loss_inputs
 from calibadv.training.metrics import Stopwatch, rollout_metrics, speed_metrics, stability_metrics

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
-from calibadv.training.diagnosis import Diagnosis
+from calibadv.agent.diagnosis import Diagnosis
 from calibadv.training.metrics import without_result
 
 _FIGURES = ("score", "f1", "em", "cover_em", "format_valid", "searches")

@@ -123,9 +123,10 @@ def _joined_lists(arguments: Sequence[str], functions: Functions) -> list[str]:
     """Join the values of each list option, such as ``--config a --config b`` or ``--top_k 2 5``, into one JSON list."""
     kinds = {f"--{name}": kind for function in functions.values() for name, kind in get_type_hints(function).items()}
     settings = read_words(_with_first_option(arguments, functions))
-    if settings and len(functions) == 1 and isinstance(settings[-1], Option):
-        settings[-1:] = _without_trailing(settings[-1], kinds, _first_parameter(next(iter(functions.values()))))
-    words = _joined_options([setting for setting in settings if isinstance(setting, Option)], kinds)
+    options = [setting for setting in settings if isinstance(setting, Option)]
+    if len(functions) == 1:
+        options[-1:] = _without_trailing(options[-1:], kinds, _first_parameter(next(iter(functions.values()))))
+    words = _joined_options(options, kinds)
     configs = [str(setting.path) for setting in settings if isinstance(setting, ConfigFile)]
     return [*words, "--config", json.dumps(configs)] if configs else words
 
@@ -138,13 +139,14 @@ def _with_first_option(arguments: Sequence[str], functions: Functions) -> list[s
     return list(arguments)
 
 
-def _without_trailing(last: Option, kinds: Mapping[str, Any], first: str) -> list[Option]:
+def _without_trailing(options: list[Option], kinds: Mapping[str, Any], first: str) -> list[Option]:
     """Take a word behind the last option as the value of the first parameter: ask --model DIR "Who ...?"."""
-    kind = kinds.get(last.name)
-    taken = 1 if kind is bool else 2
-    if kind is None or "list[" in str(kind) or len(last.words) != taken + 1 or last.name == f"--{first}":
-        return [last]
-    return [Option(last.name, last.words[:taken], {}), Option(f"--{first}", (f"--{first}", last.words[-1]), {})]
+    for last in options:
+        kind = kinds.get(last.name)
+        taken = 1 if kind is bool else 2
+        if kind is not None and "list[" not in str(kind) and len(last.words) == taken + 1:
+            return [Option(last.name, last.words[:taken], {}), Option(f"--{first}", (f"--{first}", last.words[-1]), {})]
+    return options
 
 
 def _joined_options(options: Sequence[Option], kinds: Mapping[str, Any]) -> list[str]:

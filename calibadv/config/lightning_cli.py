@@ -32,9 +32,8 @@ from calibadv.callbacks.tensorboard import TensorBoardPages, swept_settings
 from calibadv.config.errors import explain
 from calibadv.config.files import ConfigFile, Option, configs_folder, read_config
 from calibadv.config.help import OPTION_HELP, VERBS, set_option_help
-from calibadv.config.overlays import check_overlay_order
+from calibadv.config.overlays import check_overlay_order, sft_config
 from calibadv.config.run_setup import RunOptions, check_start, locate, resolve_start, resume_command
-from calibadv.config.sft import sft_config
 from calibadv.config.threads import limit_threads
 from calibadv.config.trainer_checks import check_checkpoint, check_trainer, is_first_process, run_timestamp
 from calibadv.config.user_errors import WRITE_ERRORS

@@ -186,8 +186,7 @@ def _check_not_done(start: StartPoint, rollout_steps: int | None, ckpt_path: str
         return
     is_own = _run_of(start) in (None, start.folder.path.resolve())
     finished = is_own and start.folder.is_finished and start.folder.read_results().get("rollout_step") == done
-    if rollout_steps is None:
-        rollout_steps = done if finished else done + 1
+    rollout_steps = done + (not finished) if rollout_steps is None else rollout_steps
     if ckpt_path == "auto" and finished:
         _check_not_finished(start.folder, done, rollout_steps)
     if done > rollout_steps or (done == rollout_steps and finished):

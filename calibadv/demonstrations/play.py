@@ -23,6 +23,9 @@ def play(script: Script, question: Question, search: Search, protocol: Protocol,
         search: finds the documents of a query.
         protocol: the language of both.
         sample: number of the rollout among those of the question.
+
+    Returns:
+        A rollout whose status follows from its text.
     """
     segments: list[Segment] = []
     message = next(script)

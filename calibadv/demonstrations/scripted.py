@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from calibadv.demonstrations.play import Script
 from calibadv.types import Document, Question
 
 _YES_NO = ("yes", "no")
@@ -69,15 +68,10 @@ PHRASINGS = len(_PHRASINGS)
 def supporting_titles(question: Question) -> list[str]:
     """Return the titles of a question's supporting passages, none if its file names none."""
     titles = question.metadata.get("supporting_titles")
-    if isinstance(titles, list):
-        return list(dict.fromkeys(str(title) for title in titles))
-    facts = question.metadata.get("supporting_facts")
-    if isinstance(facts, dict) and isinstance(facts.get("title"), list):
-        return list(dict.fromkeys(str(title) for title in facts["title"]))
-    return []
+    return list(dict.fromkeys(map(str, titles))) if isinstance(titles, list) else []
 
 
-def search_script(question: Question, style: Style, rng: Random) -> Script:
+def search_script(question: Question, style: Style, rng: Random) -> Generator[str, Sequence[Document], None]:
     """Write the messages of a demonstration: one search per supporting title, and the answer.
 
     The order of the titles in a question's file says nothing: the next one is always one that can be reached.
@@ -86,6 +80,9 @@ def search_script(question: Question, style: Style, rng: Random) -> Script:
         question: with supporting titles in its metadata.
         style: how it is written.
         rng: chooses among titles that can be reached.
+
+    Yields:
+        One message after the other; it is sent what each search found.
 
     Raises:
         LeftOutError: no honest demonstration can be written.
@@ -97,23 +94,16 @@ def search_script(question: Question, style: Style, rng: Random) -> Script:
         raise LeftOutError("more searches than max_searches")
     first, later, last = _PHRASINGS[style.phrasing % PHRASINGS]
     shown: list[Document] = []
-    wrong = style.wrong_turn
+    think = ""
+    if style.wrong_turn:
+        title, query = _next_search(question, left, shown, rng)
+        shown += yield _message(style, first.format(title=query), "search", _wrong_query(question, query))
+        if _find(shown, title):
+            raise LeftOutError("a wrong turn that finds the passage")
+        think = _AFTER_WRONG[style.phrasing % PHRASINGS].format(title=query)
     while left:
-        known = _words(" ".join([question.question, *(f"{d.title} {d.text}" for d in shown)]))
-        reachable = {title: query for title in left if (query := _honest_query(title, known))}
-        if not reachable:
-            raise LeftOutError("a title that neither the question nor a passage names")
-        asked = _named_by(question.question, list(reachable))
-        title = rng.choice(asked or list(reachable))
-        query = reachable[title]
-        if wrong:
-            documents = yield _message(style, first.format(title=query), "search", _wrong_query(question, query))
-            wrong = False
-            if _find(documents, title):
-                raise LeftOutError("a wrong turn that finds the passage")
-            shown += documents
-            think = _AFTER_WRONG[style.phrasing % PHRASINGS].format(title=query)
-        else:
+        if not think:
+            title, query = _next_search(question, left, shown, rng)
             quote = quoted(shown, query, style.quoted_words)
             think = later.format(quote=quote, title=query) if quote else first.format(title=query)
         documents = yield _message(style, think, "search", query)
@@ -121,7 +111,18 @@ def search_script(question: Question, style: Style, rng: Random) -> Script:
             raise LeftOutError("a passage that its own title does not find")
         shown += documents
         left.remove(title)
+        think = ""
     yield _message(style, *_answer(question, shown, last, style.quoted_words))
+
+
+def _next_search(question: Question, left: Sequence[str], shown: Sequence[Document], rng: Random) -> tuple[str, str]:
+    """A title that can be reached by now, and the query for it; one that the question names comes first."""
+    known = _words(" ".join([question.question, *(f"{d.title} {d.text}" for d in shown)]))
+    reachable = {title: query for title in left if (query := _honest_query(title, known))}
+    if not reachable:
+        raise LeftOutError("a title that neither the question nor a passage names")
+    title = rng.choice(_named_by(question.question, list(reachable)) or list(reachable))
+    return title, reachable[title]
 
 
 def _answer(question: Question, shown: Sequence[Document], phrasing: str, words: int) -> tuple[str, str, str]:

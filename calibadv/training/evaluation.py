@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 from typing_extensions import override
 
+from calibadv.agent.diagnosis import Diagnosis, diagnose
 from calibadv.agent.patience import Waiting
 from calibadv.agent.rollout import Draws
 from calibadv.batch import EvaluationOutput
@@ -21,7 +22,6 @@ from calibadv.distributed import ProcessGroup, longest_wait, raising_together
 from calibadv.errors import UserError
 from calibadv.policy.precision import float32_by_default
 from calibadv.runs.folder import RunFolder
-from calibadv.training.diagnosis import Diagnosis, diagnose
 from calibadv.training.metrics import evaluation_metrics, without_result
 from calibadv.training.sampling import RolloutSampler, check_searches
 from calibadv.types import Metrics, Question, Rollout

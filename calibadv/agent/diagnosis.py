@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,15 @@ from calibadv.types import Rollout, RolloutStatus
 
 MIN_VALID = 0.1
 """Share of valid rollouts below which training has next to nothing to learn from."""
+
+_FORMAT_REMEDIES: tuple[str, ...] = (
+    "see what the model is given: calibadv prompt, with the same options",
+    "teach it the format: calibadv demonstrate, then calibadv sft, and start from what calibadv export writes",
+)
+_TIE_REMEDIES: tuple[str, ...] = (
+    "raise model.group_size or model.temperature, or give questions that are answered at times: calibadv predict "
+    "--samples 8 --temperature 1 tells",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,37 +52,33 @@ class Diagnosis:
 def diagnose(rollouts: Sequence[Rollout], protocol: Protocol, step: int) -> Diagnosis | None:
     """Say what keeps training from learning from some rollouts, None if nothing does."""
     included = [rollout for rollout in rollouts if rollout.included]
-    if not included:
-        return None
-    valid = [rollout for rollout in included if rollout.format_valid]
-    problems, remedies = [], []
-    if len(valid) < MIN_VALID * len(included):
-        problems.append(f"{len(valid)} of {len(included)} rollouts are valid")
-    if not any(rollout.num_searches for rollout in included):
-        problems.append("none searches")
-    if problems:
-        remedies += [
-            "see what the model is given: calibadv prompt, with the same options",
-            "teach it the format: calibadv demonstrate, then calibadv sft, and start from what calibadv export writes",
-        ]
+    problems, remedies = _format_problems(included), _FORMAT_REMEDIES
     if not problems and _all_tied(included):
-        problems.append("all rollouts of each question score the same, so that every advantage is 0")
-        remedies.append(
-            "raise model.group_size or model.temperature, or give questions that are answered at times: "
-            "calibadv predict --samples 8 --temperature 1 tells"
-        )
+        problems = ["all rollouts of each question score the same, so that every advantage is 0"]
+        remedies = _TIE_REMEDIES
     if not problems:
         return None
-    faults = Counter(fault_of(rollout, protocol) for rollout in included if not rollout.format_valid)
-    shown = next((rollout for rollout in included if not rollout.format_valid), included[0])
-    return Diagnosis(
-        step,
-        tuple(problems),
-        dict(Counter(str(rollout.status) for rollout in rollouts).most_common()),
-        dict(faults.most_common()),
-        {"question": shown.question.question, "prompt": shown.prompt, "text": "".join(s.text for s in shown.segments)},
-        tuple(remedies),
-    )
+    wrong = [rollout for rollout in included if not rollout.format_valid]
+    statuses = _counts(str(rollout.status) for rollout in rollouts)
+    faults = _counts(fault_of(rollout, protocol) for rollout in wrong)
+    return Diagnosis(step, tuple(problems), statuses, faults, _example((wrong or included)[0]), remedies)
+
+
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(names).most_common())
+
+
+def _example(rollout: Rollout) -> dict[str, str]:
+    text = "".join(segment.text for segment in rollout.segments)
+    return {"question": rollout.question.question, "prompt": rollout.prompt, "text": text}
+
+
+def _format_problems(rollouts: Sequence[Rollout]) -> list[str]:
+    valid = sum(rollout.format_valid for rollout in rollouts)
+    problems = [f"{valid} of {len(rollouts)} rollouts are valid"] if valid < MIN_VALID * len(rollouts) else []
+    if rollouts and not any(rollout.num_searches for rollout in rollouts):
+        problems.append("none searches")
+    return problems
 
 
 def _all_tied(rollouts: Sequence[Rollout]) -> bool:
@@ -83,14 +88,17 @@ def _all_tied(rollouts: Sequence[Rollout]) -> bool:
 
 def fault_of(rollout: Rollout, protocol: Protocol) -> str:
     """Say what a rollout wrote that is not valid, by the first message that is not well formed."""
-    policy = [segment.text for segment in rollout.segments if segment.source == "policy"]
-    bad = next((n for n, message in enumerate(rollout.messages) if not message.well_formed), None)
-    if bad is None:
+    messages = zip(rollout.policy_segments, rollout.messages, strict=True)
+    text = next((segment.text for segment, message in messages if not message.well_formed), None)
+    if text is None:
         return "no answer" if rollout.messages[-1].answer is None else "an answer without a search"
-    text = policy[bad]
     if rollout.status is RolloutStatus.TRUNCATED:
         return "a message that is cut off"
+    return _wrong_tags(text, protocol)
+
+
+def _wrong_tags(text: str, protocol: Protocol) -> str:
     if not any(tag in text for tag in protocol.tags):
         return "no tag"
-    behind = min((text.partition(stop)[2] for stop in protocol.stop_strings if stop in text), key=len, default="")
-    return "text after the action" if behind.strip() else "tags that are missing or in another order"
+    ends = [text.partition(stop)[2].strip() for stop in protocol.stop_strings if stop in text]
+    return "text after the action" if all(ends) and ends else "tags that are missing or in another order"

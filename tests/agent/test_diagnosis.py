@@ -9,9 +9,9 @@ import pytest
 from support.fits import fit
 from support.records import answer, rollout, search
 
+from calibadv.agent.diagnosis import diagnose, fault_of
 from calibadv.cli.main import main
 from calibadv.protocol import SearchProtocol
-from calibadv.training.diagnosis import diagnose, fault_of
 from calibadv.types import Rollout, RolloutStatus, Segment
 
 PROTOCOL = SearchProtocol(prepend_think=False)
