@@ -73,7 +73,7 @@ BUILDERS = {words[words.index("--out") + 1]: words for words in INDEXING if "--o
 
 def prepare_real_model(folder: Path) -> None:
     """What someone has who follows real-model.md, with the embedded policy in the place of a real one."""
-    for name in ("smollm2", "warm", "agent"):
+    for name in ("DIR", "smollm2", "warm", "agent"):
         shutil.copytree(policy_folder(), folder / name)
     for name in ("warm", "rl"):
         shutil.copytree(folder / "runs" / "first", folder / "runs" / name)
