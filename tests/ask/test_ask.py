@@ -6,11 +6,14 @@ import io
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.client import HTTPConnection
+from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from rich.console import Console
+from support.browser import Browser
 
 from calibadv.agent.environment import Environment
 from calibadv.agent.episode import Agent
@@ -130,6 +133,28 @@ def test_the_page_loads_nothing_from_outside() -> None:
     assert "http://" not in page()
     assert "https://" not in page()
     assert "innerHTML" not in page()  # all text is escaped
+
+
+def test_a_browser_asks_by_keyboard_and_shows_the_steps(session: Session, chromium: str, tmp_path: Path) -> None:
+    with serving(session) as port, closing(Browser(chromium, tmp_path, width=500)) as browser:
+        browser.open(f"http://127.0.0.1:{port}/")
+        browser.type(f"{QUESTIONS[0]} <b>bold</b>")
+        browser.wait_for("document.querySelector('article') && !document.querySelector('.waiting')")
+        assert browser.run("document.querySelector('article h2').textContent") == f"{QUESTIONS[0]} <b>bold</b>"
+        assert browser.run("document.querySelectorAll('b').length") == 0  # all text is escaped
+        searches = browser.run("document.querySelectorAll('.search').length")
+        assert browser.run("document.querySelectorAll('.think').length") == searches + 1
+        assert browser.run("document.querySelectorAll('details:not([open])').length") == 2 * searches
+        assert browser.run("document.querySelectorAll('.answer').length") == 1
+        assert browser.run("document.activeElement.id") == "question"  # for the next one
+        assert browser.run("document.documentElement.scrollWidth") <= 500
+
+
+def test_a_question_can_be_linked_to(session: Session, chromium: str, tmp_path: Path) -> None:
+    with serving(session) as port, closing(Browser(chromium, tmp_path)) as browser:
+        browser.open(f"http://127.0.0.1:{port}/#{quote(QUESTIONS[1])}")
+        browser.wait_for("document.querySelector('.answer, .note')")
+        assert browser.run("document.querySelector('h2').textContent") == QUESTIONS[1]
 
 
 MODEL = ("--model", str(policy_folder()), "--retriever", "quickstart")

@@ -80,3 +80,9 @@ form.addEventListener("submit", async (event) => {
     input.focus();
   }
 });
+
+// A question behind # is asked when the page opens, so that it can be linked to.
+if (location.hash.length > 1) {
+  input.value = decodeURIComponent(location.hash.slice(1));
+  form.requestSubmit();
+}
