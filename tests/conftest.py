@@ -50,6 +50,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_server_has_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A retrieval server of another test may have had the port of this one's."""
+    monkeypatch.setattr("calibadv.retrieval.remote._answered", set())
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real questions and the calibration vectors: the folder that CALIBADV_SHARED names."""

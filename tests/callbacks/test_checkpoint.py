@@ -199,3 +199,17 @@ def test_a_job_that_is_put_into_the_queue_again_finds_its_run(
     capsys.readouterr()
     assert main([*words, "--ckpt_path", "auto"]) == 0
     assert capsys.readouterr().out.strip() == f"{tmp_path}/quickstart-seed0-job77 is finished at rollout step 1"
+
+
+def test_a_checkpoint_that_cannot_be_put_in_place_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_the_way = RunFolder(tmp_path / "run").checkpoint(1) / "mine.txt"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    words = ("--model.rollout_steps", "1", "--checkpoint.every_n_rollout_steps", "1")
+    assert fit(tmp_path, "run", *words) == 2
+    error = capsys.readouterr().err
+    assert "the checkpoint of rollout step 1 cannot be written to" in error
+    assert "Traceback" not in error
+    assert [path.name for path in RunFolder(tmp_path / "run").checkpoints.iterdir()] == [in_the_way.parent.name]
