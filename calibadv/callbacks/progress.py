@@ -22,6 +22,8 @@ _FIGURES = ("score", "f1", "em", "cover_em", "format_valid", "searches")
 _SPEED_PERIOD = 3600.0
 # Characters of the example of a diagnosis.
 _EXAMPLE = 1200
+# Figure of a training step that is shown, and its name.
+_TRAINED = {"reward/score": "score", "sft/loss": "loss"}
 _HEADINGS = {"cover_em": "cover EM", "format_valid": "valid", "f1": "F1", "em": "EM", "count": "questions"}
 
 
@@ -48,11 +50,11 @@ class Progress(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._start(trainer, "rollouts", total=pl_module.rollout_steps, done=pl_module.rollout_step)
+        self._start(trainer, pl_module.first_stage, total=pl_module.rollout_steps, done=pl_module.rollout_step)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._say("rollouts")
+        self._say(pl_module.first_stage)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Any) -> None:
@@ -61,8 +63,7 @@ class Progress(Callback):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         output = outputs["output"]
-        score = output.metrics.get("reward/score")
-        shown = "" if score is None else f"score {score:.2f}  "
+        shown = "".join(f"{_TRAINED[name]} {value:.2f}  " for name, value in output.metrics.items() if name in _TRAINED)
         seconds = sum(output.seconds.values())
         self._bar.update(self._task, completed=output.step, figures=f"{shown}{seconds:.1f} s/step")
         kinds = () if pl_module.diagnosis is None else pl_module.diagnosis.remedies

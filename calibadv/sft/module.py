@@ -61,6 +61,8 @@ class SupervisedModule(PolicyModule):
         seed: of the order of the demonstrations; set by ``--seed_everything``.
     """
 
+    first_stage = "update"
+
     def __init__(
         self,
         policy: str,
