@@ -15,7 +15,7 @@ quickstart: $(VENV)/base ## train the embedded policy with CalibAdv, on CPU and 
 	$(BIN)/calibadv fit --config quickstart --config calibrators/calibadv
 
 test: check docs ## what CI runs: check, docs and all tests but the long ones
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -n auto -m "not long"
 
 test-long: $(VENV)/dev ## the tests that take more than ten seconds each
 	$(BIN)/python -m pytest -m long
