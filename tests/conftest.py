@@ -72,7 +72,7 @@ def own_passages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, records in (("corpus", PASSAGES), ("questions", QUESTIONS)):
         # One file as json.dumps escapes it, one in plain UTF-8: both are found.
         lines = "".join(json.dumps(record, ensure_ascii=name == "corpus") + "\n" for record in records)
-        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode("utf-8")))
+        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode("utf-8"), mtime=0))
     return folder
 
 

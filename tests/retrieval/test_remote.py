@@ -276,7 +276,7 @@ def test_an_answer_may_be_as_large_as_what_is_asked_for() -> None:
 
 def test_a_compressed_answer_is_not_unpacked() -> None:
     def script(number: int, body: dict[str, Any]) -> Reply:
-        return Reply(200, gzip.compress(good(body).body), Content_Encoding="gzip")
+        return Reply(200, gzip.compress(good(body).body, mtime=0), Content_Encoding="gzip")
 
     with Scripted(script) as server, pytest.raises(RetrievalError, match="answered text that is not JSON"):
         Remote(server.url, retries=0).search(["a"], 3)

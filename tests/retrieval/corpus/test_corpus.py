@@ -75,7 +75,7 @@ def test_both_formats(tmp_path: Path, opener: Opener) -> None:
 
 def test_gzip_byte_order_mark_and_blank_lines(tmp_path: Path, opener: Opener) -> None:
     path = tmp_path / "corpus.jsonl.gz"
-    path.write_bytes(gzip.compress('\ufeff{"id": 1, "title": "Łódź", "text": "Ż"}\r\n\n \n'.encode()))
+    path.write_bytes(gzip.compress('\ufeff{"id": 1, "title": "Łódź", "text": "Ż"}\r\n\n \n'.encode(), mtime=0))
     assert list(opener(path)) == [Document("1", "Łódź", "Ż")]
 
 
@@ -92,7 +92,7 @@ def test_gzip_byte_order_mark_and_blank_lines(tmp_path: Path, opener: Opener) ->
         (b'{"id": 1, "title": "a"}\n', "{path}:1 has only the keys id, title"),
         (b'{"id": 1, "title": "a", "text": null}\n', "{path}:1 has None as 'text'"),
         (b'{"id": 1, "contents": "a \\ud83d b"}\n', "{path}:1 has '\\ud83d', half of a surrogate pair"),
-        (gzip.compress(b'{"id": 1, "contents": "a"}\n' * 9)[:-12], "corpus '{path}' is a damaged gzip file"),
+        (gzip.compress(b'{"id": 1, "contents": "a"}\n' * 9, mtime=0)[:-12], "corpus '{path}' is a damaged gzip file"),
     ],
 )
 def test_bad_corpora_are_named(tmp_path: Path, cache: Path, opener: Opener, content: bytes, message: str) -> None:

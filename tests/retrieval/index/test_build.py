@@ -164,7 +164,7 @@ def test_a_process_that_is_killed(tmp_path: Path) -> None:
         (b'{"id": 1, "contents": "ab"}\n{"id": 2}\n', r"corpus.jsonl:2 has only the keys id; a document needs"),
         (b'{"id": 1, "contents": "ab"}\n{"id": 1, "contents": "ab"}\n', r"jsonl:2 repeats the id '1' of line 1"),
         (b"{", r"corpus.jsonl:1 is not a JSON object"),
-        (gzip.compress(b'{"id": 1, "contents": "ab"}\n' * 9)[:-12], r"corpus '.*' is a damaged gzip file"),
+        (gzip.compress(b'{"id": 1, "contents": "ab"}\n' * 9, mtime=0)[:-12], r"corpus '.*' is a damaged gzip file"),
         (b'{"id": 1, "contents": "? 1 the"}\n', r"no word to search for"),
     ],
 )
