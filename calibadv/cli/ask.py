@@ -21,7 +21,7 @@ from calibadv.export import load_agent
 
 def ask(  # noqa: PLR0913  # its parameters are the options of the command
     question: str | None = None,
-    model: Path = Path(),
+    model: Path | None = None,
     index: Path | None = None,
     retriever: str | None = None,
     web: bool = False,
@@ -44,7 +44,7 @@ def ask(  # noqa: PLR0913  # its parameters are the options of the command
     Raises:
         UserError: there is no such agent, nothing to search, or no question where one is needed.
     """
-    if model == Path():
+    if model is None:
         raise UserError("there is nobody to ask; give --model FOLDER, RUN or CHECKPOINT")
     if json and (web or question is None):
         raise UserError("--json prints the answer to one question; give the question, and leave --web out")

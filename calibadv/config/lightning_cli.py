@@ -229,9 +229,10 @@ class ReadingCLI(CalibadvCLI):
 def _command_words(settings: Sequence[ConfigFile | Option], command: str) -> list[str]:
     """Return the words that LightningCLI parses: the packaged base, then the settings, with paths for names."""
     words: list[str] = []
-    for setting in [read_config(configs_folder() / "base.yaml"), *settings]:
+    base = read_config(configs_folder() / "base.yaml")
+    for setting in [base, *settings]:
         if isinstance(setting, Option):
             words += setting.words
         else:
-            words += ["--config", sft_config(setting) if command == "sft" else str(setting.path)]
+            words += ["--config", sft_config(setting, setting is base) if command == "sft" else str(setting.path)]
     return words

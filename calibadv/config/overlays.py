@@ -97,7 +97,7 @@ def is_calibration_callback(entry: Any) -> bool:
     return isinstance(name, str) and name.rpartition(".")[2] == "AdvantageCalibration"
 
 
-def sft_config(config: ConfigFile) -> str:
+def sft_config(config: ConfigFile, is_base: bool) -> str:
     """Return a config without the settings that only ``fit`` has, as YAML.
 
     One config then describes model, protocol and retriever to both commands. A config that has such settings is one for
@@ -109,7 +109,8 @@ def sft_config(config: ConfigFile) -> str:
     for_fit += [f"data.{key}" for key in _only(QuestionData, DemonstrationData, data)]
     if not for_fit:
         return str(config.path)
-    left_out = {*for_fit, *(f"model.{key}" for key in _OF_OPTIMIZATION), "trainer.val_check_interval"}
+    of_run = () if is_base else (*(f"model.{key}" for key in _OF_OPTIMIZATION), "trainer.val_check_interval")
+    left_out = {*for_fit, *of_run}
     for section, values in content.items():
         if isinstance(values, dict):
             content[section] = {key: value for key, value in values.items() if f"{section}.{key}" not in left_out}

@@ -186,14 +186,13 @@ def _check_not_done(start: StartPoint, rollout_steps: int | None, ckpt_path: str
         return
     is_own = _run_of(start) in (None, start.folder.path.resolve())
     finished = is_own and start.folder.is_finished and start.folder.read_results().get("rollout_step") == done
-    rollout_steps = done + (not finished) if rollout_steps is None else rollout_steps
+    remedy = f"model.rollout_steps is {rollout_steps}; raise it to go on"
+    if rollout_steps is None:
+        rollout_steps, remedy = done + (not finished), "these were all; give a new run more data.epochs"
     if ckpt_path == "auto" and finished:
         _check_not_finished(start.folder, done, rollout_steps)
     if done > rollout_steps or (done == rollout_steps and finished):
-        raise UserError(
-            f"nothing is left to do: the checkpoint holds {done} rollout steps, all of the run's; raise "
-            "model.rollout_steps to go on, or data.epochs of a new run"
-        )
+        raise UserError(f"nothing is left to do: the checkpoint holds {done} rollout steps and {remedy}")
 
 
 def _check_not_finished(folder: RunFolder, done: int, rollout_steps: int) -> None:

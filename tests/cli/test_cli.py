@@ -176,7 +176,8 @@ def test_test_prints_a_table_per_source_into_the_run_of_the_checkpoint(
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert lines[0] == ["source", "score", "F1", "EM", "cover", "EM", "valid", "searches", "questions"]
     assert [(line[0], line[-1]) for line in lines[2:5]] == [("all", "3"), ("a", "1"), ("hotpotqa", "2")]
-    assert len(lines) == 7  # no row takes two lines; then where results and rollouts are
+    assert lines[5] == ["statuses", "answered", "3"]
+    assert len(lines) == 8  # no row takes two lines; then where results and rollouts are
     written = files(run)
     assert {name for name in written if written[name] != before.get(name)} == {
         "results.json",

@@ -42,7 +42,10 @@ def read_text_folder(folder: Path, size: PassageSize) -> list[Document]:
     """
     paths = text_files(folder)
     if not paths:
-        raise UserError(f"corpus '{folder}' holds no {' or '.join(_SUFFIXES)} file and no index; give another folder")
+        raise UserError(
+            f"corpus '{folder}' is a folder without manifest.json, and so not an index, and holds no "
+            f"{' or '.join(_SUFFIXES)} file; give another folder"
+        )
     documents = [document for path in paths for document in _read_file(path, folder, size)]
     if not documents:
         raise UserError(f"corpus '{folder}' holds only empty text files; write a text into one")

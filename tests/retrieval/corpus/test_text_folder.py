@@ -61,7 +61,7 @@ def test_an_index_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_bad_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no \.txt or \.md file and no index"):
+    with pytest.raises(UserError, match=r"and holds no \.txt or \.md file; give another folder"):
         BM25(corpus=str(tmp_path))
     write(tmp_path, a_txt=" \n")
     with pytest.raises(UserError, match="only empty text files"):
