@@ -125,6 +125,8 @@ class DemonstrationData(Demonstrations):
             if value is not None and value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1")
         paths = [train] if isinstance(train, str) else train
+        if "embedded" in paths:
+            raise UserError("data.train is 'embedded', which are questions; give demonstrations: calibadv demonstrate")
         rollouts = list(chain.from_iterable(read_rollouts(Path(path)) for path in paths))
         if not rollouts:
             raise UserError(f"data.train {' '.join(paths)} holds no demonstration; 'calibadv demonstrate' makes some")
