@@ -14,6 +14,7 @@ from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from typing_extensions import override
 
+from calibadv.agent.diagnosis import diagnose
 from calibadv.agent.environment import Environment
 from calibadv.agent.episode import Agent
 from calibadv.agent.rollout import Draws, check_engine
@@ -55,7 +56,7 @@ from calibadv.training.logprobs import UpdateBatch, compute_old_logprobs, loss_i
 from calibadv.training.metrics import Stopwatch, rollout_metrics, speed_metrics, stability_metrics
 from calibadv.training.minibatches import Batching
 from calibadv.training.objective import Objective
-from calibadv.training.optimization import UpdateMetrics, clip_gradient
+from calibadv.training.optimization import UpdateMetrics, clip_gradient, dump_mini_batch
 from calibadv.training.policy_module import PolicyModule, Schedule
 from calibadv.training.sampling import RolloutSampler, collect_groups
 from calibadv.types import Metrics, Question
@@ -214,8 +215,8 @@ class SearchAgentModule(PolicyModule):
                             self.manual_backward(loss * micro_batch.loss_scale)
                     steps.add(terms, micro_batch)
                 norm = clip_gradient(self.model, self.clip_norm)
-                dump = self.run_folder.nonfinite_step(step)
-                stepped = self.finite_steps.step(optimizer, norm, update, mini_batch, dump, self.processes)
+                dump = partial(dump_mini_batch, update, mini_batch.rows, norm, self.run_folder.nonfinite_step(step))
+                stepped = self.finite_steps.step(optimizer, norm, mini_batch.name, dump, self.processes)
                 steps.close(norm, stepped)
         return self.finish_step(update, {**metrics, **steps.summary()}, timer)
 
@@ -255,6 +256,7 @@ class SearchAgentModule(PolicyModule):
     def finish_step(self, update: UpdateBatch, metrics: Metrics, timer: Stopwatch) -> dict[str, StepOutput]:
         """Count the rollout step and log its metrics; the result goes to the callbacks."""
         self.finish_update()
+        self.diagnosis = diagnose(update.batch.rollouts, self.agent.protocol, self.rollout_step)
         metrics = {**metrics, **speed_metrics(update.batch, timer.seconds), **self.agent.environment.metrics()}
         self.log_dict(metrics, logger=False, batch_size=1)  # for callbacks that monitor one
         self.log_at_step(metrics)

@@ -167,7 +167,7 @@ class Rollout:
     ``score`` is the reward: the answer score, 0 unless the format is valid. ``answer_score`` is the ungated value, None
     without an answer block. ``messages`` are the parsed policy segments, which stages read and none parses again.
     ``step_correctness`` has one entry per search turn, None for a turn whose tools find no documents. ``silver`` are
-    the ids of the silver documents of the rollout's group.
+    the ids of the silver documents of the rollout's group. ``prompt`` is the prompt as text, special tokens included.
     """
 
     question: Question
@@ -186,6 +186,7 @@ class Rollout:
     cover_em: float = 0.0
     step_correctness: tuple[float | None, ...] = ()
     silver: frozenset[str] = frozenset()
+    prompt: str = ""
 
     @property
     def included(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def llama_folder(models_root: Path) -> Path:
 @pytest.fixture(scope="session")
 def newline_folder(models_root: Path) -> Path:
     """Byte-level BPE in which a tag's closing ``>`` and a newline are one token."""
-    return byte_level_folder(models_root / "newline", "llama", newline_merge=True)
+    return byte_level_folder(models_root / "newline", "llama", merged_behind="\n")
 
 
 @pytest.fixture(scope="session")
@@ -133,3 +134,13 @@ def opinionated_folder(models_root: Path) -> Path:
 def wordpiece(models_root: Path) -> Path:
     """WordPiece, which takes the tags apart and lower-cases."""
     return wordpiece_folder(models_root / "wordpiece")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """A Chromium, for the tests of pages."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip(f"needs a browser: none of {', '.join(names)} is installed")
+    return found

@@ -16,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from support.fits import SMALL, curves, results
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import AutoModelForCausalLM
 
 from calibadv.cli.main import main
 from calibadv.distributed import ProcessGroup, longest_wait
@@ -223,6 +225,12 @@ def test_sharded_checkpoints_are_read_by_any_number_of_processes(folder: Path) -
         finished = run(folder, "sharded", *words, *processes)
         assert finished.returncode == 0, finished.stderr
     (shard,) = (folder / "sharded/checkpoints/rollout-step=000002.ckpt").glob("__1_0.distcp")
+    assert main(["export", str(shard.parent), "--out", str(folder / "exported")]) == 0
+    dcp_to_torch_save(shard.parent, folder / "joined.pt")
+    weights = torch.load(folder / "joined.pt", weights_only=True)["state_dict"]
+    model = AutoModelForCausalLM.from_pretrained(folder / "exported", dtype=torch.float32)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[f"model.{name}"]), name
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 0xFF
     assert damage(shard.parent) is None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from calibadv.agent.completions import fault_of
 from calibadv.agent.environment import Environment, Outcome
@@ -42,6 +42,7 @@ class Episode:
 
     question: Question
     sample: int
+    prompt: str
     prompt_ids: tuple[int, ...]
     token_ids: list[int]
     segments: list[Segment] = field(default_factory=list)
@@ -52,6 +53,12 @@ class Episode:
     def calls(self) -> Sequence[ToolCall]:
         """The calls of the last message, which the environment runs next."""
         return self.messages[-1].calls
+
+
+def new_episode(question: Question, sample: int, prompt_ids: tuple[int, ...], agent: Agent) -> Episode:
+    """Start an episode with an encoded prompt."""
+    prompt = str(agent.tokenizer.backend.decode(list(prompt_ids)))  # special tokens shown, as the model reads them
+    return Episode(question, sample, prompt, prompt_ids, list(prompt_ids))
 
 
 def unfinished(episodes: Sequence[Episode]) -> list[Episode]:
@@ -68,7 +75,7 @@ def append_message(episode: Episode, completion: Completion, agent: Agent) -> No
     room = agent.protocol.max_rollout_tokens - len(episode.token_ids)
     token_ids, logprobs = completion.token_ids[:room], completion.logprobs[:room]
     cut = len(token_ids) < len(completion.token_ids) or completion.stop_reason is StopReason.LENGTH
-    text = agent.tokenizer.decode(token_ids)
+    text = agent.tokenizer.decode_message(token_ids)
     message = agent.protocol.parse(text)
     episode.segments.append(Segment("policy", text, len(token_ids), token_ids, logprobs))
     episode.messages.append(message)
@@ -94,6 +101,9 @@ def append_observations(episodes: Sequence[Episode], outcomes: Sequence[Outcome]
 
 
 def _append_observation(episode: Episode, results: Sequence[ToolResult], agent: Agent) -> None:
+    limit = agent.protocol.max_document_tokens
+    if limit is not None:
+        results = [cut_documents(result, limit, agent.tokenizer.cut) for result in results]
     text = agent.protocol.render(results, agent.tokenizer.special_strings)
     token_ids = tuple(agent.tokenizer.encode(text))
     total = len(episode.token_ids) + len(token_ids)
@@ -106,6 +116,13 @@ def _append_observation(episode: Episode, results: Sequence[ToolResult], agent: 
     episode.token_ids.extend(token_ids)
     if total == agent.protocol.max_rollout_tokens:  # no room for another message
         episode.status = RolloutStatus.TRUNCATED
+
+
+def cut_documents(result: ToolResult, max_tokens: int, cut: Callable[[str, int], str]) -> ToolResult:
+    """Shorten the texts of a result's documents, as an observation shows them."""
+    if result.documents is None:
+        return result
+    return replace(result, documents=tuple(replace(d, text=cut(d.text, max_tokens)) for d in result.documents))
 
 
 def to_rollout(episode: Episode, step: int, protocol: Protocol) -> Rollout:
@@ -124,5 +141,6 @@ def to_rollout(episode: Episode, step: int, protocol: Protocol) -> Rollout:
         segments=tuple(episode.segments),
         status=status,
         messages=tuple(episode.messages),
+        prompt=episode.prompt,
         prompt_ids=episode.prompt_ids,
     )

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calibadv.agent.completions import check_count
-from calibadv.agent.episode import Agent, Episode, append_message, append_observations, to_rollout, unfinished
+from calibadv.agent.episode import (
+    Agent,
+    Episode,
+    append_message,
+    append_observations,
+    new_episode,
+    to_rollout,
+    unfinished,
+)
 from calibadv.agent.patience import PatientEnvironment, Waiting
 from calibadv.agent.streaming import Key, run_streaming
 from calibadv.distributed import SINGLE_PROCESS, ProcessGroup
@@ -80,8 +88,8 @@ def _start(questions: Sequence[Question], agent: Agent, samples: int, processes:
         first = sampled[question.id]
         sampled[question.id] += samples
         if owner == processes.rank:
-            prompt = check_prompt(question, agent)
-            episodes += [Episode(question, first + n, prompt, list(prompt)) for n in range(samples)]
+            prompt_ids = check_prompt(question, agent)
+            episodes += [new_episode(question, first + n, prompt_ids, agent) for n in range(samples)]
     return episodes
 
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from rich.box import SIMPLE_HEAD
+from rich.box import HEAVY, SIMPLE_HEAD
 from rich.console import Console
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
+from calibadv.agent.diagnosis import Diagnosis
 from calibadv.training.metrics import without_result
 
 _FIGURES = ("score", "f1", "em", "cover_em", "format_valid", "searches")
 # Time left is estimated from the steps within so many seconds; a step with a large model may take minutes.
 _SPEED_PERIOD = 3600.0
+# Characters of the example of a diagnosis.
+_EXAMPLE = 1200
+# Figure of a training step that is shown, and its name.
+_TRAINED = {"reward/score": "score", "sft/loss": "loss"}
 _HEADINGS = {"cover_em": "cover EM", "format_valid": "valid", "f1": "F1", "em": "EM", "count": "questions"}
 
 
@@ -40,14 +46,15 @@ class Progress(Callback):
             speed_estimate_period=_SPEED_PERIOD,
         )
         self._task = TaskID(0)
+        self._told: tuple[str, ...] = ()  # problems of training that are on the terminal
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._start(trainer, "rollouts", total=pl_module.rollout_steps, done=pl_module.rollout_step)
+        self._start(trainer, pl_module.first_stage, total=pl_module.rollout_steps, done=pl_module.rollout_step)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._say("rollouts")
+        self._say(pl_module.first_stage)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Any) -> None:
@@ -56,10 +63,13 @@ class Progress(Callback):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         output = outputs["output"]
-        score = output.metrics.get("reward/score")
-        shown = "" if score is None else f"score {score:.2f}  "
+        shown = "".join(f"{_TRAINED[name]} {value:.2f}  " for name, value in output.metrics.items() if name in _TRAINED)
         seconds = sum(output.seconds.values())
         self._bar.update(self._task, completed=output.step, figures=f"{shown}{seconds:.1f} s/step")
+        kinds = () if pl_module.diagnosis is None else pl_module.diagnosis.remedies
+        if kinds and kinds != self._told:
+            self._print_diagnosis(trainer, pl_module)
+        self._told = kinds
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -81,6 +91,7 @@ class Progress(Callback):
             figures = [f"{n} {v:.3f}" for n, v in pl_module.evaluation.items() if n in _FIGURES]
             shown = "  ".join(filter(None, (*figures, without_result(pl_module.evaluation))))
             self.console.print(f"step {pl_module.rollout_step:>4}  {shown}", highlight=False, soft_wrap=True)
+            self._print_diagnosis(trainer, pl_module)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -95,6 +106,9 @@ class Progress(Callback):
         self._stop()
         if trainer.is_global_zero:
             self.console.print(evaluation_table(pl_module.evaluation))
+            statuses = ", ".join(f"{status} {number}" for status, number in pl_module.statuses.most_common())
+            self.console.print(f"statuses    {statuses}", highlight=False, soft_wrap=True)
+            self._print_diagnosis(trainer, pl_module)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -104,11 +118,11 @@ class Progress(Callback):
     def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         self._bar.advance(self._task)
 
-    @override
-    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._stop()
+    on_predict_end = on_test_end
 
-    on_train_end = on_predict_end
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._stop()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -122,9 +136,40 @@ class Progress(Callback):
     def _say(self, doing: str) -> None:
         self._bar.update(self._task, description=doing)
 
+    def _print_diagnosis(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero and pl_module.diagnosis is not None:
+            self.console.print(diagnosis_block(pl_module.diagnosis))
+
     def _stop(self) -> None:
         if self._bar.live.is_started:  # rich would print an empty line
             self._bar.stop()
+
+
+def diagnosis_block(diagnosis: Diagnosis) -> Panel:
+    """Lay out why nothing can be learned from some rollouts."""
+    rows = Table.grid(padding=(0, 2, 0, 0))
+    rows.add_column(style="bold")
+    rows.add_column(overflow="fold")
+    rows.add_row("problem", " and ".join(diagnosis.problems))
+    rows.add_row("statuses", _counts(diagnosis.statuses))
+    if diagnosis.faults:
+        rows.add_row("wrote", _counts(diagnosis.faults))
+    rows.add_row("prompt", Text(_shortened(diagnosis.example["prompt"])))
+    rows.add_row("rollout", Text(_shortened(diagnosis.example["text"])))
+    for number, remedy in enumerate(diagnosis.remedies):
+        rows.add_row("" if number else "next", Text(remedy))
+    title = f"Nothing can be learned at step {diagnosis.step}"
+    return Panel(rows, title=title, title_align="left", box=HEAVY, border_style="yellow", padding=(0, 1))
+
+
+def _counts(numbers: dict[str, int]) -> str:
+    total = sum(numbers.values())
+    return ", ".join(f"{name} {number} ({number / total:.0%})" for name, number in numbers.items())
+
+
+def _shortened(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= _EXAMPLE else f"{text[: _EXAMPLE // 2]} [...] {text[-_EXAMPLE // 2 :]}"
 
 
 def evaluation_table(metrics: dict[str, float]) -> Table:

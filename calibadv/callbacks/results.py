@@ -60,26 +60,28 @@ class Results(Callback):
         row = {"step": pl_module.rollout_step, **pl_module.evaluation}
         self.validations = [*(v for v in self.validations if v["step"] < row["step"]), row]
         if trainer.state.fn == "fit":
-            self._write(trainer, pl_module, self._training(trainer))
+            self._write(trainer, pl_module, self._training(trainer, pl_module))
         else:
-            self._write(trainer, pl_module, {"validate": row})
+            self._write(trainer, pl_module, {"validate": {**row, **_diagnosis(pl_module)}})
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._write(trainer, pl_module, {"test": {"step": pl_module.rollout_step, **pl_module.evaluation}})
+        row = {"step": pl_module.rollout_step, **pl_module.evaluation}
+        self._write(trainer, pl_module, {"test": {**row, **_diagnosis(pl_module)}})
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        figures = self._training(trainer)
+        figures = self._training(trainer, pl_module)
         finished = pl_module.rollout_step >= pl_module.rollout_steps or figures.get("stopped_by_guard", False)
         self._write(trainer, pl_module, {**figures, "finished": finished})
 
-    def _training(self, trainer: Trainer) -> dict[str, Any]:
+    def _training(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         guard = installed(trainer, CollapseGuard)
         return {
             "validations": self.validations,
             **summarize_run(self.validations),
             "statuses": dict(sorted(self.statuses.items())),
+            **_diagnosis(pl_module),
             **({} if guard is None else {"guard": guard.events, "stopped_by_guard": guard.stopping}),
             "wall_seconds": round(self.wall_seconds, 1),
         }
@@ -103,3 +105,8 @@ class Results(Callback):
         else:
             figures = {**made_with, **folder.read_results(), **figures}
         write_atomically(folder.results, json.dumps(figures, indent=2) + "\n")
+
+
+def _diagnosis(pl_module: Any) -> dict[str, Any]:
+    """The entry that says why nothing can be learned, where that is so."""
+    return {} if pl_module.diagnosis is None else {"diagnosis": pl_module.diagnosis.as_json()}

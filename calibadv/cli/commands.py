@@ -17,6 +17,7 @@ from calibadv.cli.command_table import COMMANDS
 from calibadv.config.errors import explain
 from calibadv.config.files import ConfigFile, Option, read_words
 from calibadv.config.help import CommandHelpFormatter, set_metavars
+from calibadv.config.logging import quiet_libraries
 from calibadv.errors import UserError
 
 Functions = dict[str, Callable[..., Any]]
@@ -26,6 +27,8 @@ _new_parser = partial(ArgumentParser, exit_on_error=False, allow_abbrev=False, f
 def run_command(command: str, arguments: Sequence[str]) -> int:
     """Run one command, and return its exit status."""
     functions = _functions(command)
+    if COMMANDS[command].loads_model:
+        quiet_libraries()
     parser = command_parser(command)
     try:
         parsed = parser.instantiate(parser.parse_args(_joined_lists(arguments, functions)))
@@ -85,8 +88,18 @@ def _function_parser(prog: str, description: str, function: Callable[..., Any]) 
         text = next(action.help for action in typed._actions if action.dest == flag)
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     _drop_dataclasses(parser)
+    _rename_keywords(parser)
     set_metavars(parser)
     return parser
+
+
+def _rename_keywords(parser: ArgumentParser) -> None:
+    """Give parameters such as ``from_``, whose name would be a keyword of Python, an option without the underscore."""
+    for action in parser._actions:
+        if action.dest.endswith("_"):
+            del parser._option_string_actions[f"--{action.dest}"]
+            action.option_strings = [f"--{action.dest.rstrip('_')}"]
+            parser._option_string_actions[action.option_strings[0]] = action
 
 
 def _drop_dataclasses(parser: ArgumentParser) -> None:
@@ -110,7 +123,10 @@ def _joined_lists(arguments: Sequence[str], functions: Functions) -> list[str]:
     """Join the values of each list option, such as ``--config a --config b`` or ``--top_k 2 5``, into one JSON list."""
     kinds = {f"--{name}": kind for function in functions.values() for name, kind in get_type_hints(function).items()}
     settings = read_words(_with_first_option(arguments, functions))
-    words = _joined_options([setting for setting in settings if isinstance(setting, Option)], kinds)
+    options = [setting for setting in settings if isinstance(setting, Option)]
+    if len(functions) == 1:
+        options[-1:] = _without_trailing(options[-1:], kinds, _first_parameter(next(iter(functions.values()))))
+    words = _joined_options(options, kinds)
     configs = [str(setting.path) for setting in settings if isinstance(setting, ConfigFile)]
     return [*words, "--config", json.dumps(configs)] if configs else words
 
@@ -121,6 +137,16 @@ def _with_first_option(arguments: Sequence[str], functions: Functions) -> list[s
         (function,) = functions.values()
         return [f"--{_first_parameter(function)}", *arguments]
     return list(arguments)
+
+
+def _without_trailing(options: list[Option], kinds: Mapping[str, Any], first: str) -> list[Option]:
+    """Take a word behind the last option as the value of the first parameter: ask --model DIR "Who ...?"."""
+    for last in options:
+        kind = kinds.get(last.name)
+        taken = 1 if kind is bool else 2
+        if kind is not None and "list[" not in str(kind) and len(last.words) == taken + 1:
+            return [Option(last.name, last.words[:taken], {}), Option(f"--{first}", (f"--{first}", last.words[-1]), {})]
+    return options
 
 
 def _joined_options(options: Sequence[Option], kinds: Mapping[str, Any]) -> list[str]:

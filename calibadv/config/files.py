@@ -34,7 +34,8 @@ def resolve_config(name: str) -> Path:
     names = sorted(config_name(path) for path in folder.rglob("*.yaml"))
     last_parts = {known.rpartition("/")[2] for known in names}
     meant = difflib.get_close_matches(Path(name).stem, last_parts, n=1, cutoff=0.8)
-    close = [known for known in names if known.startswith(name) or known.rpartition("/")[2] in meant]
+    begins = [known for known in names if known.startswith(name)]
+    close = begins or [known for known in names if known.rpartition("/")[2] in meant]
     known = f"did you mean {' or '.join(close)}?" if close else f"the packaged ones are {', '.join(names)}"
     raise UserError(f"config '{name}' is neither a file nor a packaged config; {known}")
 

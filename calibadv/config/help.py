@@ -10,10 +10,12 @@ from typing_extensions import override
 
 VERBS = {
     "fit": "Train a search agent, validating as it goes.",
+    "sft": "Fit a model to demonstrations, as the start of a search agent.",
     "validate": "Answer the validation questions greedily and print the figures.",
     "test": "Answer the test questions greedily and print the figures.",
     "predict": "Answer the test questions greedily and write the rollouts.",
 }
+PROMPT = "Print what the model is given for the first question; options as for fit."
 STUDY = "Train several methods over seeds with everything else equal, and report how they compare."
 PLAN = "Estimate the memory and the time that a run will take, before it is started."
 # Names of values in the help of typed commands, shown instead of the type.
@@ -22,13 +24,18 @@ _METAVARS = {
     "backend": "{bm25,faiss}",
     "config": "NAME_OR_FILE",
     "corpus": "FILE",
+    "from_": "RUN_OR_FILE",
     "index": "DIR",
     "names": "FILE",
     "out": "PATH",
+    "policy": "DIR",
     "query": "TEXT",
     "questions": "FILE",
     "retriever": "NAME_OR_FILE",
+    "model": "FOLDER_RUN_OR_CHECKPOINT",
+    "question": "TEXT",
     "rollouts": "FILE",
+    "run": "RUN_OR_CHECKPOINT",
     "runs": "RUN",
     "stopwords": "WORD",
     "top": "N",
@@ -55,6 +62,8 @@ OPTION_HELP = {
     **{f"trainer.{name}": f"Must stay as it is: {reason}." for name, (_, reason) in FIXED_TRAINER_OPTIONS.items()},
     "config": "Packaged config such as quickstart or calibrators/calibadv, or a YAML file; several apply in order.",
     "seed_everything": "Seed of drawn questions, sampling and mini-batches; the initial policy does not depend on it.",
+    "samples": "Rollouts per question.",
+    "temperature": "Of sampling; 0 is greedy.",
     "ckpt_path": "Checkpoint to start from, or last: the newest one of the run that --run.name names.",
     "weights_only": "Load tensors and numbers only from a checkpoint, and no other Python objects.",
     "trainer.logger": "Logger or loggers instead of TensorBoard's in the run folder; false for none.",

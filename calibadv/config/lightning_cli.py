@@ -30,9 +30,9 @@ from calibadv.callbacks.rollout_writer import RolloutWriter
 from calibadv.callbacks.run_start import RunStart
 from calibadv.callbacks.tensorboard import TensorBoardPages, swept_settings
 from calibadv.config.errors import explain
-from calibadv.config.files import ConfigFile, Option, configs_folder
+from calibadv.config.files import ConfigFile, Option, configs_folder, read_config
 from calibadv.config.help import OPTION_HELP, VERBS, set_option_help
-from calibadv.config.overlays import check_overlay_order
+from calibadv.config.overlays import check_overlay_order, sft_config
 from calibadv.config.run_setup import RunOptions, check_start, locate, resolve_start, resume_command
 from calibadv.config.threads import limit_threads
 from calibadv.config.trainer_checks import check_checkpoint, check_trainer, is_first_process, run_timestamp
@@ -44,33 +44,38 @@ from calibadv.policy.precision import check_rate
 from calibadv.runs.folder import StartPoint
 from calibadv.runs.lock import RunLock
 from calibadv.runs.logger import RunTensorBoardLogger
+from calibadv.sft import DemonstrationData, SupervisedModule
+from calibadv.training.evaluation import Prediction
 
 
 class CalibadvCLI(LightningCLI):
     """LightningCLI that decides the run folder before anything is built, and writes nothing until all inputs are read.
 
-    Without the lock of a run folder, everything is built and nothing is run.
+    Without the lock of a run folder, everything is built and nothing is run. ``verb`` is the method of the Trainer that
+    runs the command.
     """
 
     start: StartPoint
     checkpoints: RolloutCheckpoint
 
-    def __init__(self, verb: str, settings: Sequence[ConfigFile | Option], lock: RunLock | None = None) -> None:
-        self.verb = verb
+    def __init__(self, command: str, settings: Sequence[ConfigFile | Option], lock: RunLock | None = None) -> None:
+        self.command = command
+        self.verb = verb = "fit" if command == "sft" else command
         self.settings = settings
         self._lock = lock
         manners = {"exit_on_error": False, "allow_abbrev": False}
-        usage = f"calibadv {verb} [--config NAME_OR_FILE ...] [--option VALUE ...]"
+        usage = f"calibadv {command} [--config NAME_OR_FILE ...] [--option VALUE ...]"
+        module, data = (SupervisedModule, DemonstrationData) if command == "sft" else (SearchAgentModule, QuestionData)
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         super().__init__(
-            SearchAgentModule,
-            QuestionData,
+            module,
+            data,
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={**manners, verb: {**manners, "usage": usage, "description": VERBS[verb]}},
-            args=[verb, *_command_words(settings)],
+            parser_kwargs={**manners, verb: {**manners, "usage": usage, "description": VERBS[command]}},
+            args=[verb, *_command_words(settings, command)],
         )
 
     @override
@@ -87,6 +92,9 @@ class CalibadvCLI(LightningCLI):
         parser.add_class_arguments(RunOptions, "run")
         parser.add_lightning_class_args(RolloutCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutWriter, "rollouts")
+        if self.command == "predict":
+            parser.add_argument("--samples", type=int, default=1, help=OPTION_HELP["samples"])
+            parser.add_argument("--temperature", type=float, default=0.0, help=OPTION_HELP["temperature"])
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
@@ -119,11 +127,11 @@ class CalibadvCLI(LightningCLI):
             config.verbose = False  # Progress prints the table
         if self.verb == "predict":
             config.return_predictions = False  # RolloutWriter writes them; Lightning would keep all in memory
-        check_start(self.verb, self.start, config.model.rollout_steps, config.ckpt_path)
+        check_start(self.verb, self.start, config.model.get("rollout_steps"), config.ckpt_path)
         config.ckpt_path = self.start.checkpoint and str(self.start.checkpoint)
 
     def _default_name(self) -> str:
-        prefix = [] if self.verb == "fit" else [self.verb]
+        prefix = [] if self.command in ("fit", "sft") else [self.verb]
         names = [setting.path.stem for setting in self.settings if isinstance(setting, ConfigFile)]
         return "-".join([*prefix, *names, f"seed{self.config[self.verb].seed_everything}", run_timestamp()])
 
@@ -131,7 +139,7 @@ class CalibadvCLI(LightningCLI):
     def resume_command(self) -> str:
         """Command that continues this run, or starts it again if it has no checkpoint yet."""
         ckpt_path = "last" if self.start.folder.checkpoints_newest_first() else "auto"
-        return resume_command(self.verb, self.settings, self.start.folder, ckpt_path)
+        return resume_command(self.command, self.settings, self.start.folder, ckpt_path)
 
     def resolved_config(self) -> str:
         """Return the whole config of this run as YAML."""
@@ -145,6 +153,9 @@ class CalibadvCLI(LightningCLI):
         super().instantiate_classes()
         self.model.config = self.resolved_config()
         limit_threads(self.model.model)
+        if self.command == "predict":
+            config = self.config[self.verb]
+            self.model.prediction = Prediction(config.samples, config.temperature)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -160,7 +171,7 @@ class CalibadvCLI(LightningCLI):
         # the state of all callbacks, so they come last.
         before = [
             RunStart(self.start, self.resolved_config()),
-            Results(shlex.join(["calibadv", self.verb, *words])),
+            Results(shlex.join(["calibadv", self.command, *words])),
             TensorBoardPages(swept, rollouts.every_n_rollout_steps),
             rollouts,
         ]
@@ -215,9 +226,13 @@ class ReadingCLI(CalibadvCLI):
         """Build nothing."""
 
 
-def _command_words(settings: Sequence[ConfigFile | Option]) -> list[str]:
+def _command_words(settings: Sequence[ConfigFile | Option], command: str) -> list[str]:
     """Return the words that LightningCLI parses: the packaged base, then the settings, with paths for names."""
-    words = ["--config", str(configs_folder() / "base.yaml")]
-    for setting in settings:
-        words += ["--config", str(setting.path)] if isinstance(setting, ConfigFile) else setting.words
+    words: list[str] = []
+    base = read_config(configs_folder() / "base.yaml")
+    for setting in [base, *settings]:
+        if isinstance(setting, Option):
+            words += setting.words
+        else:
+            words += ["--config", sft_config(setting, setting is base) if command == "sft" else str(setting.path)]
     return words

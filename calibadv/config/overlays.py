@@ -1,4 +1,4 @@
-"""Checks of the order of config files: settings that later files would silently discard."""
+"""Config files over each other: settings that later files would silently discard, and configs of fit for sft."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from calibadv.config.files import CALLBACKS, ConfigFile, Option
+import yaml
+
+from calibadv.config.files import CALLBACKS, ConfigFile, Option, read_yaml
+from calibadv.data.datamodule import QuestionData
 from calibadv.errors import UserError
+from calibadv.module import SearchAgentModule
+from calibadv.sft import DemonstrationData, SupervisedModule
+
+# How a policy is optimized by reinforcement says nothing of how to fit it to demonstrations.
+_OF_OPTIMIZATION = ("learning_rate", "schedule", "warmup_steps", "betas", "weight_decay", "optimizer", "lr_scheduler")
 
 
 def check_overlay_order(settings: Sequence[ConfigFile | Option]) -> None:
@@ -87,3 +95,29 @@ def is_calibration_callback(entry: Any) -> bool:
     """Return True if an entry of ``trainer.callbacks`` is an AdvantageCalibration."""
     name = entry.get("class_path") if hasattr(entry, "get") else entry
     return isinstance(name, str) and name.rpartition(".")[2] == "AdvantageCalibration"
+
+
+def sft_config(config: ConfigFile, is_base: bool) -> str:
+    """Return a config without the settings that only ``fit`` has, as YAML.
+
+    One config then describes model, protocol and retriever to both commands. A config that has such settings is one for
+    ``fit``, and its learning rate and schedule are left out as well.
+    """
+    content = read_yaml(config.path)
+    model, data = content.get("model", {}), content.get("data", {})
+    for_fit = [f"model.{key}" for key in _only(SearchAgentModule, SupervisedModule, model)]
+    for_fit += [f"data.{key}" for key in _only(QuestionData, DemonstrationData, data)]
+    if not for_fit:
+        return str(config.path)
+    of_run = () if is_base else (*(f"model.{key}" for key in _OF_OPTIMIZATION), "trainer.val_check_interval")
+    left_out = {*for_fit, *of_run}
+    for section, values in content.items():
+        if isinstance(values, dict):
+            content[section] = {key: value for key, value in values.items() if f"{section}.{key}" not in left_out}
+    return yaml.safe_dump(content)
+
+
+def _only(fit: type[Any], sft: type[Any], given: Any) -> list[str]:
+    """The keys that one class takes and the other does not."""
+    ours, theirs = (inspect.signature(kind.__init__).parameters for kind in (fit, sft))
+    return [key for key in (given if isinstance(given, dict) else ()) if key in ours and key not in theirs]

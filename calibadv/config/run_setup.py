@@ -132,8 +132,11 @@ def _owner(checkpoint: Path) -> RunFolder | None:
     return RunFolder(folder.parent) if folder.name == "checkpoints" else None
 
 
-def check_start(verb: str, start: StartPoint, rollout_steps: int, ckpt_path: str | None) -> None:
-    """Check that a run may start in its folder, and that something is left to do."""
+def check_start(verb: str, start: StartPoint, rollout_steps: int | None, ckpt_path: str | None) -> None:
+    """Check that a run may start in its folder, and that something is left to do.
+
+    The steps of a run on demonstrations are known only when these are counted; they follow from its other settings.
+    """
     if verb == "fit":
         _check_not_in_study(start.folder)
         _check_not_started(start)
@@ -176,20 +179,20 @@ class FinishedError(Exception):
     """A requeued run is finished already."""
 
 
-def _check_not_done(start: StartPoint, rollout_steps: int, ckpt_path: str | None) -> None:
+def _check_not_done(start: StartPoint, rollout_steps: int | None, ckpt_path: str | None) -> None:
     """Check that something is left to train or to write; ``--ckpt_path auto`` raises ``FinishedError`` otherwise."""
     done = start.resumed_from
     if done is None:
         return
     is_own = _run_of(start) in (None, start.folder.path.resolve())
     finished = is_own and start.folder.is_finished and start.folder.read_results().get("rollout_step") == done
+    remedy = f"model.rollout_steps is {rollout_steps}; raise it to go on"
+    if rollout_steps is None:
+        rollout_steps, remedy = done + (not finished), "these were all; give a new run more data.epochs"
     if ckpt_path == "auto" and finished:
         _check_not_finished(start.folder, done, rollout_steps)
     if done > rollout_steps or (done == rollout_steps and finished):
-        raise UserError(
-            f"nothing is left to do: the checkpoint holds {done} rollout steps and model.rollout_steps is "
-            f"{rollout_steps}; raise it to go on"
-        )
+        raise UserError(f"nothing is left to do: the checkpoint holds {done} rollout steps and {remedy}")
 
 
 def _check_not_finished(folder: RunFolder, done: int, rollout_steps: int) -> None:

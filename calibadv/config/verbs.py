@@ -22,7 +22,7 @@ from calibadv.runs.lock import RunLock
 
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:
-    """Run fit, validate, test or predict, and return the exit status."""
+    """Run fit, sft, validate, test or predict, and return the exit status."""
     quiet_libraries()
     settings = read_words(arguments)
     check_overlay_order(settings)

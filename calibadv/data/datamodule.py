@@ -111,9 +111,9 @@ class QuestionData(LightningDataModule):
         if validation_questions is not None and validation_questions < 1:
             raise UserError(f"data.validation_questions is {validation_questions}; it must be at least 1, or null")
         # All files are read at once, so that a bad one stops the run before anything is written.
-        self.train_questions = _load(train, "train")
-        self.validation_questions = _load(validation, "validation")[:validation_questions]
-        self.test_questions = _load(test, "test")
+        self.train_questions = load_questions(train, "train")
+        self.validation_questions = load_questions(validation, "validation")[:validation_questions]
+        self.test_questions = load_questions(test, "test")
         self.questions_per_step = questions_per_step
         self.seed = seed
 
@@ -169,7 +169,8 @@ def replacement_questions(trainer: Trainer, step: int, asked: Sequence[Question]
         yield from data.spare_questions(step, asked)
 
 
-def _load(source: str | list[str] | None, split: str) -> list[Question]:
+def load_questions(source: str | list[str] | None, split: str) -> list[Question]:
+    """Read the questions of a split, none without a source."""
     if source is None:
         return []
     if source == "embedded":

@@ -72,6 +72,22 @@ class TransformersEngine(Engine):
                     self._prefix_cache.clear()
         return [completions[row] for row in range(len(prompts))]
 
+    def stream(self, prompt: Sequence[int], sampling: Sampling, key: DrawKey) -> Iterator[int]:
+        """Yield the tokens of one message, as ``generate`` draws them."""
+        assert self._policy is not None, "sync comes before stream"
+        tokenizer = self._policy.tokenizer
+        with _sampling_mode(self._copy or self._policy.model) as model:
+            batch = DecodingBatch(model, [prompt], *self._prefix_cache.load(model, [prompt], [key]), tokenizer.pad_id)
+            sampled = SampledTokens([key], sampling, batch.logits.device)
+            for position in range(sampling.max_tokens):
+                tokens = sampled.draw(batch.rows, batch.logits, position)
+                yield int(tokens.item())
+                sampled.check_stop(0, position, tokenizer)
+                if sampled.reasons[0] is not None:
+                    break
+                batch.decode_step(model, tokens)
+            self._store(batch, [prompt], sampled)
+
     def _decode(
         self, model: nn.Module, prompts: list[Sequence[int]], keys: list[DrawKey], sampling: Sampling
     ) -> list[Completion]:

@@ -114,6 +114,7 @@ class Protocol(Seam):
         max_searches: messages of a rollout that may call tools; after them, one last message may answer.
         max_turn_tokens: the most tokens of one policy message.
         max_rollout_tokens: the most tokens of a rollout, the prompt included.
+        max_document_tokens: the most tokens of a document that is shown; None for all of it.
     """
 
     tags: ClassVar[tuple[str, ...]]
@@ -123,6 +124,7 @@ class Protocol(Seam):
     max_searches: int
     max_turn_tokens: int
     max_rollout_tokens: int
+    max_document_tokens: int | None = None
 
     @property
     @abstractmethod

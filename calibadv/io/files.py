@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibadv.errors import UserError
+
 # Errors of systems that cannot open a folder or do not support fsync.
 _UNABLE = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
 
@@ -85,3 +87,9 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
         replace_durably(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_empty(out: Path) -> None:
+    """Refuse a folder to write that holds something."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"out '{out}' exists and is not an empty folder; name another folder, or remove it")

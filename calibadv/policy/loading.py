@@ -61,9 +61,7 @@ def load_policy(
     folder = check_model_folder(name)
     with _explained(folder, "config.json", "give a causal language model that transformers knows"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with _explained(folder, "tokenizer", "save one into it"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    added = prepare_tags(tokenizer, tags)
+    tokenizer, added = _read_tokenizer(folder, tags)
     model = _load_model(folder, config)
     _fit_embedding(folder, model, tokenizer)
     if added:
@@ -83,6 +81,18 @@ def load_policy(
         model = with_adapters(model, lora)
     model.train()  # without dropout the same as eval(), and what Lightning expects of a module in training
     return Policy(model, AgentTokenizer(tokenizer, end_ids, stop_strings))
+
+
+def load_tokenizer(name: str, tags: Sequence[str] = TAGS, stop_strings: Sequence[str] = STOP_TAGS) -> AgentTokenizer:
+    """Load the tokenizer of a policy, without its model."""
+    return AgentTokenizer(_read_tokenizer(check_model_folder(name), tags)[0], (), stop_strings)
+
+
+def _read_tokenizer(folder: Path, tags: Sequence[str]) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """Read a tokenizer, and add the tags that it would break, which are returned too."""
+    with _explained(folder, "tokenizer", "save one into it"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer, prepare_tags(tokenizer, tags)
 
 
 def _load_model(folder: Path, config: Any) -> Any:

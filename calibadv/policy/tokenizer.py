@@ -14,6 +14,9 @@ from calibadv.errors import UserError
 TAGS = tuple(f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/"))
 STOP_TAGS = ("</search>", "</answer>")
 
+CUT_MARK = " [...]"
+"""Ends a passage that was cut."""
+
 _PROBE = "one {0} two{0}one"  # observations put words beside a tag without white space
 
 
@@ -57,6 +60,29 @@ class AgentTokenizer:
         """Decode what the policy wrote, special tokens shown, end-of-sequence and padding left out."""
         shown = self.visible(token_ids)
         return str(self.backend.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def decode_message(self, token_ids: Sequence[int]) -> str:
+        """Decode a policy message up to the stop string that its last token completes.
+
+        A token may carry more than the end of a tag, as ``>.`` does. The policy could not have ended the message
+        before, so what follows the tag within that token is not held against it, and left out of the text.
+        """
+        text = self.decode(token_ids)
+        shown = self.visible(token_ids)
+        if shown and self.may_stop(shown[-1]):
+            before = len(self.decode(shown[:-1]))
+            for stop in self.stop_strings:
+                end = text.find(stop, max(0, before - len(stop) + 1)) + len(stop)
+                if end > max(before, len(stop) - 1) and text[end:].strip():
+                    return text[:end]
+        return text
+
+    def cut(self, text: str, max_tokens: int) -> str:
+        """Shorten a text to so many tokens, with a mark where it was cut."""
+        token_ids = self.encode(text)
+        if len(token_ids) <= max_tokens:
+            return text
+        return self.decode(token_ids[:max_tokens]).rstrip("\ufffd ") + CUT_MARK
 
     def visible(self, token_ids: Sequence[int]) -> list[int]:
         """Leave out end-of-sequence and padding."""

@@ -49,11 +49,17 @@ class SearchProtocol(Protocol):
     """The most tokens of one policy message."""
     max_rollout_tokens: int = 4096
     """The most tokens of a rollout, everything counted from the prompt on."""
+    max_document_tokens: int | None = None
+    """Passages are cut to so many tokens before they are shown; by default they are shown whole."""
 
     def __post_init__(self) -> None:
         for name in ("max_searches", "max_turn_tokens", "max_rollout_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"protocol.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_document_tokens is not None and self.max_document_tokens < 1:
+            raise UserError(
+                f"protocol.max_document_tokens is {self.max_document_tokens}; it must be at least 1, or null"
+            )
 
     @property
     @override

@@ -39,6 +39,7 @@ def rollout_to_json(
         "question": question.question,
         "golden_answers": list(question.golden_answers),
         **{key: value for key, value in optional.items() if value},
+        **({"prompt": rollout.prompt} if rollout.prompt else {}),
         "prepend_think": rollout.prepend_think,
         "segments": [_segment_to_json(segment) for segment in rollout.segments],
         "status": str(rollout.status),
@@ -138,6 +139,7 @@ def rollout_from_json(record: Record, line_number: int) -> Rollout:
         segments=segments,
         status=_status(record.get("status"), protocol.is_valid(messages), where),
         messages=messages,
+        prompt=_field(record, "prompt", str, where, ""),
         score=_field(record, "score", float, where, 0.0),
         answer_score=_field(record, "answer_score", float, where, None),
         step_correctness=tuple(

@@ -26,7 +26,7 @@ _AT_LEAST = {
 }
 
 
-def check_numbers(betas: tuple[float, float], temperature: float, **settings: float) -> None:
+def check_numbers(betas: tuple[float, float], temperature: float = 1.0, **settings: float) -> None:
     """Refuse settings of the model section that are too small."""
     for name, value in settings.items():
         if value < _AT_LEAST[name]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from calibadv.distributed import ProcessGroup, full_tensor, raising_together, reshard
 from calibadv.errors import UserError, one_line
 from calibadv.training.logprobs import UpdateBatch
-from calibadv.training.minibatches import MicroBatch, MiniBatch
+from calibadv.training.minibatches import MicroBatch
 from calibadv.types import Metrics
 
 log = logging.getLogger(__name__)
@@ -86,12 +87,25 @@ class FiniteSteps:
         self,
         optimizer: torch.optim.Optimizer,
         norm: float,
-        update: UpdateBatch,
-        mini_batch: MiniBatch,
-        dump: Path,
+        name: str,
+        dump: Callable[[], str],
         processes: ProcessGroup,
     ) -> bool:
-        """Make an optimizer step, unless the gradient is not finite on some rank."""
+        """Make an optimizer step, unless the gradient is not finite on some rank.
+
+        Args:
+            optimizer: makes it.
+            norm: of the gradient.
+            name: what to call the step in messages.
+            dump: writes the mini-batch to a file, and says where it is.
+            processes: the ranks that train together.
+
+        Returns:
+            True if the step was made.
+
+        Raises:
+            UserError: three steps in a row could not be made.
+        """
         if not processes.all_reduce_max(not math.isfinite(norm)):
             optimizer.step()
             self.skipped_in_a_row = 0
@@ -101,22 +115,22 @@ class FiniteSteps:
         if processes.rank == 0:
             log.warning(
                 "%s: the norm of the gradient is %s; no optimizer step is made (%d in a row, at %d the run stops)",
-                *(mini_batch.name, norm, self.skipped_in_a_row, MAX_SKIPPED_IN_A_ROW),
+                *(name, norm, self.skipped_in_a_row, MAX_SKIPPED_IN_A_ROW),
             )
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             # All wait for the file: a rank that ends sooner would end the first one too.
-            told = processes.gather(_dump(update, mini_batch.rows, norm, dump) if processes.rank == 0 else "")[0]
+            told = processes.gather(dump() if processes.rank == 0 else "")[0]
             with raising_together():
                 raise UserError(
-                    f"{mini_batch.name}: the gradient of {MAX_SKIPPED_IN_A_ROW} mini-batches in a row was not finite "
+                    f"{name}: the gradient of {MAX_SKIPPED_IN_A_ROW} mini-batches in a row was not finite "
                     f"(the last norm is {norm}); the last of them {told}: look at it, and resume with a lower "
                     f"model.learning_rate (now {optimizer.param_groups[0]['lr']})"
                 )
         return False
 
 
-def _dump(update: UpdateBatch, rows: list[int], norm: float, path: Path) -> str:
-    """Write a mini-batch to a file and say where it is; a disk that is full as well is not why the run stops."""
+def dump_mini_batch(update: UpdateBatch, rows: list[int], norm: float, path: Path) -> str:
+    """Write a mini-batch to a file and say where it is."""
     batch, old = update.batch, update.old
     columns = {
         "token_ids": batch.token_ids,
@@ -128,15 +142,20 @@ def _dump(update: UpdateBatch, rows: list[int], norm: float, path: Path) -> str:
         **({} if old.reference is None else {"reference_logprobs": old.reference}),
     }
     rollouts = [batch.rollouts[row] for row in rows]
-    content = {
+    content: dict[str, object] = {
         "question_ids": [rollout.question.id for rollout in rollouts],
         "samples": [rollout.sample for rollout in rollouts],
         "grad_norm": norm,
         **{name: tensor[rows].cpu() for name, tensor in columns.items()},
     }
+    return dump_tensors(content, path)
+
+
+def dump_tensors(content: Mapping[str, object], path: Path) -> str:
+    """Write tensors to a file and say where it is; a disk that is full as well is not why the run stops."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        torch.save(content, partial)
+        torch.save(dict(content), partial)
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch's writer raises the second
         return f"could not be written to '{path}' ({one_line(error)})"

@@ -39,6 +39,7 @@ class PolicyModule(EvaluationModule):
     make_optimizer: OptimizerCallable
     make_scheduler: LRSchedulerCallable | None
     schedule: Schedule
+    first_stage: str = "rollouts"  # of a training step, for the display
     lr_factor: float = 1.0  # of all learning rates, lowered by a guard
     config: str = ""  # the resolved config of a run of the command line, as YAML
 

@@ -18,6 +18,7 @@ from support.agents import (
     teach,
     tokenizers_of_all_kinds,
 )
+from support.models import byte_level_folder
 from transformers import AutoTokenizer
 
 from calibadv.agent.episode import Agent
@@ -32,6 +33,7 @@ from calibadv.protocol.search import escape_tags
 from calibadv.retrieval import MemoryRetriever
 from calibadv.rewards.answer import F1
 from calibadv.rewards.scoring import score_rollouts
+from calibadv.runs.rollouts import read_rollouts, write_rollouts
 from calibadv.training.sampling import check_searches
 from calibadv.types import Completion, DrawKey, Rollout, RolloutStatus, Sampling, ScoredDocument, ToolResult
 
@@ -372,6 +374,45 @@ def test_searches_are_counted_and_not_rollouts(tokenizer: AgentTokenizer, length
     rollouts = play(agent, "q", samples=3)
     assert [rollout.status for rollout in rollouts] == [SEARCH_FAILED, TRUNCATED, TRUNCATED]
     check_searches(rollouts, step=1)
+
+
+def test_what_a_token_carries_behind_a_tag_is_not_the_policys_fault(tmp_path: Path) -> None:
+    """SmolLM2 has a token ``>.``, and can end its answer in no other way than this once it has drawn it."""
+    folder = byte_level_folder(tmp_path, "llama", merged_behind=".")
+    tokenizer = AgentTokenizer(AutoTokenizer.from_pretrained(folder))
+    ids = tokenizer.encode(f"{ANSWER}.")
+    assert tokenizer.decode(ids[-1:]) == ">."
+    rollout = one(tokenizer, f"{SEARCH}.", f"{ANSWER}.")
+    assert rollout.status is ANSWERED
+    assert [segment.text for segment in rollout.policy_segments] == [SEARCH, ANSWER]
+    assert list(rollout.policy_segments[1].token_ids) == ids  # what was sampled is what is trained
+    # Only within the tag's last token: a message with more is no valid one.
+    assert tokenizer.decode_message(tokenizer.encode(f"{ANSWER} . and")) == f"{ANSWER} . and"
+    assert tokenizer.decode_message(tokenizer.encode(SEARCH)) == SEARCH
+
+
+def test_passages_are_cut_before_they_are_shown(tokenizer: AgentTokenizer) -> None:
+    agent = scripted_agent(tokenizer, {"q": [[SEARCH, ANSWER]]}, max_document_tokens=4)
+    [rollout] = play(agent, "q")
+    [documents] = rollout.turn_documents
+    assert documents is not None
+    whole = {document.id: document.text for document in DOCUMENTS}
+    for document in documents:
+        start = document.text.removesuffix(" [...]")
+        assert document.text != start
+        assert whole[document.id].startswith(start)
+        assert len(tokenizer.encode(start)) <= 4
+        assert document.text in rollout.segments[1].text
+    [rollout] = play(scripted_agent(tokenizer, {"q": [[SEARCH, ANSWER]]}, max_document_tokens=1000), "q")
+    assert {document.text for document in rollout.turn_documents[0] or ()} <= set(whole.values())
+
+
+def test_rollouts_carry_their_prompt(tokenizer: AgentTokenizer, tmp_path: Path) -> None:
+    [rollout] = play(scripted_agent(tokenizer, {"q": [[SEARCH, ANSWER]]}), "q")
+    assert rollout.prompt == "Question: what is q?\n"
+    write_rollouts(tmp_path / "rollouts.jsonl", [rollout])
+    [again] = read_rollouts(tmp_path / "rollouts.jsonl")
+    assert again.prompt == rollout.prompt
 
 
 # Limits.

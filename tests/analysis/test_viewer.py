@@ -3,7 +3,6 @@ from __future__ import annotations
 import html.parser
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -232,15 +231,11 @@ Browse = Callable[..., Element]
 
 
 @pytest.fixture(scope="module")
-def browse(tmp_path_factory: pytest.TempPathFactory) -> Browse:
+def browse(tmp_path_factory: pytest.TempPathFactory, chromium: str) -> Browse:
     """Open a page of records at an address.
 
     ``then`` is JavaScript that runs afterwards; unless ``guarded``, without the page's policy, which would forbid it.
     """
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        pytest.skip(f"needs a browser: none of {', '.join(names)} is installed")
 
     def opened(
         files: dict[str, list[dict[str, Any]]], address: str = "", then: str = "", guarded: bool = False
@@ -255,7 +250,7 @@ def browse(tmp_path_factory: pytest.TempPathFactory) -> Browse:
             text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
         page.write_text(text, encoding="utf-8")
         options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
-        command = [browser, *options, f"{page.as_uri()}#{address}"]
+        command = [chromium, *options, f"{page.as_uri()}#{address}"]
         shown = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout.decode("utf-8")
         return Tree(shown).open[0]
 

@@ -221,7 +221,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
 COMMANDS: dict[str, tuple[str, str]] = {
     "no such command": (
         "fitt",
-        r"there is no command 'fitt'; choose one of fit, validate, test, predict, study, plan, index, search, serve, ",
+        r"there is no command 'fitt'; choose one of fit, sft, validate, test, predict, prompt, study, plan, index, ",
     ),
     "no config": (
         "fit",

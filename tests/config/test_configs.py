@@ -77,7 +77,7 @@ CLUSTER = {
 BEFORE = ["RunStart", "Results", "TensorBoardPages", "RolloutWriter"]
 BEHIND = ["RolloutCheckpoint", "Progress"]
 # What these build is in test_guard.py, test_filters.py and here below.
-MORE = ["callbacks/collapse_guard", "filters/dynamic_sampling", "regularizers/kl"]
+MORE = ["callbacks/collapse_guard", "filters/dynamic_sampling", "regularizers/kl", "sft", "smollm2"]
 PATHS = sorted(configs_folder().rglob("*.yaml"))
 
 

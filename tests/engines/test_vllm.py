@@ -62,7 +62,7 @@ def forward(policy: Policy, prompt: Sequence[int], completion: Completion) -> Te
 @pytest.fixture(scope="module")
 def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Policy:
     """Tags of several tokens, a ``>`` that merges with a newline, biases, and a tied output layer."""
-    folder = byte_level_folder(tmp_path_factory.mktemp("qwen2"), "qwen2", newline_merge=True)
+    folder = byte_level_folder(tmp_path_factory.mktemp("qwen2"), "qwen2", merged_behind="\n")
     return teach(widen(folder), SEARCH + "\n\n", ANSWER + "\n\n", "I do not know.", steps=40)
 
 

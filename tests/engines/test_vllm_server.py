@@ -252,7 +252,7 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], told: str) -> Non
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Policy, VLLMServerEngine]]:
     pytest.importorskip("vllm")
     root = tmp_path_factory.mktemp("served")
-    folder = widen(byte_level_folder(root / "policy", "qwen2", newline_merge=True), tie_word_embeddings=False)
+    folder = widen(byte_level_folder(root / "policy", "qwen2", merged_behind="\n"), tie_word_embeddings=False)
     policy = teach(folder, SEARCH + "\n\n", "I do not know.", steps=40)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -38,17 +38,17 @@ def byte_level_folder(
     *,
     pad_token: bool = True,
     chat_template: bool = False,
-    newline_merge: bool = False,
+    merged_behind: str = "",
     generation: dict[str, Any] | None = None,
 ) -> Path:
     """Save a byte-level BPE tokenizer of at most 500 tokens, trained on ``texts``, with a tiny random model.
 
-    ``newline_merge`` makes the closing ``>`` of a tag and a newline after it one token; ``generation`` goes into
+    ``merged_behind`` is a character that is one token with the closing ``>`` of a tag; ``generation`` goes into
     generation_config.json.
     """
     backend = _train_byte_level(texts)
-    if newline_merge:
-        backend = _add_first_merge(backend, ">", "Ċ")
+    if merged_behind:
+        backend = _add_first_merge(backend, ">", merged_behind.replace("\n", "Ċ"))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END,

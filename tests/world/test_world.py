@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rapidfuzz.distance import Levenshtein
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibadv.agent.environment import Environment
@@ -24,12 +22,11 @@ from calibadv.policy.tokenizer import TAGS, AgentTokenizer
 from calibadv.protocol.search import SearchProtocol
 from calibadv.retrieval import BM25
 from calibadv.rewards.answer import f1
+from calibadv.sft.embedded import policy
 from calibadv.types import Question, ToolResult
 from calibadv.world import build_world, command, embedded_world, policy_folder
-from calibadv.world.demonstrations import CLEAN, Noise, WorldSearch, demonstrate
 from calibadv.world.tokenizer import build_tokenizer
 from calibadv.world.vocabulary import KINDS
-from calibadv.world.warm_start import make_policy, rate_factor
 
 BARE = SearchProtocol(prepend_think=False)
 ALL_QUESTIONS = [question for split in embedded_world().questions.values() for question in split]
@@ -133,18 +130,6 @@ def test_a_script_that_searches_answers_the_questions() -> None:
     assert sum(answered) >= 0.95 * len(questions)
 
 
-def test_own_search_finds_what_the_retriever_finds() -> None:
-    world = embedded_world()
-    queries = [f"{relations_in_order(q)[0]} of {start_of(q)}" for q in world.questions["test"]]
-    search = WorldSearch(world.documents)
-    theirs = [[s.document.id for s in found] for found in BM25(corpus="embedded", top_k=2).search(queries, 2)]
-    assert [[document.id for document in search.search(query, 2)] for query in queries] == theirs
-
-
-def test_own_search_finds_nothing_for_unknown_words() -> None:
-    assert WorldSearch(embedded_world().documents).search("of nothing known", 2) == []
-
-
 @pytest.mark.parametrize("seed", [0, 1, 12345])
 def test_tokenizer_knows_every_word(seed: int) -> None:
     tokenizer = AgentTokenizer(build_tokenizer())
@@ -180,57 +165,6 @@ def test_tokenizer_loads_again_as_the_same() -> None:
     assert set(TAGS).isdisjoint(loaded.all_special_tokens)
 
 
-def test_clean_demonstrations_are_valid_and_right() -> None:
-    tokenizer = AgentTokenizer(build_tokenizer())
-    demonstrations = list(islice(demonstrate(tokenizer, 0, CLEAN), 256))
-    for demonstration in demonstrations:
-        messages = [BARE.parse(text) for text in demonstration.messages]
-        assert BARE.is_valid(messages)
-        # The answer stands in what the last search showed.
-        text = tokenizer.decode(demonstration.token_ids)
-        assert messages[-1].answer in text.rsplit("</information>", 1)[0].rsplit("<information>", 1)[1]
-    assert {len(demonstration.messages) for demonstration in demonstrations} == {2, 3, 4}
-
-
-def test_demonstrations_weigh_policy_tokens_only() -> None:
-    tokenizer = AgentTokenizer(build_tokenizer())
-    for demonstration in islice(demonstrate(tokenizer, 3, Noise()), 64):
-        assert len(demonstration.weights) == len(demonstration.token_ids)
-        written = [t for t, w in zip(demonstration.token_ids, demonstration.weights, strict=True) if w == 1.0]
-        assert tokenizer.decode(written) == " ".join(demonstration.messages)
-        assert set(demonstration.weights) == {0.1, 1.0}
-
-
-def test_thinks_of_a_clean_demonstration_are_dissimilar() -> None:
-    # Step correctness is 0 where two thinks of a rollout have word similarity above 0.5.
-    tokenizer = AgentTokenizer(build_tokenizer())
-    for demonstration in islice(demonstrate(tokenizer, 1, CLEAN), 256):
-        thinks = [BARE.parse(text).think.split() for text in demonstration.messages]
-        for later, think in enumerate(thinks):
-            assert all(Levenshtein.normalized_similarity(think, earlier) <= 0.5 for earlier in thinks[:later])
-
-
-def test_noisy_demonstrations_break_the_format_and_stop_early() -> None:
-    tokenizer = AgentTokenizer(build_tokenizer())
-    rollouts = [
-        [BARE.parse(text) for text in demonstration.messages]
-        for demonstration in islice(demonstrate(tokenizer, 0, Noise()), 1024)
-    ]
-    invalid = sum(not BARE.is_valid(messages) for messages in rollouts) / len(rollouts)
-    # 3 % of 2 to 4 turns: between 1 - 0.97**2 = 0.06 and 1 - 0.97**4 = 0.11.
-    assert 0.04 < invalid < 0.13
-    clean = list(islice(demonstrate(tokenizer, 0, CLEAN), 1024))
-    turns = [sum(map(len, rollouts)), sum(len(demonstration.messages) for demonstration in clean)]
-    assert turns[0] < 0.95 * turns[1]  # early stops
-
-
-def test_demonstrations_are_a_function_of_their_seed() -> None:
-    tokenizer = AgentTokenizer(build_tokenizer())
-    first = list(islice(demonstrate(tokenizer, 5, Noise()), 40))
-    assert first == list(islice(demonstrate(tokenizer, 5, Noise()), 40))
-    assert first != list(islice(demonstrate(tokenizer, 6, Noise()), 40))
-
-
 def test_shipped_policy_is_an_ordinary_small_model() -> None:
     model = AutoModelForCausalLM.from_pretrained(policy_folder(), local_files_only=True)
     assert model.num_parameters() == pytest.approx(349_056, rel=0.05)
@@ -253,20 +187,6 @@ def test_shipped_policy_leaves_room_to_improve() -> None:
     assert 0.42 < sum(scores) / len(scores) < 0.62
 
 
-def test_warm_start_writes_a_model_folder(tmp_path: Path) -> None:
-    make_policy(tmp_path / "policy", seed=1, clean_steps=1, noisy_steps=2)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy", local_files_only=True)
-    assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-
-
-def test_learning_rate_schedule() -> None:
-    # 30 steps up, flat until step 270 of 900, then linear: half-way at step 585, 1 - 0.97 / 2 = 0.515.
-    assert [rate_factor(step, 900) for step in (0, 29, 270, 585)] == pytest.approx([1 / 30, 1.0, 1.0, 0.515])
-    assert rate_factor(900, 900) == pytest.approx(0.03)
-
-
 def test_export_writes_files_in_the_fields_formats(tmp_path: Path) -> None:
     command.export(tmp_path / "world", seed=0)
     lines = (tmp_path / "world" / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
@@ -280,15 +200,10 @@ def test_export_writes_files_in_the_fields_formats(tmp_path: Path) -> None:
 
 def test_commands_leave_a_folder_alone_that_holds_something(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    for make in (command.export, command.policy):
+    for make in (command.export, policy):
         with pytest.raises(ValueError, match="not an empty folder"):
             make(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_negative_steps_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="noisy_steps is -1"):
-        command.policy(tmp_path, noisy_steps=-1)
 
 
 def test_every_relation_belongs_to_one_kind() -> None:

@@ -33,7 +33,7 @@ def build_bm25(
     documents: Sequence[Document], stopwords: str | list[str], stemmer: str | None, show_progress: bool
 ) -> Any:
     """Build an index. Peak memory is about 20 bytes per word of every document."""
-    bm25s = _import_bm25s()
+    bm25s = import_bm25s()
     tokenize_words([], stopwords, stemmer)  # refuses unknown names before the corpus is read
     inverted = InvertedIndex()
     for block in blocks(documents, _BLOCK, "Indexing the corpus", hidden=not show_progress):
@@ -60,7 +60,7 @@ def save_bm25(index: Any, folder: Path) -> None:
 
 def load_bm25(folder: Path, documents: int) -> Any:
     """Open an index that ``save_bm25`` wrote, memory-mapped."""
-    bm25s = _import_bm25s()
+    bm25s = import_bm25s()
     try:
         index = bm25s.BM25.load(folder / INDEX_NAMES["bm25"], mmap=True, allow_pickle=False)
         stored = index.scores
@@ -80,7 +80,7 @@ def load_bm25(folder: Path, documents: int) -> Any:
 
 def tokenize_words(texts: list[str], stopwords: str | list[str], stemmer: str | None) -> list[list[str]]:
     """Split texts into the words that are indexed and searched."""
-    bm25s = _import_bm25s()
+    bm25s = import_bm25s()
     if isinstance(stopwords, str):
         excluded: str | list[str] = [] if stopwords == "none" else stopwords
     else:
@@ -161,10 +161,11 @@ class _Block:
     counts: NDArray[np.int32]  # [P] occurrences of the word in the document
 
 
-def _import_bm25s() -> Any:
+def import_bm25s() -> Any:
+    """Import bm25s, and silence its logger."""
     import bm25s  # type: ignore[import-untyped]
 
-    # bm25s sets its own logger to DEBUG when it is imported.
+    # It sets its own logger to DEBUG when it is imported.
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     return bm25s
 

@@ -22,6 +22,7 @@ from calibadv.retrieval._metadata import read_metadata
 from calibadv.retrieval.corpus.base import Corpus
 from calibadv.retrieval.corpus.convert import Source, convert
 from calibadv.retrieval.corpus.size import Sample, check_disk, free_disk
+from calibadv.retrieval.corpus.text_folder import PassageSize
 from calibadv.retrieval.index.builders import BM25Builder, FaissBuilder, IndexBuilder
 from calibadv.retrieval.index.cost import IndexCost
 from calibadv.retrieval.index.manifest import (
@@ -54,13 +55,15 @@ def index(  # noqa: PLR0913 - its parameters are the options of the command
     device: str | None = None,
     query_prompt: str | None = None,
     passage_prompt: str | None = None,
+    passage_words: int = 100,
+    passage_overlap: int = 20,
     verify: Path | None = None,
 ) -> None:
     """Build an index for BM25 or Dense. After a kill, the same command resumes where it stopped.
 
     Args:
-        corpus: JSON-lines file, plain or gzip; folder of an index, to index its corpus again; or 'embedded'. Required
-            to build.
+        corpus: JSON-lines file, plain or gzip; folder of text files (.txt, .md), or of an index, to index its corpus
+            again; or 'embedded'. Required to build.
         out: Folder to write; it must be empty, not exist, or have been begun by the same command. Required to build.
         backend: 'bm25' searches by words, 'faiss' by meaning. Required to build.
         encoder: For faiss: 'minilm' (the default), or a folder or hub name of sentence-transformers.
@@ -72,6 +75,8 @@ def index(  # noqa: PLR0913 - its parameters are the options of the command
         device: For faiss: device of the encoder, such as 'cuda'; an accelerator by default, if there is one.
         query_prompt: For faiss: text put before queries; the encoder's own by default.
         passage_prompt: For faiss: text put before passages; the encoder's own by default.
+        passage_words: For a folder of text files: words of the passages that a longer text is cut into.
+        passage_overlap: For a folder of text files: words that a passage shares with the one before it.
         verify: Index to compare with the digests of its build, instead of building one.
     """
     options = {
@@ -91,7 +96,7 @@ def index(  # noqa: PLR0913 - its parameters are the options of the command
     elif corpus is None or out is None or backend is None:
         raise _missing_options([f"--{name} VALUE" for name, value in needed.items() if value is None])
     else:
-        _build_folder(corpus, out, backend, options)
+        _build_folder(corpus, out, backend, options, PassageSize(passage_words, passage_overlap))
 
 
 def _missing_options(missing: list[str]) -> UserError:
@@ -110,15 +115,15 @@ def _verify(folder: Path, given: dict[str, Any]) -> None:
     )
 
 
-def _build_folder(corpus: str, out: Path, backend: Backend, given: dict[str, Any]) -> None:
+def _build_folder(corpus: str, out: Path, backend: Backend, given: dict[str, Any], passages: PassageSize) -> None:
     options = _builder_options(backend, given)
-    source = open_source(corpus)
+    source = open_source(corpus, passages)
     plan = {"corpus": source.identity, "backend": backend, **options}
     for name in _CHANGEABLE:
         plan.pop(name, None)
     if not _is_built(out, plan):
         builder = _BUILDERS[backend](**options)
-        sample = sample_corpus(corpus)
+        sample = sample_corpus(corpus, passages)
         if sample.exact:
             builder.check(sample.total)
         _print_estimate(sample, builder.cost(sample), out)

@@ -358,7 +358,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_missing_corpus(tmp_path: Path, opener: Opener) -> None:
     with pytest.raises(ValueError, match=r"corpus '.*nowhere.jsonl' does not exist; give a JSON-lines file"):
         opener(tmp_path / "nowhere.jsonl")
-    with pytest.raises(ValueError, match=r"is a folder without manifest.json, and so not an index; give a folder that"):
+    with pytest.raises(ValueError, match=r"is a folder without manifest.json, and so not an index, and holds no"):
         opener(tmp_path)
 
 

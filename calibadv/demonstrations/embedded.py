@@ -1,4 +1,4 @@
-"""Scripted demonstrations for the warm start: an agent that knows how to search, and one that often goes wrong.
+"""Demonstrations of the embedded world: by an agent that knows how to search, and by one that often goes wrong.
 
 Each world is fresh, so that only copying from the context can be learned. The noisy agent's mistakes are what training
 has to repair: those that it makes in most cases of a kind (a wrong fact of a hard relation, an answer one hop too
@@ -8,14 +8,17 @@ early) stay under greedy decoding, the others only show when the policy is sampl
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from random import Random
 
-from calibadv.policy.tokenizer import AgentTokenizer
+from calibadv.demonstrations.play import Script, play
+from calibadv.numerics.ranking import best_rows
 from calibadv.protocol.search import SearchProtocol
-from calibadv.types import Document, ToolResult
+from calibadv.retrieval.index.bm25 import import_bm25s
+from calibadv.types import Document, Question, Rollout
 from calibadv.world.vocabulary import KINDS
 from calibadv.world.world import HOP_SHARES, RelationPath, build_documents, build_facts, find_paths
 
@@ -24,7 +27,7 @@ PER_WORLD = 128
 # Relations whose final fact the noisy agent mostly gets wrong.
 _HARD_RELATIONS = frozenset({"composer", "publisher", "founder", "hometown", "mayor", "president"})
 _TOP_K = 2
-_REST_WEIGHT = 0.1
+PROTOCOL = SearchProtocol(prepend_think=False, template="short", chat_template="never")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,36 +51,23 @@ class Noise:
 CLEAN = Noise(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Demonstration:
-    """One scripted rollout."""
-
-    messages: tuple[str, ...]
-    token_ids: tuple[int, ...]  # [T] of prompt, messages and observations
-    weights: tuple[float, ...]  # [T] weight of each token in the loss: 1 for the policy's, 0.1 for the rest
-
-
 class WorldSearch:
     """BM25 over titles and texts of the documents of one small world."""
 
     def __init__(self, documents: Sequence[Document]) -> None:
-        import bm25s  # type: ignore[import-untyped]
-
         self._documents = documents
-        self._index = bm25s.BM25()
+        self._index = import_bm25s().BM25()
         self._index.index([_search_words(f"{d.title} {d.text}") for d in documents], show_progress=False)
 
     def search(self, query: str, top_k: int) -> list[Document]:
         """Find the best documents."""
-        from calibadv.numerics.ranking import best_rows
-
         known = self._index.get_tokens_ids(_search_words(query))
         if not known:
             return []
         return [self._documents[row] for row in best_rows(self._index.get_scores_from_ids(known), top_k)]
 
 
-def demonstrate(tokenizer: AgentTokenizer, seed: int, noise: Noise) -> Iterator[Demonstration]:
+def demonstrate(seed: int, noise: Noise) -> Iterator[Rollout]:
     """Generate demonstrations without end, in a new world after every 128."""
     for number in count():
         key = f"warm start {seed} {number}"
@@ -85,31 +75,11 @@ def demonstrate(tokenizer: AgentTokenizer, seed: int, noise: Noise) -> Iterator[
         facts = build_facts(key)
         search = WorldSearch(build_documents(key, facts))
         paths = {hops: find_paths(facts, hops) for hops in HOP_SHARES}
-        for hops in rng.choices(list(HOP_SHARES), list(HOP_SHARES.values()), k=PER_WORLD):
+        for sample, hops in enumerate(rng.choices(list(HOP_SHARES), list(HOP_SHARES.values()), k=PER_WORLD)):
             path = rng.choice(paths[hops])
             agent = _ScriptedAgent(path, facts, noise, rng)
-            yield _play(agent.act(), path.question, search, tokenizer)
-
-
-def _play(
-    agent: Generator[str, list[Document], None], question: str, search: WorldSearch, tokenizer: AgentTokenizer
-) -> Demonstration:
-    protocol = SearchProtocol(prepend_think=False, template="short", chat_template="never")
-    token_ids = protocol.prompt_ids(question, tokenizer)
-    weights = [_REST_WEIGHT] * len(token_ids)
-    messages = [next(agent)]
-    while True:
-        written = tokenizer.encode(messages[-1])
-        token_ids += written
-        weights += [1.0] * len(written)
-        message = protocol.parse(messages[-1])
-        if not message.calls:
-            return Demonstration(tuple(messages), tuple(token_ids), tuple(weights))
-        documents = search.search(message.calls[0].arguments["query"], _TOP_K)
-        shown = tokenizer.encode(protocol.render([ToolResult(tuple(documents))], tokenizer.special_strings))
-        token_ids += shown
-        weights += [_REST_WEIGHT] * len(shown)
-        messages.append(agent.send(documents))
+            question = Question(f"{key} {sample}", path.question, [path.entities[-1]])
+            yield play(agent.act(), question, partial(search.search, top_k=_TOP_K), PROTOCOL)
 
 
 class _ScriptedAgent:
@@ -124,7 +94,7 @@ class _ScriptedAgent:
         self._noise = noise
         self._rng = rng
 
-    def act(self) -> Generator[str, list[Document], None]:
+    def act(self) -> Script:
         """Search and answer."""
         known = [self.path.entities[0]]
         stop = 2 if len(self.path.relations) == 3 and self._happens(self._noise.third_hop) else 3
@@ -160,7 +130,7 @@ class _ScriptedAgent:
         parts[index] = self._rng.choice(KINDS[self._kind(entity)].parts[index])
         return f"{relation} of {' '.join(parts)}"
 
-    def _read(self, documents: list[Document], entity: str, relation: str, hard: bool) -> str:
+    def _read(self, documents: Sequence[Document], entity: str, relation: str, hard: bool) -> str:
         if not documents:
             return entity
         titles = [document.title for document in documents]
