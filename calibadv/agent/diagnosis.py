@@ -1,4 +1,4 @@
-"""Why nothing can be learned from rollouts, and what to do about it."""
+"""Diagnosis of rollouts that nothing can be learned from, with remedies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TIE_REMEDIES: tuple[str, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What is wrong with some rollouts.
+    """Diagnosis of some rollouts.
 
     Attributes:
         step: rollout step.
@@ -53,9 +53,8 @@ def diagnose(rollouts: Sequence[Rollout], protocol: Protocol, step: int) -> Diag
     """Say what keeps training from learning from some rollouts, None if nothing does."""
     included = [rollout for rollout in rollouts if rollout.included]
     problems, remedies = _format_problems(included), _FORMAT_REMEDIES
-    if not problems and _all_tied(included):
-        problems = ["all rollouts of each question score the same, so that every advantage is 0"]
-        remedies = _TIE_REMEDIES
+    if not problems:
+        problems, remedies = _tie_problems(included), _TIE_REMEDIES
     if not problems:
         return None
     wrong = [rollout for rollout in included if not rollout.format_valid]
@@ -81,9 +80,11 @@ def _format_problems(rollouts: Sequence[Rollout]) -> list[str]:
     return problems
 
 
-def _all_tied(rollouts: Sequence[Rollout]) -> bool:
+def _tie_problems(rollouts: Sequence[Rollout]) -> list[str]:
     groups = [{rollouts[row].score for row in rows} for rows in group_rollouts(rollouts) if len(rows) > 1]
-    return bool(groups) and all(len(scores) == 1 for scores in groups)
+    if not groups or any(len(scores) > 1 for scores in groups):
+        return []
+    return ["all rollouts of each question score the same, so that every advantage is 0"]
 
 
 def fault_of(rollout: Rollout, protocol: Protocol) -> str:

@@ -92,7 +92,7 @@ def demonstrate(  # noqa: PLR0913  # its parameters are the options of the comma
 
 
 def _counters(policy: str | None, protocol: SearchProtocol) -> tuple[CountTokens, Cut]:
-    """How tokens are counted and texts are cut."""
+    """Return the functions that count tokens and cut texts."""
     if policy is None:
         return _count_words, _cut_words
     tokenizer = load_tokenizer(policy, protocol.tags, protocol.stop_strings)

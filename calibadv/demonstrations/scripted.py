@@ -24,7 +24,7 @@ class LeftOutError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How a demonstration is written.
+    """Style of a demonstration.
 
     Attributes:
         opens_think: whether the policy writes ``<think>`` itself.

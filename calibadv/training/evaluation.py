@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """How ``predict`` samples: by default greedily, one rollout per question."""
+    """Sampling of ``predict``: by default greedy, one rollout per question."""
 
     samples: int = 1
     temperature: float = 0.0
