@@ -32,12 +32,17 @@ def resolve_config(name: str) -> Path:
         if candidate.is_file():
             return candidate
     names = sorted(config_name(path) for path in folder.rglob("*.yaml"))
+    close = _close_to(name, names)
+    known = f"did you mean {' or '.join(close)}?" if close else f"the packaged ones are {', '.join(names)}"
+    raise UserError(f"config '{name}' is neither a file nor a packaged config; {known}")
+
+
+def _close_to(name: str, names: Sequence[str]) -> list[str]:
+    """Return the names that begin like a name, or else those whose last part is like its last part."""
     last_parts = {known.rpartition("/")[2] for known in names}
     meant = difflib.get_close_matches(Path(name).stem, last_parts, n=1, cutoff=0.8)
     begins = [known for known in names if known.startswith(name)]
-    close = begins or [known for known in names if known.rpartition("/")[2] in meant]
-    known = f"did you mean {' or '.join(close)}?" if close else f"the packaged ones are {', '.join(names)}"
-    raise UserError(f"config '{name}' is neither a file nor a packaged config; {known}")
+    return begins or [known for known in names if known.rpartition("/")[2] in meant]
 
 
 def config_name(path: Path) -> str:
